@@ -1,0 +1,100 @@
+"""Words typed → functions called. Only the standard library is imported here; each command imports what it needs."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import stabrun
+
+USAGE = """usage: stabrun COMMAND [WORD …]
+
+How high can the learning rate go before a language model diverges, which layer goes first,
+and which norm placement buys room?
+
+commands
+  train [OVERRIDE…]     one run, to a verdict:  stabrun train +variant=qk_norm_cap optim.lr=3e-2
+                        -m runs several:        stabrun train -m optim.lr=1e-2,1e-1 seed=0,1
+  rerun RUN_DIR [OVERRIDE…]
+                        one recorded run again, from its own config
+  judge RUN_DIR         the verdict again, from the saved record  (--json)
+  model [OVERRIDE…]     parameters, FLOPs, memory, switches; trains nothing  (--json, --trace)
+  variants              each variant, one line, and where it comes from
+  data prepare [OVERRIDE…]
+                        tokenizes the corpus into memory-mapped shards
+
+An OVERRIDE is Hydra's KEY=VALUE; `stabrun train --cfg` prints the configuration instead of training.
+--config-dir DIR adds a folder of your own configuration files, such as DIR/variant/mine.yaml.
+
+exit status: 0 done, a diverged run included; 2 a mistake in what was typed; 1 a fault; 130 interrupted, resumable
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: run one command and exit with its status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = dispatch(words)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stabrun: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        status = 1
+    sys.exit(status)
+
+
+def dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"stabrun {stabrun.__version__}")
+        return 0
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        print(f"stabrun: {command}: no such command; it is one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    if any(word in ("-h", "--help") for word in rest):
+        print(USAGE, end="")
+        return 0
+    return COMMANDS[command](rest)
+
+
+def variants(words: list[str]) -> int:
+    """Print each variant's name and the first comment line of its file: what it is, and where it comes from."""
+    if words:
+        print(f"stabrun: variants takes no words; {words[0]!r} was given.", file=sys.stderr)
+        return 2
+    files = sorted((conf_dir() / "variant").glob("*.yaml"), key=lambda f: (f.stem != "baseline", f.stem))
+    for file in files:
+        comments = [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
+        print(f"{file.stem:<14} {next(line for line in comments if not line.startswith('@'))}")
+    return 0
+
+
+def conf_dir() -> Path:
+    """The folder of configuration files: inside the package in a wheel, beside it in a checkout."""
+    package = Path(stabrun.__file__).parent
+    return next(d for d in (package / "conf", package.parent / "conf") if (d / "config.yaml").is_file())
+
+
+def later(name: str) -> Callable[[list[str]], int]:
+    """A command of `stabrun.commands`, imported when it is called."""
+
+    def run(words: list[str]) -> int:
+        from stabrun import commands
+
+        return commands.run(name, words, conf_dir())
+
+    return run
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": later("train"),
+    "rerun": later("rerun"),
+    "judge": later("judge"),
+    "model": later("model"),
+    "variants": variants,
+    "data": later("data"),
+}

@@ -1,0 +1,152 @@
+"""The commands that need more than the standard library; each imports what it needs."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stabrun.compose import Words, composed, multirun, plainly
+from stabrun.config import Config, MistakeError
+
+
+def run(name: str, words: list[str], conf: Path) -> int:
+    """Call one command; a mistake is a sentence on stderr and status 2, a fault of the machine status 1."""
+    try:
+        return COMMANDS[name](words, conf)
+    except MistakeError as error:
+        complain(str(error))
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        complain(f"{error.filename or 'the disk'}: {error.strerror or error}.")
+        return 1
+
+
+def complain(text: str) -> None:
+    print(f"stabrun: {text}", file=sys.stderr)
+
+
+def train(words: list[str], conf: Path) -> int:
+    parsed = Words.parse(words)
+    if parsed.show:
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(OmegaConf.structured(composed(conf, parsed))), end="")
+        return 0
+    if not parsed.multirun:
+        return train_one(composed(conf, parsed))
+
+    def job(config: Config) -> None:
+        if train_one(config) == 130:
+            raise KeyboardInterrupt
+
+    multirun(conf, parsed, job)
+    return 0
+
+
+def train_one(config: Config) -> int:
+    """One run, and its verdict in words; 130 where it was interrupted."""
+    from stabrun.train.run import train as train_run
+
+    summary = train_run(config)
+    tell(summary, config)
+    return 130 if summary["status"] == "interrupted" else 0
+
+
+def tell(summary: dict[str, Any], config: Config) -> None:
+    from stabrun.config import run_dir
+
+    print(verdict_line(summary))
+    if summary["val_loss"] is not None:
+        print(f"validation loss {summary['val_loss']:.4f}, perplexity {summary['val_perplexity']:.2f}")
+    print(f"record: {run_dir(config)}")
+    if summary["status"] == "interrupted":
+        print(f"interrupted after step {summary['steps']}; the same command goes on from there.")
+
+
+def verdict_line(summary: dict[str, Any]) -> str:
+    """`diverged (runaway) at step 83, first in layer_00/qkv; loss 5.93 → best 2.71 → 3.02`."""
+    text = f"{summary['verdict']} ({summary['reason']})"
+    if summary["first_bad_step"] is not None:
+        text += f" at step {summary['first_bad_step']}"
+    if summary["first_bad_site"]:
+        text += f", first in {summary['first_bad_site']}"
+    losses = [(name, summary[f"{name}_loss"]) for name in ("init", "best", "final")]
+    return (
+        text
+        + "; loss "
+        + " → ".join(f"{name} {float(value):.3f}" for name, value in losses if value is not None)
+    )
+
+
+def rerun(words: list[str], conf: Path) -> int:
+    """Train again from a recorded configuration, in a directory of its own unless run_dir says otherwise."""
+    from omegaconf import OmegaConf
+
+    from stabrun.config import check
+    from stabrun.train.folder import read_config
+
+    if not words:
+        raise MistakeError("rerun: name a run directory, such as runs/0123456789ab.")
+    file = Path(words[0]) / "config.yaml"
+    if not file.is_file():
+        raise MistakeError(f"{words[0]}: it is no run directory, for it holds no config.yaml.")
+    with plainly():
+        recorded = read_config(file)
+        recorded.run_dir = f"{words[0].rstrip('/')}-rerun"
+        merged = OmegaConf.merge(
+            OmegaConf.structured(recorded), OmegaConf.from_dotlist(Words.parse(words[1:]).overrides)
+        )
+        config: Any = OmegaConf.to_object(merged)
+    check(config)
+    return train_one(config)
+
+
+def judge(words: list[str], conf: Path) -> int:
+    from stabrun.observe.record import read_rows
+    from stabrun.observe.verdict import Judge
+
+    as_json = "--json" in words
+    paths = [word for word in words if word != "--json"]
+    if len(paths) != 1:
+        raise MistakeError("judge: name one run directory, and --json if wanted.")
+    file = Path(paths[0]) / "metrics.jsonl"
+    if not file.is_file():
+        raise MistakeError(f"{paths[0]}: it is no run directory, for it holds no metrics.jsonl.")
+    fold = Judge()
+    for row in read_rows(file):
+        fold.add(row)
+    verdict = asdict(fold.verdict())
+    print(json.dumps(verdict, indent=1) if as_json else verdict_line(verdict))
+    return 0
+
+
+def model(words: list[str], conf: Path) -> int:
+    from stabrun.model.describe import describe, report
+
+    flags = {flag: flag in words for flag in ("--json", "--trace")}
+    config = composed(conf, Words.parse([word for word in words if word not in flags]))
+    facts = describe(config)
+    if flags["--trace"]:
+        from stabrun.model.trace import traced_memory
+
+        facts["memory"]["traced_peak_bytes"] = traced_memory(config)
+    print(json.dumps(facts, indent=1) if flags["--json"] else report(facts, config))
+    return 0
+
+
+def data(words: list[str], conf: Path) -> int:
+    from stabrun.data.shards import default_cache, name, prepare
+
+    if not words or words[0] != "prepare":
+        raise MistakeError("data: it is `stabrun data prepare [OVERRIDE…]`.")
+    config = composed(conf, Words.parse(words[1:]))
+    tokens = prepare(config.data, config.model).manifest["tokens"]
+    folder = Path(config.data.cache_dir or default_cache()) / name(config.data, config.model)
+    print(f"{tokens['train']:,} training and {tokens['val']:,} validation tokens in {folder}")
+    return 0
+
+
+COMMANDS = {"train": train, "rerun": rerun, "judge": judge, "model": model, "data": data}

@@ -1,0 +1,53 @@
+"""A decoder-only GPT over orthogonal switches."""
+
+import torch
+from torch import Tensor, nn
+
+from stabrun.config import ModelConfig
+from stabrun.model.block import Block
+from stabrun.model.init import initialise
+from stabrun.model.linear import SigmaLinear
+from stabrun.model.norm import make_norm
+
+
+class GPT(nn.Module):
+    """Token numbers `[B, T]` → fp32 logits `[B, T, vocab_size]`, T at most `seq_len`.
+
+    Under autocast the linear layers run in the lower precision; the residual stream, norms, softmax and logits
+    stay in fp32. The weights are a function of (config, seed) alone, whatever the device.
+    """
+
+    def __init__(self, config: ModelConfig, seq_len: int, seed: int = 0) -> None:
+        super().__init__()
+        learned = config.position.kind == "learned"
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.position = nn.Embedding(seq_len, config.d_model) if learned else None
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, seq_len) for _ in range(config.n_layer))
+        self.norm = make_norm(config.norm, config.d_model, config.bias)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.sigma_layers = [m for m in self.modules() if isinstance(m, SigmaLinear)]
+        if not self.embed.weight.is_meta:
+            initialise(self, config, seed)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        if self.position is not None:
+            x = x + self.position.weight[: tokens.shape[1]]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)).float()
+
+    def before_step(self) -> None:
+        """What moves once a training step, outside of the forward pass: σReparam's power iteration."""
+        for layer in self.sigma_layers:
+            layer.iterate()
+
+
+def meta_gpt(config: ModelConfig, seq_len: int) -> GPT:
+    """The model without its memory: shapes alone."""
+    with torch.device("meta"):
+        return GPT(config, seq_len)

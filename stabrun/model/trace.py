@@ -1,0 +1,33 @@
+"""The peak memory of a training step, by tracing it on fake tensors: slow, exact up to kernels' workspaces."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn import functional as F
+
+from stabrun.config import Config
+from stabrun.model.gpt import GPT
+
+
+def traced_memory(config: Config) -> int:
+    """Bytes at the peak of the second step of a micro-batch, when Adam's moments are there; nothing is allocated."""
+    sequences = config.train.micro_batch_size or config.train.batch_size
+    low = config.train.precision == "bf16"
+    with FakeTensorMode():
+        model = GPT(config.model, config.data.seq_len)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        tokens = torch.zeros(sequences, config.data.seq_len, dtype=torch.long)
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer, tokens)
+        with tracker:
+            for step in range(2):
+                if step:
+                    tracker.reset_mod_stats()
+                with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                    loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                del loss
+        peak = tracker.get_tracker_snapshot("peak")
+    return max(int(parts["Total"]) for parts in peak.values())

@@ -1,0 +1,286 @@
+"""Statistics of a model's layers, reduced on its device and attached from outside.
+
+Hooks write 0-dim fp32 reductions into one preallocated buffer; the model knows nothing of them and its numbers are
+the same bits without them. A hook overwrites, never adds, so that recomputation (activation checkpointing) does no
+harm. Shapes: `[B, T, width]` at a linear layer, `[B, h, T, d]` at an attention core.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stabrun.config import ObserveConfig
+
+SCORES_AT_ONCE = 1 << 27  # attention logits held at a time, so that long contexts fit
+
+
+class Core(Protocol):
+    """What an attention core offers to be observed; see `stabrun.model.attention.AttentionCore`."""
+
+    def logits(self, q: Tensor, k: Tensor) -> Tensor: ...
+
+    def probabilities(self, logits: Tensor) -> Tensor: ...
+
+
+def find_sites(model: nn.Module) -> dict[str, list[tuple[str, nn.Linear]]]:
+    """The linear layers of any model by the last part of their name, in order: site → [(name, layer), …]."""
+    sites: dict[str, list[tuple[str, nn.Linear]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            sites.setdefault(name.rsplit(".", 1)[-1], []).append((name, module))
+    return sites
+
+
+def token_norm(x: Tensor) -> Tensor:
+    """L2 norm of each token's vector in fp32, averaged over tokens: `[…, width]` → 0-dim."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).mean()
+
+
+def attention_statistics(core: Core, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit over the past, and mean entropy of the rows of the softmax; 0-dim each."""
+    batch, heads, time, _ = q.shape
+    chunk = max(1, SCORES_AT_ONCE // (heads * time * time))
+    peaks, entropies = [], []
+    for some_q, some_k in zip(q.split(chunk), k.split(chunk), strict=True):
+        logits = core.logits(some_q, some_k)
+        entropies.append(torch.special.entr(core.probabilities(logits)).sum() / (batch * heads * time))
+        at = torch.arange(time, device=q.device)
+        peaks.append(logits.masked_fill(at > at[:, None], float("-inf")).amax())
+    return torch.stack(peaks).amax(), torch.stack(entropies).sum()
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the values of one key of the record lie in the buffer, one a layer."""
+
+    key: str
+    start: int
+    stop: int
+    slow: bool
+
+
+class Probe:
+    """Watches the linear layers of any `nn.Module`, and optionally its blocks and attention cores.
+
+    A step goes: `arm(step)`, then after each micro-batch's backward pass `merge(index, count)`, `before_update`,
+    `after_update`, and `snapshot()`, which copies all values to the host without waiting for them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ObserveConfig,
+        blocks: Sequence[nn.Module] = (),
+        cores: Sequence[Any] = (),
+    ) -> None:
+        self.config = config
+        self.fast = self.slow = False
+        self.spans: list[Span] = []
+        self.size = 2  # the loss and the gradient norm come first
+        parameters = dict(model.named_parameters())
+        self.device = next(iter(parameters.values())).device
+        self.sites = find_sites(model) if config.every else {}
+        blocks, cores = (blocks, cores) if config.every else ((), ())
+        self._lay_out(len(blocks), len(cores))
+        self.now = torch.zeros(self.size, device=self.device)  # this micro-batch
+        self.values = torch.zeros(self.size, device=self.device)  # the step
+        self.hosts = [self._host() for _ in range(2)]
+
+        for site, layers in self.sites.items():
+            for index, (_, layer) in enumerate(layers):
+                self._watch_linear(layer, *(self._slot(f"norm/{part}/{site}", index) for part in FORWARD))
+        for index, block in enumerate(blocks):
+            self._watch_block(block, self._slot("residual/norm", index))
+        for index, core in enumerate(cores):
+            slots = self._slot("attn/max_logit", index), self._slot("attn/entropy", index)
+            core.register_forward_hook(self._attention_hook(*slots))
+
+        self.layers = [layer for layers in self.sites.values() for _, layer in layers]
+        numbers = {id(p): i for i, p in enumerate(parameters.values())}
+        self.weight_index = torch.tensor(
+            [numbers[id(layer.weight)] for layer in self.layers], dtype=torch.long, device=self.device
+        )
+        members = torch.zeros(len(blocks), len(parameters), device=self.device)
+        for row, block in zip(members, blocks, strict=True):
+            row[[numbers[id(p)] for p in block.parameters()]] = 1.0
+        self.members = members
+        self.before: list[Tensor] = []
+
+    def _lay_out(self, n_blocks: int, n_cores: int) -> None:
+        """Order the buffer by how micro-batches merge: means, then maxima, then roots, then once a step."""
+
+        def by_site(part: str, slow: bool) -> None:
+            for site, layers in self.sites.items():
+                self._add(part.format(site=site), len(layers), slow)
+
+        by_site("norm/out/{site}", slow=False)
+        by_site("norm/in/{site}", slow=False)
+        self._add("residual/norm", n_blocks, slow=False)
+        self._add("attn/entropy", n_cores, slow=True)
+        self.means = slice(2, self.size)
+        self._add("attn/max_logit", n_cores, slow=True)
+        self.maxima = slice(self.means.stop, self.size)
+        by_site("norm/in_grad/{site}", slow=True)
+        self.roots = slice(self.maxima.stop, self.size)
+        by_site("norm/weight/{site}", slow=False)
+        by_site("norm/grad/{site}", slow=False)
+        self._add("grad/norm_by_layer", n_blocks, slow=False)
+        for part in UPDATE:
+            by_site(part, slow=True)
+
+    def _add(self, key: str, count: int, slow: bool) -> None:
+        self.spans.append(Span(key, self.size, self.size + count, slow))
+        self.size += count
+
+    def _slot(self, key: str, index: int) -> int:
+        return next(span.start for span in self.spans if span.key == key) + index
+
+    def _region(self, first: str, last: str | None = None) -> slice:
+        """From the first span whose key starts with `first` to the last that starts with `last`."""
+        starts = [span for span in self.spans if span.key.startswith(first)]
+        stops = [span for span in self.spans if span.key.startswith(last or first)]
+        return slice(starts[0].start, stops[-1].stop)
+
+    def _host(self) -> Tensor:
+        return torch.zeros(self.size, pin_memory=self.device.type == "cuda")
+
+    # What hooks do
+
+    def _watch_linear(self, layer: nn.Linear, out_slot: int, in_slot: int, grad_slot: int) -> None:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if not (self.slow and args[0].requires_grad):
+                return None
+            # A view of its own, so that the gradient is the one through this layer alone.
+            x = args[0].view_as(args[0])
+            x.register_hook(note_gradient)
+            return (x, *args[1:])
+
+        def note_gradient(gradient: Tensor) -> None:
+            self.now[grad_slot] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if self.fast:
+                with torch.no_grad():
+                    self.now[out_slot] = token_norm(output)
+                    self.now[in_slot] = token_norm(args[0])
+
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after)
+
+    def _watch_block(self, block: nn.Module, slot: int) -> None:
+        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if self.fast:
+                with torch.no_grad():
+                    self.now[slot] = token_norm(output)
+
+        block.register_forward_hook(after)
+
+    def _attention_hook(self, peak_slot: int, entropy_slot: int) -> Callable:
+        def after(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if self.slow:
+                with torch.no_grad():
+                    peak, entropy = attention_statistics(module, args[0], args[1])
+                    self.now[peak_slot] = peak
+                    self.now[entropy_slot] = entropy
+
+        return after
+
+    # What the training loop calls
+
+    def arm(self, step: int) -> None:
+        """Decide what step `step` measures. Between `arm` calls with `rest()`, forward passes measure nothing."""
+        every, slow_every = self.config.every, self.config.slow_every
+        self.fast = bool(every) and step % every == 0
+        self.slow = bool(every and slow_every) and step % slow_every == 0
+
+    def rest(self) -> None:
+        self.fast = self.slow = False
+
+    @torch.no_grad()
+    def merge(self, index: int, count: int) -> None:
+        """Take in micro-batch `index` of `count` equal ones."""
+        if not (self.fast or self.slow):
+            return
+        if count == 1:
+            self.values[: self.roots.stop].copy_(self.now[: self.roots.stop])
+            return
+        if index == 0:
+            self.values.zero_()
+            self.values[self.maxima] = float("-inf")
+        means, maxima, roots = self.means, self.maxima, self.roots
+        self.values[means] += self.now[means] / count
+        self.values[maxima] = torch.maximum(self.values[maxima], self.now[maxima])
+        self.values[roots] = torch.hypot(self.values[roots], self.now[roots])
+
+    @torch.no_grad()
+    def before_update(self, gradient_norms: Tensor) -> None:
+        """`gradient_norms`, `[parameters]`: of each parameter's gradient before clipping, in the model's order."""
+        if self.fast and self.layers:
+            weights = [layer.weight for layer in self.layers]
+            self.values[self._region("norm/weight/")] = torch.stack(torch._foreach_norm(weights))
+            self.values[self._region("norm/grad/")] = gradient_norms[self.weight_index]
+            self.values[self._region("grad/norm_by_layer")] = (self.members @ gradient_norms.square()).sqrt()
+        if self.slow:
+            self.before = [layer.weight.detach().clone() for layer in self.layers]
+
+    @torch.no_grad()
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Norms of the update and of Adam's moments, on slow steps."""
+        if not (self.slow and self.layers):
+            return
+        weights = [layer.weight for layer in self.layers]
+        states = [optimizer.state[w] for w in weights]
+        second = [state["exp_avg_sq"] for state in states]
+        torch._foreach_sub_(self.before, weights)
+        beta2 = optimizer.param_groups[0]["betas"][1]
+        steps = torch.stack([state["step"] for state in states]).to(self.device)
+        seen = torch.stack(torch._foreach_norm([w.grad for w in weights])).square()
+        usual = torch.stack(torch._foreach_norm(second, 1)) / (1 - beta2**steps)
+        groups = (
+            torch.stack(torch._foreach_norm(self.before)),
+            torch.stack(torch._foreach_norm([state["exp_avg"] for state in states])),
+            torch.stack(torch._foreach_norm(second)),
+            seen / usual,
+        )
+        self.values[self._region("norm/update/", "adam/surprise/")] = torch.cat(groups)
+        self.before = []
+
+    def snapshot(self, loss: Tensor, gradient_norm: Tensor) -> "Snapshot":
+        """Start the copy of the step's values to the host; nothing waits until `Snapshot.read`."""
+        self.values[0], self.values[1] = loss, gradient_norm
+        self.hosts.reverse()
+        host = self.hosts[0]
+        host.copy_(self.values, non_blocking=True)
+        event = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        spans = [span for span in self.spans if (self.slow if span.slow else self.fast)]
+        return Snapshot(host, event, spans)
+
+
+FORWARD = ("out", "in", "in_grad")
+UPDATE = ("norm/update/{site}", "norm/adam_m/{site}", "norm/adam_v/{site}", "adam/surprise/{site}")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A step's values on their way to the host; good until the snapshot after next is taken."""
+
+    host: Tensor
+    event: "torch.cuda.Event | None"
+    spans: list[Span]
+
+    def read(self) -> dict[str, Any]:
+        """`train/loss`, `grad/norm`, and a list over layers for each key measured in this step."""
+        if self.event is not None:
+            self.event.synchronize()
+        values = self.host.tolist()
+        row = {"train/loss": values[0], "grad/norm": values[1]}
+        row.update(
+            {span.key: values[span.start : span.stop] for span in self.spans if span.stop > span.start}
+        )
+        return row

@@ -1,0 +1,100 @@
+"""W&B as a projection of the record: the file is the truth, and no fault of W&B's stops a run."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stabrun.config import Config, TrackerConfig
+from stabrun.observe.console import warn
+
+os.environ.setdefault("WANDB_SILENT", "true")
+
+
+class Tracker:
+    """Sends rows to W&B under the run's own id, so that a resumed run is the same W&B run.
+
+    Rows written before a resume are sent again: an offline run is thereby whole, and a server drops the steps that it
+    has. Any exception of W&B's is reported once and ends the tracking, not the run.
+    """
+
+    def __init__(
+        self, config: Config, run_id: str, directory: Path, earlier: Iterable[dict[str, Any]]
+    ) -> None:
+        self.config: TrackerConfig = config.tracker
+        self.run: Any = None
+        if self.config.name == "wandb":
+            self._guard(lambda: self._start(config, run_id, directory, earlier))
+
+    def _start(self, config: Config, run_id: str, directory: Path, earlier: Iterable[dict[str, Any]]) -> None:
+        import wandb
+
+        logging.getLogger("wandb").setLevel(logging.ERROR)
+        self.run = wandb.init(
+            id=run_id,
+            resume="allow",
+            mode=_mode(wandb),
+            dir=str(directory),
+            project=self.config.project,
+            entity=self.config.entity,
+            group=self.config.group or config.variant,
+            job_type="train",
+            name=f"{config.variant} lr={config.optim.lr:g} s{config.seed}",
+            tags=self.config.tags or None,
+            config=asdict(config),
+            settings=wandb.Settings(
+                console="off", disable_git=False, init_timeout=30, x_disable_stats=True, silent=True
+            ),
+        )
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+        self.run.define_metric("train/loss", summary="min", step_metric="step")
+        for row in earlier:
+            self._log(row)
+
+    def row(self, row: dict[str, Any]) -> None:
+        if self.run is not None:
+            self._guard(lambda: self._log(row))
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if row["step"] >= (self.run.step or 0):
+            self.run.log(projection(row, self.config.norms_every), step=row["step"])
+
+    def finish(self, summary: dict[str, Any], interrupted: bool) -> None:
+        """Put the run's summary beside W&B's own and close it; exit code 130 marks an interrupted run."""
+        if self.run is not None:
+            self._guard(lambda: self._finish(summary, 130 if interrupted else 0))
+
+    def _finish(self, summary: dict[str, Any], exit_code: int) -> None:
+        self.run.summary.update({key: value for key, value in summary.items() if value is not None})
+        self.run.finish(exit_code=exit_code)
+        self.run = None
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.run = None
+            reason = str(error).strip().split("\n")[0]
+            warn(f"W&B is off from here on ({type(error).__name__}: {reason}); the record goes on.")
+
+
+def projection(row: dict[str, Any], norms_every: int) -> dict[str, float]:
+    """A row as W&B takes it: scalars always; lists every `norms_every` steps, as `key/layer_03`."""
+    flat: dict[str, float] = {}
+    for key, value in row.items():
+        if not isinstance(value, list):
+            flat[key] = value if isinstance(value, int) else float(value)
+        elif row["step"] % norms_every == 0:
+            single = key.endswith("/head")
+            flat |= {key if single else f"{key}/layer_{i:02d}": float(item) for i, item in enumerate(value)}
+    return flat
+
+
+def _mode(wandb: Any) -> str:
+    """WANDB_MODE where it is set; else online with an API key, and offline without: never a prompt."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    return "online" if wandb.api.api_key else "offline"

@@ -1,0 +1,68 @@
+"""Checkpoints: safetensors and JSON, so that loading one can run no code.
+
+`checkpoints/step_00000200/` holds `model.safetensors` (parameters and buffers by name, tied weights once),
+`optimizer.safetensors` (Adam's state as `name/part`) and `meta.json`, and means: 200 updates are done. It appears
+under its name only when whole, and replaces the one before.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+META = "meta.json"
+
+
+def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+    """Write the state after `step` updates below `folder`; older checkpoints go. Returns the new one's path."""
+    target, scratch = folder / f"step_{step:08d}", folder / "incomplete"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    save_file(_model_state(model), scratch / "model.safetensors")
+    save_file(_optimizer_state(model, optimizer), scratch / "optimizer.safetensors")
+    (scratch / META).write_text(json.dumps({"step": step}) + "\n")
+    for file in scratch.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(scratch, target)
+    for old in folder.glob("step_*"):
+        if old != target:
+            shutil.rmtree(old)
+    return target
+
+
+def latest(folder: Path) -> tuple[int, Path] | None:
+    """The newest whole checkpoint below `folder` and the updates it holds."""
+    found = [json.loads(meta.read_text())["step"] for meta in folder.glob(f"step_*/{META}")]
+    return (max(found), folder / f"step_{max(found):08d}") if found else None
+
+
+@torch.no_grad()
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the state below `path` into a model and optimizer made from the same configuration."""
+    state = load_file(path / "model.safetensors")
+    for name, tensor in _model_state(model).items():
+        tensor.copy_(state[name])
+    moments = load_file(path / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        parts = {key.split("/")[1]: value for key, value in moments.items() if key.split("/")[0] == name}
+        optimizer.state[parameter] = {part: value.to(parameter.device) for part, value in parts.items()}
+
+
+def _model_state(model: nn.Module) -> dict[str, Tensor]:
+    persistent = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+    return {name: p.data for name, p in model.named_parameters()} | buffers
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{part}": value
+        for name, parameter in model.named_parameters()
+        for part, value in optimizer.state.get(parameter, {}).items()
+    }

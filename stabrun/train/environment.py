@@ -1,0 +1,59 @@
+"""What a run ran on, for `environment.json`."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stabrun
+
+PACKAGES = ("torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetensors", "wandb")
+
+
+def environment(device: torch.device, data_hash: str, compiled: bool) -> dict[str, Any]:
+    """Versions, commit, machine, actual device, threads, ranks and the hash of the data."""
+    return {
+        "stabrun": stabrun.__version__,
+        "commit": commit(Path(stabrun.__file__).parent),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "ranks": 1,
+        "compiled": compiled,
+        "data_hash": data_hash,
+    }
+
+
+def commit(folder: Path) -> str | None:
+    """The git commit of stabrun's own source, with `+` where files were changed; None outside a checkout."""
+    if not (folder.parent / ".git").exists():
+        return None
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=5, check=True
+    )
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor(device: torch.device) -> str:
+    return f"{device.type}: {platform.processor() or platform.machine()}"

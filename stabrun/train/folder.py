@@ -1,0 +1,88 @@
+"""The run directory: held by one process, used for one configuration, resumed from its checkpoint."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from stabrun.config import RESULT, Config, MistakeError, check, marked
+from stabrun.observe.record import Record, read_rows, write_whole
+from stabrun.train import checkpoint
+
+COMPLETE, STOPPED, INTERRUPTED = "complete", "stopped", "interrupted"
+
+
+@contextmanager
+def claimed(config: Config, directory: Path) -> Iterator[Record]:
+    """The run directory, made or found, held by this process alone.
+
+    Raises MistakeError where another process holds it, it is no folder, or it belongs to another experiment.
+    """
+    refuse_strangers(config, directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise MistakeError(f"run_dir={directory}: it is not a folder.") from error
+    with open(directory / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MistakeError(f"run_dir={directory}: another process is training it now.") from error
+        if not (directory / "config.yaml").exists():
+            write_whole(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        yield Record(directory)
+
+
+def refuse_strangers(config: Config, directory: Path) -> None:
+    """MistakeError where `directory` holds something else than this experiment."""
+    file = directory / "config.yaml"
+    if file.exists():
+        there, here = marked(read_config(file), RESULT), marked(config, RESULT)
+        other = [f"{key}={there[key]} (here {here[key]})" for key in here if here[key] != there[key]]
+        if other:
+            more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+            raise MistakeError(
+                f"run_dir={directory}: it holds a run with {', '.join(other[:3])}{more}. "
+                "Name another run_dir, or none."
+            )
+    elif directory.is_dir() and any(item.name != ".lock" for item in directory.iterdir()):
+        raise MistakeError(f"run_dir={directory}: the folder is not empty and holds no run.")
+
+
+def read_config(file: Path) -> Config:
+    """A recorded `config.yaml`, checked against the schema."""
+    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file))
+    config: Any = OmegaConf.to_object(merged)
+    check(config)
+    return config
+
+
+def finished(directory: Path) -> dict[str, Any] | None:
+    """The summary of a run that is over, or None."""
+    file = directory / "summary.json"
+    if not file.exists():
+        return None
+    summary = json.loads(file.read_text())
+    return summary if summary["status"] in (COMPLETE, STOPPED) else None
+
+
+def resume_point(record: Record) -> tuple[int, Path | None, list[dict[str, Any]]]:
+    """The updates done, their checkpoint, and the rows of the record, cut back to it."""
+    found = checkpoint.latest(record.directory / "checkpoints")
+    step, path = found if found else (0, None)
+    rows = record.cut(step)
+    if len(rows) != step:
+        raise MistakeError(
+            f"{record.metrics} has {len(rows)} whole rows, fewer than the {step} steps of its checkpoint; "
+            f"remove {record.directory} to train it anew."
+        )
+    return step, path, rows
+
+
+def seconds_before(directory: Path) -> float:
+    """Training time of earlier starts, as far as they ended in order."""
+    return sum(event.get("seconds", 0.0) for event in read_rows(directory / "events.jsonl"))

@@ -1,0 +1,36 @@
+"""Device and number formats: fp32 master weights throughout, matrix products in what is asked for."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from stabrun.config import MistakeError, TrainConfig
+
+
+def pick_device(config: TrainConfig) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU. MistakeError where the named one is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if config.device == "auto":
+        return torch.device(next(name for name, present in there.items() if present))
+    if not there[config.device]:
+        present = ", ".join(name for name, has in there.items() if has)
+        raise MistakeError(f"train.device={config.device}: this machine has none; it has {present}.")
+    return torch.device(config.device)
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+    """Matrix products in bf16 where asked for; norms, softmax and logits stay in fp32 by the model's own hand."""
+    if config.precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def prepare_backend(config: TrainConfig) -> None:
+    """Threads and determinism, for the whole process."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(config.deterministic)
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    return device.type == "cuda" if config.compile is None else config.compile

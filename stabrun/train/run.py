@@ -1,0 +1,167 @@
+"""One run: from a configuration to a record and a verdict."""
+
+import json
+import math
+import signal
+import time
+from dataclasses import asdict
+from typing import Any
+
+from stabrun.config import Config, check, run_dir, run_id
+from stabrun.observe.console import Console
+from stabrun.observe.record import Record, write_whole
+from stabrun.observe.tracker import Tracker
+from stabrun.observe.verdict import Judge
+from stabrun.train import checkpoint
+from stabrun.train.environment import environment
+from stabrun.train.folder import (
+    COMPLETE,
+    INTERRUPTED,
+    STOPPED,
+    claimed,
+    finished,
+    resume_point,
+    seconds_before,
+)
+from stabrun.train.schedule import learning_rate
+from stabrun.train.trainer import Trainer
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train one run to its end, from its checkpoint if it has one. Returns its summary.
+
+    Raises MistakeError where the configuration or the run directory does not allow it; a divergence raises nothing.
+    """
+    check(config)
+    with claimed(config, run_dir(config)) as record:
+        return finished(record.directory) or Run(Trainer(config), record).start()
+
+
+class Run:
+    """One start of a run: the loop, and all that look on."""
+
+    def __init__(self, trainer: Trainer, record: Record) -> None:
+        self.trainer, self.config, self.record = trainer, trainer.config, record
+        self.done, path, earlier = resume_point(record)
+        if path:
+            checkpoint.load(path, trainer.model, trainer.optimizer)
+        self.judge = Judge()
+        for row in earlier:
+            self.judge.add(row)
+        self.last = earlier[-1] if earlier else {"tokens": 0}
+        self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
+        self.tracker = Tracker(self.config, run_id(self.config), record.directory, earlier)
+        self.before = {"step": self.done, "tokens": self.last["tokens"]}
+
+    def start(self) -> dict[str, Any]:
+        config, directory = self.config, self.record.directory
+        facts = environment(self.trainer.device, self.trainer.data.manifest["hash"], self.trainer.compiled)
+        if not (directory / "environment.json").exists():
+            write_whole(directory / "environment.json", json.dumps(facts, indent=1) + "\n")
+        self.record.event("start", **self.before, environment=facts)
+        title = f"{config.variant}  lr {config.optim.lr:g}  seed {config.seed}  → {directory}"
+        self.console = Console(title, self.done, config.train.steps, self.judge.verdict)
+        began = time.monotonic()
+        try:
+            with Stop() as stop:
+                status = self.loop(stop)
+        finally:
+            self.console.close()
+            self.record.close()
+        summary = self.summary(status, time.monotonic() - began)
+        write_whole(directory / "summary.json", json.dumps(summary, indent=1) + "\n")
+        self.tracker.finish(summary, status == INTERRUPTED)
+        return summary
+
+    def loop(self, stop: "Stop") -> str:
+        """Update until done, diverged beyond return or stopped; returns the status.
+
+        A step's values are read after the next one is launched, so that the device never waits for the reader.
+        """
+        steps, every = self.config.train.steps, self.config.train.checkpoint_every
+        late: dict[str, Any] | None = None
+        while self.done < steps:
+            row = self.launch(self.done)
+            self.done += 1
+            self.note(late)
+            late, stopping, last = row, stop.asked, self.done == steps
+            if stopping or last or (every and self.done % every == 0):
+                self.note(late)
+                late = None
+                if not self.judge.over and (every or stopping):
+                    self.save()
+            if self.judge.over:
+                return STOPPED
+            if stopping and not last:
+                return INTERRUPTED
+        return COMPLETE
+
+    def launch(self, step: int) -> dict[str, Any]:
+        """Queue one update; its row holds the snapshot in place of the values that the device still works on."""
+        train, every = self.config.train, self.config.train.val_every
+        row = {
+            "step": step,
+            "tokens": (step + 1) * train.batch_size * self.config.data.seq_len,
+            "train/lr": learning_rate(self.config, step),
+            "snapshot": self.trainer.step(step),
+        }
+        if step + 1 == train.steps or (every and (step + 1) % every == 0):
+            row["val/loss"] = self.trainer.validate()
+        return row
+
+    def note(self, row: dict[str, Any] | None) -> None:
+        """Read a row's values and show it to all who look on."""
+        if row is None:
+            return
+        row |= row.pop("snapshot").read()
+        self.last, self.val_loss = row, row.get("val/loss", self.val_loss)
+        for watch in (self.record.write, self.judge.add, self.console.row, self.tracker.row):
+            watch(row)
+
+    def save(self) -> None:
+        self.record.sync()
+        folder = self.record.directory / "checkpoints"
+        path = checkpoint.save(folder, self.done, self.trainer.model, self.trainer.optimizer)
+        self.record.event("checkpoint", step=self.done, path=path.name)
+
+    def summary(self, status: str, seconds: float) -> dict[str, Any]:
+        """The fields of `summary.json`; also closes the record with an event."""
+        config, verdict, tokens = self.config, self.judge.verdict(), self.last["tokens"]
+        rate = round((tokens - self.before["tokens"]) / seconds, 1)
+        self.record.event(status, step=self.done, seconds=round(seconds, 3), tokens_per_second=rate)
+        val = self.val_loss
+        summary = {
+            "run_id": run_id(config),
+            "variant": config.variant,
+            "lr": config.optim.lr,
+            "seed": config.seed,
+            "status": status,
+            **asdict(verdict),
+            "val_loss": val,
+            "val_perplexity": None if val is None else math.exp(min(val, 700.0)),
+            "steps": verdict.horizon + 1,
+            "tokens": tokens,
+            "seconds": round(seconds_before(self.record.directory), 3),
+            "tokens_per_second": rate,
+        }
+        return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
+
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into a wish (`asked`) to stop after the step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "Stop":
+        self.before = {which: signal.signal(which, self.ask) for which in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, which: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *exception: object) -> None:
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
