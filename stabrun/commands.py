@@ -74,11 +74,7 @@ def verdict_line(summary: dict[str, Any]) -> str:
     if summary["first_bad_site"]:
         text += f", first in {summary['first_bad_site']}"
     losses = [(name, summary[f"{name}_loss"]) for name in ("init", "best", "final")]
-    return (
-        text
-        + "; loss "
-        + " → ".join(f"{name} {float(value):.3f}" for name, value in losses if value is not None)
-    )
+    return text + "; loss " + " → ".join(f"{name} {float(value):.3f}" for name, value in losses if value is not None)
 
 
 def rerun(words: list[str], conf: Path) -> int:

@@ -1,21 +1,24 @@
 """Hydra's composition as plain functions: overrides → a checked `Config`, every mistake a `MistakeError`."""
 
-from collections.abc import Callable, Iterator
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stabrun.config import Config, MistakeError, check
+from stabrun.config import Config, MistakeError, check, keys
 
 OWN_CODE = ("hydra._internal.", "hydra_plugins.")
 
@@ -40,15 +43,13 @@ class Words:
                 show = True
             elif word == "--config-dir" or word.startswith("--config-dir="):
                 folder = Path(word.partition("=")[2] or next(rest, ""))
-                if not folder.is_dir():
+                if not folder.name or not folder.is_dir():
                     raise MistakeError(f"--config-dir {folder}: there is no such folder.")
                 overrides.append(f"hydra.searchpath=[file://{folder.resolve()}]")
             elif word.startswith("-"):
                 raise MistakeError(f"{word}: no such flag here; there are -m, --cfg and --config-dir DIR.")
-            elif "=" not in word and not word.startswith("~"):
-                raise MistakeError(
-                    f"{word}: an override is KEY=VALUE, such as optim.lr=3e-2 or +variant=qk_norm."
-                )
+            elif "=" not in word.lstrip("=~"):
+                raise MistakeError(f"{word}: an override is KEY=VALUE, such as optim.lr=3e-2 or +variant=qk_norm.")
             else:
                 overrides.append(word)
         return Words(overrides, multirun, show)
@@ -64,14 +65,54 @@ def plainly() -> Iterator[None]:
 
 
 def sentence(error: BaseException) -> str:
-    """The error's own words and its cause's, on one line, without the internals."""
-    texts = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
-    lines = [line.strip() for text in texts for line in text.splitlines()]
-    drop = ("full_key:", "object_type=", "reference_type=", "See https", "1. To", "2. To", "3. To", "'", '"')
-    kept = [line for line in lines if line and not line.startswith(drop)]
-    if "Ambiguous value" in kept[0]:
-        return f"{kept[0].rstrip(':')}. A list of values to run one after the other needs -m."
+    """An error of Hydra's and its cause in a sentence or two: the key, what was given, what is allowed."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: it is no override that can be read; quote brackets, commas and spaces."
+    text = "\n".join(str(e) for e in (error, error.__cause__) if e)
+    for pattern, say in SENTENCES:
+        if found := re.search(pattern, text):
+            return say(*found.groups())
+    lines = [line.strip() for line in text.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "See "))]
     return " ".join(dict.fromkeys(kept))
+
+
+def no_such_choice(group: str, name: str, options: str) -> str:
+    return f"{group}={name}: there is no such {group}; it is one of {', '.join(options.split())}."
+
+
+def no_such_file(group: str, name: str) -> str:
+    return f"{group}={name}: there is no such {group}."
+
+
+def no_such_key(path: str) -> str:
+    near = difflib.get_close_matches(path, [k.path for k in keys()], n=1)
+    return f"{path}: there is no such key." + (f" Did you mean {near[0]}?" if near else "")
+
+
+def needs_plus(group: str) -> str:
+    return f"{group}=…: a variant is added to the defaults, so that it is spelled +{group}=NAME."
+
+
+def wrong_type(given: str, why: str) -> str:
+    return f"{given}: {why}."
+
+
+def many_values(given: str) -> str:
+    return f"{given}: several values need -m, which runs one after the other."
+
+
+SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
+    (r"Could not find '(\S+)/(\S+)'\s+Available options in '\S+':((?:\s+\S+)*?)\s+Config search", no_such_choice),
+    (r"Could not load '(\S+)/(\S+)'", no_such_file),
+    (r"Could not override '(variant)'", needs_plus),
+    (
+        r"([\w.]+)(?:'\.|=)[^\n]*\n.*Key '\w+' (?:not|is not) in",
+        no_such_key,
+    ),
+    (r"Error merging override (\S+)\n(.*)", wrong_type),
+    (r"Ambiguous value for argument '([^']*)'", many_values),
+)
 
 
 @contextmanager
@@ -84,9 +125,10 @@ def hydra(conf: Path) -> Iterator[None]:
 def composed(conf: Path, words: Words) -> Config:
     """The checked configuration of one run."""
     with plainly(), hydra(conf):
-        whole = compose("config", words.overrides, return_hydra_config=True)
+        with foreseen(words.overrides):
+            whole = the_hydra().compose_config("config", words.overrides, RunMode.RUN, from_shell=True)
         refuse_code(whole)
-        return to_config(whole)
+        return to_config(whole, whole.hydra)
 
 
 def multirun(conf: Path, words: Words, job: Callable[[Config], None]) -> None:
@@ -94,24 +136,47 @@ def multirun(conf: Path, words: Words, job: Callable[[Config], None]) -> None:
 
     def task(task_config: DictConfig) -> None:
         with plainly():
-            config = to_config(task_config, HydraConfig.get().runtime.choices)
+            config = to_config(task_config, HydraConfig.get())
+        started.append(config)
         job(config)
 
+    started: list[Config] = []
+    overrides = [*words.overrides, "hydra.mode=MULTIRUN"]
     with plainly(), hydra(conf):
-        overrides = [*words.overrides, "hydra.mode=MULTIRUN"]
-        inner: Any = GlobalHydra.instance().hydra
-        refuse_code(inner.compose_config("config", overrides, "MULTIRUN", from_shell=True))
-        inner.multirun("config", task, overrides)
+        with foreseen(words.overrides):
+            whole = the_hydra().compose_config("config", overrides, RunMode.MULTIRUN, from_shell=True)
+        refuse_code(whole)
+        with foreseen(words.overrides, started):
+            the_hydra().multirun("config", task, overrides)
 
 
-def to_config(whole: DictConfig, choices: Any = None) -> Config:
-    """A composed configuration as the schema's own objects, with the variant's name, checked."""
-    chosen = (whole.hydra.runtime.choices if choices is None else choices).get("variant")
+def the_hydra() -> Any:
+    return GlobalHydra.instance().hydra
+
+
+@contextmanager
+def foreseen(overrides: list[str], started: Sequence[Config] = ()) -> Iterator[None]:
+    """Hydra meets overrides that it did not foresee with a bare exception: a MistakeError, unless a job `started`."""
+    try:
+        yield
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        if started:
+            raise
+        raise MistakeError(f"{' '.join(overrides)}: these overrides do not go together ({error}).") from error
+
+
+def to_config(whole: DictConfig, facts: Any) -> Config:
+    """A composed configuration as the schema's own objects, with the variant's name from Hydra's `facts`, checked."""
+    chosen = [name for word in facts.overrides.task for name in _variants(word)]
     OmegaConf.set_struct(whole, False)
     whole.pop("hydra", None)
+    known = {k.path for k in keys()}
+    for path in _leaves(OmegaConf.to_container(whole, resolve=True)):
+        if path not in known:
+            raise MistakeError(no_such_key(path))
     config: Any = OmegaConf.to_object(whole)
     if chosen:
-        config.variant = chosen if isinstance(chosen, str) else "+".join(chosen)
+        config.variant = "+".join(chosen)
     check(config)
     return config
 
@@ -124,9 +189,21 @@ def refuse_code(whole: DictConfig) -> None:
         raise MistakeError("hydra.callbacks: it names code to run, which stabrun refuses; remove it.")
     for path, value in _targets(node, "hydra"):
         if not str(value).startswith(OWN_CODE):
-            raise MistakeError(
-                f"{path}={value}: it names code to run; only Hydra's own launchers are allowed."
-            )
+            raise MistakeError(f"{path}={value}: it names code to run; only Hydra's own launchers are allowed.")
+
+
+def _variants(override: str) -> list[str]:
+    """The names in `+variant=NAME` or `+variant=[A,B]`."""
+    found = re.fullmatch(r"\+{0,2}variant=\[?([^\]]*)\]?", override)
+    return found[1].replace(" ", "").split(",") if found else []
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def _targets(node: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -48,9 +48,7 @@ class AttentionConfig:
     qk_norm: str = key(
         "none", RESULT, "norm of Q and of K: of each head, or full width", allowed=("none", "head", "full")
     )
-    v_norm: str = key(
-        "none", RESULT, "norm of V: of each head, or full width", allowed=("none", "head", "full")
-    )
+    v_norm: str = key("none", RESULT, "norm of V: of each head, or full width", allowed=("none", "head", "full"))
     norm_after_position: bool = key(False, RESULT, "whether Q/K norms follow the position encoding")
     soft_temp: float = key(1.0, RESULT, "β in softmax(β·logit)", above=0)
     soft_cap: float | None = key(None, RESULT, "c in c·tanh(logit/c); null for none", above=0)
@@ -89,9 +87,7 @@ class ModelConfig:
     attn: AttentionConfig = group(AttentionConfig)
     mlp: MlpConfig = group(MlpConfig)
     position: PositionConfig = group(PositionConfig)
-    layer_scale: float | None = key(
-        None, RESULT, "start value of a learned scale on each branch; null for none"
-    )
+    layer_scale: float | None = key(None, RESULT, "start value of a learned scale on each branch; null for none")
     sigma_reparam: str = key(
         "none",
         RESULT,
@@ -114,12 +110,8 @@ class DataConfig:
     name: str = key("embedded", RESULT, "where the text comes from", allowed=("embedded", "local"))
     path: str | None = key(None, RESULT, "a text file, or a folder of .txt files (data=local)")
     seq_len: int = key(64, RESULT, "tokens of context", at_least=2)
-    tokenizer: str = key(
-        "bytes", RESULT, "bytes, or a BPE trained on the training text", allowed=("bytes", "bpe")
-    )
-    bpe_size: int | None = key(
-        None, RESULT, "vocabulary of the trained BPE; null for model.vocab_size", at_least=257
-    )
+    tokenizer: str = key("bytes", RESULT, "bytes, or a BPE trained on the training text", allowed=("bytes", "bpe"))
+    bpe_size: int | None = key(None, RESULT, "vocabulary of the trained BPE; null for model.vocab_size", at_least=257)
     val_fraction: float = key(0.05, RESULT, "share of the text held out, by block", above=0, at_most=0.5)
     cache_dir: str = key("", RESOURCE, "where token shards are kept; empty for the user's cache folder")
 
@@ -145,9 +137,7 @@ class ScheduleConfig:
 class TrainConfig:
     steps: int = key(500, RESULT, "updates", at_least=1)
     batch_size: int = key(16, RESULT, "sequences a step", at_least=1)
-    micro_batch_size: int | None = key(
-        None, RESOURCE, "sequences a forward pass; null for the whole batch", at_least=1
-    )
+    micro_batch_size: int | None = key(None, RESOURCE, "sequences a forward pass; null for the whole batch", at_least=1)
     device: str = key("auto", RESOURCE, "where to train", allowed=("auto", "cpu", "cuda", "mps"))
     precision: str = key("fp32", RESULT, "bf16: autocast over fp32 master weights", allowed=("fp32", "bf16"))
     compile: bool | None = key(None, RESOURCE, "torch.compile; null for on with CUDA alone")
@@ -161,9 +151,7 @@ class TrainConfig:
 @dataclass
 class ObserveConfig:
     every: int = key(1, VIEW, "steps between statistics; 0 turns observation off", at_least=0)
-    slow_every: int = key(
-        10, VIEW, "steps between the dear ones (attention, updates, moments); 0 for none", at_least=0
-    )
+    slow_every: int = key(10, VIEW, "steps between the dear ones (attention, updates, moments); 0 for none", at_least=0)
 
 
 @dataclass
@@ -213,9 +201,7 @@ class Key:
             return None
         if "allowed" in self.bounds:
             allowed = self.bounds["allowed"]
-            return (
-                None if value in allowed else f"{self.path}={value}: it must be one of {', '.join(allowed)}."
-            )
+            return None if value in allowed else f"{self.path}={value}: it must be one of {', '.join(allowed)}."
         if all(rules[name][0](value, bound) for name, bound in self.bounds.items()):
             return None
         wanted = " and ".join(rules[name][1].format(bound) for name, bound in self.bounds.items())

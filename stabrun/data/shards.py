@@ -6,6 +6,7 @@ that holds the vocabulary), `tokenizer.json` and `manifest.json`. It appears und
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -104,8 +105,7 @@ def _bpe_size(data: DataConfig, model: ModelConfig) -> int | None:
 
 def _too_small(model: ModelConfig, needed: int) -> MistakeError:
     return MistakeError(
-        f"model.vocab_size={model.vocab_size}: the tokenizer has {needed} tokens, "
-        f"so that it must be at least {needed}."
+        f"model.vocab_size={model.vocab_size}: the tokenizer has {needed} tokens, so that it must be at least {needed}."
     )
 
 
@@ -125,7 +125,7 @@ def _at_least(count: int, blocks: Iterator[str]) -> Iterator[str]:
         return
     text = "".join(first)
     edges = [len(text) * i // count for i in range(count + 1)]
-    yield from (text[a:b] for a, b in zip(edges, edges[1:], strict=False))
+    yield from (text[a:b] for a, b in itertools.pairwise(edges))
 
 
 def _write(data: DataConfig, model: ModelConfig, folder: Path) -> None:

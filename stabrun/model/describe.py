@@ -64,9 +64,7 @@ def memory(config: Config) -> dict[str, int]:
     tokens = sequences * seq_len
     logits = 4 * tokens * model.vocab_size
     activations = tokens * model.n_layer * activation_bytes(config)
-    low_copies = (
-        2 * count if train.precision == "bf16" else 0
-    )  # autocast's cast weights, kept for the backward
+    low_copies = 2 * count if train.precision == "bf16" else 0  # autocast's cast weights, kept for the backward
     steady = {
         "weights_bytes": 4 * count,
         "gradients_bytes": 4 * count,

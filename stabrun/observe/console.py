@@ -52,9 +52,7 @@ class Console:
                 self.live.update(self._table(row, now), refresh=True)
         elif (row["step"] + 1) % max(1, self.steps // LINES) == 0:
             facts = self._facts(row, now)
-            self.say(
-                f"step {row['step'] + 1}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in facts.items())
-            )
+            self.say(f"step {row['step'] + 1}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in facts.items()))
 
     def _facts(self, row: dict[str, Any], now: float) -> dict[str, str]:
         seconds = max(now - self.started, 1e-9)
@@ -68,7 +66,7 @@ class Console:
         }
         if grown := self._grown(row):
             facts["grew most"] = grown
-        facts["so far"] = verdict.verdict if verdict.verdict != "undecided" else verdict.reason
+        facts["so far"] = {"converged": "falling", "undecided": verdict.reason}.get(verdict.verdict, verdict.verdict)
         return facts
 
     def _grown(self, row: dict[str, Any]) -> str:

@@ -280,7 +280,5 @@ class Snapshot:
             self.event.synchronize()
         values = self.host.tolist()
         row = {"train/loss": values[0], "grad/norm": values[1]}
-        row.update(
-            {span.key: values[span.start : span.stop] for span in self.spans if span.stop > span.start}
-        )
+        row.update({span.key: values[span.start : span.stop] for span in self.spans if span.stop > span.start})
         return row

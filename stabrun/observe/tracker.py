@@ -4,8 +4,10 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from stabrun.config import Config, TrackerConfig
 from stabrun.observe.console import warn
@@ -20,9 +22,7 @@ class Tracker:
     has. Any exception of W&B's is reported once and ends the tracking, not the run.
     """
 
-    def __init__(
-        self, config: Config, run_id: str, directory: Path, earlier: Iterable[dict[str, Any]]
-    ) -> None:
+    def __init__(self, config: Config, run_id: str, directory: Path, earlier: Iterable[dict[str, Any]]) -> None:
         self.config: TrackerConfig = config.tracker
         self.run: Any = None
         if self.config.name == "wandb":
@@ -35,7 +35,7 @@ class Tracker:
         self.run = wandb.init(
             id=run_id,
             resume="allow",
-            mode=_mode(wandb),
+            mode=_mode(),
             dir=str(directory),
             project=self.config.project,
             entity=self.config.entity,
@@ -93,8 +93,17 @@ def projection(row: dict[str, Any], norms_every: int) -> dict[str, float]:
     return flat
 
 
-def _mode(wandb: Any) -> str:
-    """WANDB_MODE where it is set; else online with an API key, and offline without: never a prompt."""
+def _mode() -> str:
+    """WANDB_MODE where it is set; else online with an API key at hand, and offline without: never a prompt."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode
-    return "online" if wandb.api.api_key else "offline"
+    return "online" if os.environ.get("WANDB_API_KEY") or _in_netrc() else "offline"
+
+
+def _in_netrc() -> bool:
+    """Whether `wandb login` has left a key for the server in use."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False

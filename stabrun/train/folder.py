@@ -46,8 +46,7 @@ def refuse_strangers(config: Config, directory: Path) -> None:
         if other:
             more = f" and {len(other) - 3} more" if len(other) > 3 else ""
             raise MistakeError(
-                f"run_dir={directory}: it holds a run with {', '.join(other[:3])}{more}. "
-                "Name another run_dir, or none."
+                f"run_dir={directory}: it holds a run with {', '.join(other[:3])}{more}. Name another run_dir, or none."
             )
     elif directory.is_dir() and any(item.name != ".lock" for item in directory.iterdir()):
         raise MistakeError(f"run_dir={directory}: the folder is not empty and holds no run.")

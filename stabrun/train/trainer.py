@@ -47,9 +47,7 @@ class Trainer:
     def backward(self, step: int) -> Tensor:
         """The gradient of the batch's mean loss, summed over micro-batches; returns that loss, 0-dim, in nats."""
         config = self.config
-        batch = training_batch(
-            self.data.train, config.seed, step, config.train.batch_size, config.data.seq_len
-        )
+        batch = training_batch(self.data.train, config.seed, step, config.train.batch_size, config.data.seq_len)
         parts = self.split(batch)
         total = torch.zeros((), device=self.device)
         for index, part in enumerate(parts):
