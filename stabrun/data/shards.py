@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ SHARD_TOKENS = 1 << 28
 class Tokens:
     """A split's tokens: memory-mapped shards, read as one long array."""
 
-    shards: list[np.ndarray]
+    shards: Sequence[np.ndarray]
     starts: np.ndarray  # [shards + 1], the first token of each shard and the total
 
     def __len__(self) -> int:
@@ -136,7 +136,7 @@ def _write(data: DataConfig, model: ModelConfig, folder: Path) -> None:
         writers = {split: _ShardWriter(scratch, split, smallest) for split in ("train", "val")}
         for split, block in split_blocks(data):
             writers[split].add(tokenizer.encode(block))
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": FORMAT,
             "source": data.path or "embedded: King James Bible",
             "tokenizer": data.tokenizer,

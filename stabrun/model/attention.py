@@ -76,10 +76,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, width = x.shape
-        heads = self.qkv(x).view(batch, time, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = heads.unbind(0)
+        q, k, v = self.qkv(x).view(batch, time, 3, self.n_head, self.head_dim).unbind(2)
         q, k, v = self.place(q, self.q_norm), self.place(k, self.k_norm), self.v_norm(v)
-        out = self.core(q, k, v.to(q.dtype))
+        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.to(q.dtype).transpose(1, 2))
         return self.proj(out.transpose(1, 2).reshape(batch, time, width))
 
     def place(self, x: Tensor, norm: nn.Module) -> Tensor:
@@ -87,13 +86,11 @@ class Attention(nn.Module):
 
 
 class FullWidth(nn.Module):
-    """A norm over all heads at once, for tensors that are split by head: `[B, h, T, d]` → the same."""
+    """A norm over all heads at once, for tensors that are split by head: `[B, T, h, d]` → the same."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, heads, time, width = x.shape
-        flat = self.norm(x.transpose(1, 2).reshape(batch, time, heads * width))
-        return flat.view(batch, time, heads, width).transpose(1, 2)
+        return self.norm(x.flatten(2)).view(x.shape)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class Rotary(nn.Module):
     """Rotates pairs of the first `width` channels of each head by an angle that grows with the position.
 
-    Channel i and channel i + width/2 form a pair, turned by position · base^(−2i/width). `[..., T, d]` → same.
+    Channel i and channel i + width/2 form a pair, turned by position · base^(−2i/width): `[B, T, h, d]` → same.
     """
 
     def __init__(self, width: int, seq_len: int, base: float) -> None:
@@ -17,11 +17,15 @@ class Rotary(nn.Module):
         angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
         self.cos: Tensor
         self.sin: Tensor
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        # With the sign of (−sin, +sin) in the table, a turn is one product and one fused multiply-add.
+        self.register_buffer("cos", torch.cat([angle.cos(), angle.cos()], 1).float()[:, None], persistent=False)
+        self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], 1).float()[:, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        cos, sin = self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
-        first, second, rest = x.split([self.width // 2, self.width // 2, x.shape[-1] - self.width], dim=-1)
-        turned = first * cos - second * sin, second * cos + first * sin
-        return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
+        if self.width == x.shape[-1]:
+            return self.turn(x)
+        return torch.cat([self.turn(x[..., : self.width]), x[..., self.width :]], dim=-1)
+
+    def turn(self, x: Tensor) -> Tensor:
+        cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
+        return torch.addcmul(x * cos, x.roll(self.width // 2, dims=-1), sin)

@@ -62,7 +62,7 @@ class Console:
             "loss": f"{number(row['train/loss']):.4f}",
             "grad norm": f"{number(row['grad/norm']):.3g}",
             "lr": f"{row['train/lr']:.2e}",
-            "tokens/s": f"{rate:,.0f}",
+            "tokens/s": f"{rate:,.0f}" if seconds > REFRESH else "…",
         }
         if grown := self._grown(row):
             facts["grew most"] = grown

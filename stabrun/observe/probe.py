@@ -34,9 +34,9 @@ def find_sites(model: nn.Module) -> dict[str, list[tuple[str, nn.Linear]]]:
     return sites
 
 
-def token_norm(x: Tensor) -> Tensor:
-    """L2 norm of each token's vector in fp32, averaged over tokens: `[…, width]` → 0-dim."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).mean()
+def token_norms(x: Tensor, out: Tensor) -> None:
+    """L2 norm of each token's vector in fp32: `[…, width]` → `out`, `[tokens]`."""
+    torch.linalg.vector_norm(x.detach().flatten(0, -2), dim=-1, dtype=torch.float32, out=out)
 
 
 def attention_statistics(core: Core, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,14 +65,16 @@ class Span:
 class Probe:
     """Watches the linear layers of any `nn.Module`, and optionally its blocks and attention cores.
 
-    A step goes: `arm(step)`, then after each micro-batch's backward pass `merge(index, count)`, `before_update`,
-    `after_update`, and `snapshot()`, which copies all values to the host without waiting for them.
+    Each forward pass takes `tokens` tokens, batch times sequence. A step goes: `arm(step)`; after each micro-batch's
+    backward pass `merge(index, count)`; `before_update`; `after_update`; and `snapshot()`, which copies all values to
+    the host without waiting for them.
     """
 
     def __init__(
         self,
         model: nn.Module,
         config: ObserveConfig,
+        tokens: int,
         blocks: Sequence[nn.Module] = (),
         cores: Sequence[Any] = (),
     ) -> None:
@@ -86,6 +88,8 @@ class Probe:
         blocks, cores = (blocks, cores) if config.every else ((), ())
         self._lay_out(len(blocks), len(cores))
         self.now = torch.zeros(self.size, device=self.device)  # this micro-batch
+        self.norms = torch.zeros(self.by_token.stop - 2, tokens, device=self.device)
+        self.rows = self.norms.unbind(0)
         self.values = torch.zeros(self.size, device=self.device)  # the step
         self.hosts = [self._host() for _ in range(2)]
 
@@ -119,6 +123,7 @@ class Probe:
         by_site("norm/out/{site}", slow=False)
         by_site("norm/in/{site}", slow=False)
         self._add("residual/norm", n_blocks, slow=False)
+        self.by_token = slice(2, self.size)
         self._add("attn/entropy", n_cores, slow=True)
         self.means = slice(2, self.size)
         self._add("attn/max_logit", n_cores, slow=True)
@@ -163,9 +168,8 @@ class Probe:
 
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.fast:
-                with torch.no_grad():
-                    self.now[out_slot] = token_norm(output)
-                    self.now[in_slot] = token_norm(args[0])
+                token_norms(output, self.rows[out_slot - 2])
+                token_norms(args[0], self.rows[in_slot - 2])
 
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)
@@ -173,8 +177,7 @@ class Probe:
     def _watch_block(self, block: nn.Module, slot: int) -> None:
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.fast:
-                with torch.no_grad():
-                    self.now[slot] = token_norm(output)
+                token_norms(output, self.rows[slot - 2])
 
         block.register_forward_hook(after)
 
@@ -204,6 +207,8 @@ class Probe:
         """Take in micro-batch `index` of `count` equal ones."""
         if not (self.fast or self.slow):
             return
+        if self.fast:
+            torch.mean(self.norms, dim=1, out=self.now[self.by_token])
         if count == 1:
             self.values[: self.roots.stop].copy_(self.now[: self.roots.stop])
             return
@@ -237,7 +242,7 @@ class Probe:
         torch._foreach_sub_(self.before, weights)
         beta2 = optimizer.param_groups[0]["betas"][1]
         steps = torch.stack([state["step"] for state in states]).to(self.device)
-        seen = torch.stack(torch._foreach_norm([w.grad for w in weights])).square()
+        seen = torch.stack(torch._foreach_norm([w.grad for w in weights if w.grad is not None])).square()
         usual = torch.stack(torch._foreach_norm(second, 1)) / (1 - beta2**steps)
         groups = (
             torch.stack(torch._foreach_norm(self.before)),

@@ -93,7 +93,7 @@ def projection(row: dict[str, Any], norms_every: int) -> dict[str, float]:
     return flat
 
 
-def _mode() -> str:
+def _mode() -> Any:
     """WANDB_MODE where it is set; else online with an API key at hand, and offline without: never a prompt."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode

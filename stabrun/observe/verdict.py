@@ -83,7 +83,7 @@ class Judge:
 
         window = max(WINDOW_LEAST, round(WINDOW_SHARE * count))
         means = trailing_means(finite, min(window, len(finite)))
-        losses = {
+        losses: dict[str, Any] = {
             "init_loss": float(finite[0]),
             "best_loss": float(means.min()),
             "final_loss": float(means[-1]),

@@ -1,10 +1,13 @@
 """Device and number formats: fp32 master weights throughout, matrix products in what is asked for."""
 
+import ctypes
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from stabrun.config import MistakeError, TrainConfig
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def pick_device(config: TrainConfig) -> torch.device:
@@ -26,10 +29,25 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 
 
 def prepare_backend(config: TrainConfig) -> None:
-    """Threads and determinism, for the whole process."""
+    """Threads, determinism and the allocator, for the whole process."""
+    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(config.deterministic)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed instead of handing it back to the system and faulting it in again.
+
+    A CPU step frees and takes the same tens of megabytes each time: at nano 1,900 page faults a step, an eighth of
+    its time. Other C libraries are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20)):
+        mallopt(parameter, value)
 
 
 def compiles(config: TrainConfig, device: torch.device) -> bool:

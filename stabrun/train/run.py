@@ -54,13 +54,12 @@ class Run:
         self.before = {"step": self.done, "tokens": self.last["tokens"]}
 
     def start(self) -> dict[str, Any]:
-        config, directory = self.config, self.record.directory
+        directory = self.record.directory
         facts = environment(self.trainer.device, self.trainer.data.manifest["hash"], self.trainer.compiled)
         if not (directory / "environment.json").exists():
             write_whole(directory / "environment.json", json.dumps(facts, indent=1) + "\n")
         self.record.event("start", **self.before, environment=facts)
-        title = f"{config.variant}  lr {config.optim.lr:g}  seed {config.seed}  → {directory}"
-        self.console = Console(title, self.done, config.train.steps, self.judge.verdict)
+        self.open_console()
         began = time.monotonic()
         try:
             with Stop() as stop:
@@ -72,6 +71,11 @@ class Run:
         write_whole(directory / "summary.json", json.dumps(summary, indent=1) + "\n")
         self.tracker.finish(summary, status == INTERRUPTED)
         return summary
+
+    def open_console(self) -> None:
+        config = self.config
+        title = f"{config.variant}  lr {config.optim.lr:g}  seed {config.seed}  → {self.record.directory}"
+        self.console = Console(title, self.done, config.train.steps, self.judge.verdict)
 
     def loop(self, stop: "Stop") -> str:
         """Update until done, diverged beyond return or stopped; returns the status.

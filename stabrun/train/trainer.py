@@ -1,5 +1,7 @@
 """One update: batch, gradients, clipping, AdamW."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,8 +26,9 @@ class Trainer:
         self.model = GPT(config.model, config.data.seq_len, config.seed).to(self.device)
         self.parameters = list(self.model.parameters())
         self.optimizer = make_optimizer(self.model, config.optim)
-        blocks = list(self.model.blocks)
-        self.probe = Probe(self.model, config.observe, blocks, [b.attn.layer.core for b in blocks])
+        blocks: list[Any] = list(self.model.blocks)
+        tokens = (config.train.micro_batch_size or config.train.batch_size) * config.data.seq_len
+        self.probe = Probe(self.model, config.observe, tokens, blocks, [b.attn.layer.core for b in blocks])
         self.compiled = compiles(config.train, self.device)
         self.forward = torch.compile(self.model) if self.compiled else self.model
 
@@ -36,7 +39,7 @@ class Trainer:
         if self.config.model.dropout:
             torch.manual_seed((self.config.seed << 32) + step)
         loss = self.backward(step)
-        norm, norms = clip([p.grad for p in self.parameters], self.config.optim.clip)
+        norm, norms = clip([p.grad for p in self.parameters if p.grad is not None], self.config.optim.clip)
         self.probe.before_update(norms)
         set_rate(self.optimizer, learning_rate(self.config, step))
         self.optimizer.step()

@@ -1,0 +1,196 @@
+"""What a training step costs: stabrun with and without observation against a plain loop, in interleaved pairs.
+
+Each contender is a process of its own with one thread; in every round each in turn takes ten steps (one slow cadence
+of the observation), and the ratios are taken round by round. Figures are medians, with their quartiles.
+
+    python scripts/bench_step.py [--model nano micro] [--rounds 15]
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+STEPS = 10
+CONTENDERS = ("plain", "off", "on")
+
+
+def plain_loop(model_name: str) -> Callable[[int], None]:
+    """The usual small GPT loop, in the manner of nanoGPT: SDPA, RoPE by rotate-half, fused AdamW, clipping."""
+    import numpy as np
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    from stabrun.cli import conf_dir
+    from stabrun.compose import Words, composed
+    from stabrun.data.shards import prepare
+
+    config = composed(conf_dir(), Words.parse([f"model={model_name}"]))
+    shape, seq_len, batch_size = config.model, config.data.seq_len, config.train.batch_size
+    d, heads = shape.d_model, shape.n_head
+    head = d // heads
+    tokens = prepare(config.data, shape).train.shards[0]
+    angle = torch.outer(torch.arange(seq_len), 10000 ** (-torch.arange(0, head, 2) / head))
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+
+    def rotate(x):
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+
+        def forward(self, x):
+            b, t, c = x.shape
+            q, k, v = (y.view(b, t, heads, head).transpose(1, 2) for y in self.qkv(x).split(c, dim=2))
+            y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+            return self.proj(y.transpose(1, 2).contiguous().view(b, t, c))
+
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+
+        def forward(self, x):
+            return self.fc2(F.relu(self.fc1(x)).square())
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ln1, self.attn = nn.LayerNorm(d, bias=False), Attention()
+            self.ln2, self.mlp = nn.LayerNorm(d, bias=False), Mlp()
+
+        def forward(self, x):
+            x = x + self.attn(self.ln1(x))
+            return x + self.mlp(self.ln2(x))
+
+    class Gpt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(shape.vocab_size, d)
+            self.blocks = nn.ModuleList(Block() for _ in range(shape.n_layer))
+            self.ln, self.head = nn.LayerNorm(d, bias=False), nn.Linear(d, shape.vocab_size, bias=False)
+
+        def forward(self, x, y):
+            h = self.embed(x)
+            for block in self.blocks:
+                h = block(h)
+            logits = self.head(self.ln(h))
+            return F.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
+
+    model = Gpt()
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+
+    def step(number: int) -> None:
+        places = torch.randint(len(tokens) - seq_len, (batch_size,))
+        x = torch.stack([torch.from_numpy(tokens[i : i + seq_len].astype(np.int64)) for i in places])
+        y = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + seq_len].astype(np.int64)) for i in places])
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        loss = model(x, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def our_loop(model_name: str, observed: bool, folder: str) -> Callable[[int], None]:
+    """stabrun's own loop: update, record on disk, verdict."""
+    from stabrun.cli import conf_dir
+    from stabrun.compose import Words, composed
+    from stabrun.observe.record import Record
+    from stabrun.train.run import Run
+    from stabrun.train.trainer import Trainer
+
+    words = [f"model={model_name}", "tracker=none", "train.steps=1000000", "train.val_every=0", f"run_dir={folder}"]
+    config = composed(conf_dir(), Words.parse([*words, "train.threads=1", *([] if observed else ["observe.every=0"])]))
+    Path(folder).mkdir(exist_ok=True)
+    run = Run(Trainer(config), Record(Path(folder)))
+    run.open_console()
+    late: list[dict[str, Any]] = []
+
+    def step(number: int) -> None:
+        row = run.launch(number)
+        if late:
+            run.note(late.pop())
+        late.append(row)
+
+    return step
+
+
+def serve(kind: str, model_name: str) -> None:
+    """Take ten steps for each line on stdin, and print the seconds of one."""
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        out, sys.stdout = sys.stdout, sys.stderr  # what a run prints is none of the parent's business
+        step = plain_loop(model_name) if kind == "plain" else our_loop(model_name, kind == "on", folder)
+        done = 0
+        for _ in sys.stdin:
+            began = time.perf_counter()
+            for _ in range(STEPS):
+                step(done)
+                done += 1
+            print((time.perf_counter() - began) / STEPS, file=out, flush=True)
+
+
+def compare(model_name: str, rounds: int) -> None:
+    command = [sys.executable, __file__, "--model", model_name, "--serve"]
+    workers = {
+        kind: subprocess.Popen(
+            [*command, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        for kind in CONTENDERS
+    }
+
+    def take(kind: str) -> float:
+        worker = workers[kind]
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+        return float(worker.stdout.readline())
+
+    try:
+        for kind in CONTENDERS:
+            take(kind)  # warm-up
+        times = [{kind: take(kind) for kind in CONTENDERS} for _ in range(rounds)]
+    finally:
+        for worker in workers.values():
+            worker.terminate()
+            worker.wait()
+    print(f"{model_name}: {rounds} rounds of {STEPS} steps each")
+    for kind in CONTENDERS:
+        low, middle, high = quantiles([t[kind] * 1e3 for t in times], n=4)
+        print(f"  {kind:<12} {middle:9.2f} ms a step   ({low:.2f} to {high:.2f})")
+    for one, other in (("on", "off"), ("on", "plain"), ("off", "plain")):
+        low, middle, high = quantiles([t[one] / t[other] for t in times], n=4)
+        print(f"  {one + '/' + other:<12} {middle:9.3f}             ({low:.3f} to {high:.3f})")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["nano", "micro"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.serve:
+        serve(words.serve, words.model[0])
+    else:
+        for name in words.model:
+            compare(name, words.rounds)

@@ -1,0 +1,5 @@
+"""`python -m stabrun`."""
+
+from stabrun.cli import main
+
+main()

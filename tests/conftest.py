@@ -1,0 +1,61 @@
+"""What all tests share: no network, one thread, a cache of their own, and runs that are quick."""
+
+import os
+
+os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stabrun.cli import conf_dir
+from stabrun.compose import Words, composed
+
+torch.set_num_threads(1)
+
+TINY = (
+    "model.n_layer=2",
+    "model.d_model=16",
+    "data.seq_len=16",
+    "train.batch_size=4",
+    "train.threads=1",
+    "train.steps=30",
+    "schedule.warmup_steps=5",
+    "train.val_sequences=4",
+    "tracker=none",
+)
+VARIANTS = sorted(file.stem for file in (conf_dir() / "variant").glob("*.yaml"))
+PRESETS = sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml"))
+
+
+def configured(*overrides):
+    """The configuration of these overrides alone."""
+    return composed(conf_dir(), Words.parse(list(overrides)))
+
+
+def tiny(*overrides):
+    """A model of 2 layers × 16 for 30 steps, and these overrides."""
+    return configured(*TINY, *overrides)
+
+
+def stabrun(*words, cwd, env=(), **options):
+    """`stabrun WORDS` as a user runs it: a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "stabrun", *map(str, words)],
+        cwd=cwd,
+        env=os.environ | dict(env),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Token shards below the tests' own folder."""
+    os.environ["STABRUN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return Path(os.environ["STABRUN_CACHE"])
