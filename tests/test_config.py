@@ -96,7 +96,15 @@ def test_keys_that_do_not_fit_each_other(change, named):
 
 
 def test_multirun_trains_each_job(tmp_path):
-    words = ["train", "-m", "+variant=baseline,qk_norm", "seed=0,1", "train.steps=2", "tracker=none", "model.d_model=16"]
+    words = [
+        "train",
+        "-m",
+        "+variant=baseline,qk_norm",
+        "seed=0,1",
+        "train.steps=2",
+        "tracker=none",
+        "model.d_model=16",
+    ]
     done = stabrun(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summaries = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/summary.json")]

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from stabrun.config import AttentionConfig, ModelConfig, rotated
 from stabrun.model.linear import make_linear
-from stabrun.model.norm import make_norm
+from stabrun.model.norm import make_norm, wide
 from stabrun.model.position import Rotary
 
 
@@ -27,7 +27,7 @@ class AttentionCore(nn.Module):
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
         """QKᵀ/√d in fp32, before temperature, cap and mask: `[B, h, T, T]`."""
-        return (q @ k.mT).float() * q.shape[-1] ** -0.5
+        return wide(q @ k.mT) * q.shape[-1] ** -0.5
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over the past of the tempered and capped logits, `[B, h, T, T]`; rows sum to one."""

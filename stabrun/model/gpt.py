@@ -7,7 +7,7 @@ from stabrun.config import ModelConfig
 from stabrun.model.block import Block
 from stabrun.model.init import initialise
 from stabrun.model.linear import SigmaLinear
-from stabrun.model.norm import make_norm
+from stabrun.model.norm import make_norm, wide
 
 
 class GPT(nn.Module):
@@ -39,7 +39,7 @@ class GPT(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x)).float()
+        return wide(self.head(self.norm(x)))
 
     def before_step(self) -> None:
         """What moves once a training step, outside of the forward pass: σReparam's power iteration."""

@@ -1,10 +1,15 @@
-"""Norms, all computed in fp32 whatever the precision around them."""
+"""Norms, all computed in fp32 (fp64 stays) whatever the precision around them."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stabrun.config import NormConfig
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in fp32, or in fp64 where it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Norm(nn.Module):
@@ -27,14 +32,14 @@ class LayerNorm(Norm):
     """(x − mean) / √(var + ε) · gain + bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.width, self.gain(), self.bias, self.eps)
+        return F.layer_norm(wide(x), self.width, self.gain(), self.bias, self.eps)
 
 
 class RMSNorm(Norm):
     """x / √(mean(x²) + ε) · gain + bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), self.width, self.gain(), self.eps)
+        y = F.rms_norm(wide(x), self.width, self.gain(), self.eps)
         return y if self.bias is None else y + self.bias
 
 

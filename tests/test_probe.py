@@ -1,0 +1,179 @@
+"""Each statistic against its formula, computed a second way: autograd by hand, on the same batch."""
+
+import pytest
+import torch
+from conftest import tiny
+from torch import nn
+from torch.nn import functional as F
+
+from stabrun.config import ObserveConfig
+from stabrun.data.batches import training_batch
+from stabrun.observe.probe import Probe, find_sites
+from stabrun.train.trainer import Trainer
+
+
+@pytest.fixture(scope="module", params=["baseline", "qk_norm_cap", "qkv_norm"])
+def measured(request):
+    """A row of step 3 (every step slow), and the layers' tensors of the same step taken by retain_grad."""
+    words = [f"+variant={request.param}", "observe.slow_every=1", "optim.clip=0.5"]
+    trainer = Trainer(tiny(*words))
+    for step in range(3):
+        trainer.step(step).read()
+    twin = Trainer(tiny(*words, "observe.every=0"))
+    for step in range(3):
+        twin.step(step)
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            args[0].retain_grad()
+            seen[name] = (args[0], output)
+
+        return hook
+
+    def own_input(module, args):
+        return (args[0].view_as(args[0]),)
+
+    for name, module in twin.model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(own_input)
+            module.register_forward_hook(keep(name))
+        if name.endswith("core"):
+            module.register_forward_hook(lambda m, args, out, name=name: seen.__setitem__(name, args))
+        if name.startswith("blocks.") and name.count(".") == 1:
+            module.register_forward_hook(lambda m, args, out, name=name: seen.__setitem__(name, out))
+    before = {name: p.detach().clone() for name, p in twin.model.named_parameters()}
+    config = twin.config
+    batch = training_batch(twin.data.train, 0, 3, config.train.batch_size, config.data.seq_len)
+    loss = F.cross_entropy(twin.model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    loss.backward()
+    raw = {name: p.grad.clone() for name, p in twin.model.named_parameters()}
+    row = trainer.step(3).read()
+    return row, trainer, twin, seen, before, raw, loss.item()
+
+
+def tokens_mean(x):
+    return float(x.detach().double().flatten(0, -2).pow(2).sum(-1).sqrt().mean())
+
+
+def close(value, expected):
+    assert value == pytest.approx(expected, rel=2e-5, abs=1e-9)
+
+
+def test_loss_and_gradient_norm(measured):
+    row, _, _, _, _, raw, loss = measured
+    close(row["train/loss"], loss)
+    close(row["grad/norm"], float(sum(g.double().pow(2).sum() for g in raw.values()) ** 0.5))
+
+
+def test_norms_of_layers(measured):
+    row, _, twin, seen, before, raw, _ = measured
+    for site, layers in find_sites(twin.model).items():
+        for index, (name, _) in enumerate(layers):
+            x, y = seen[name]
+            close(row[f"norm/out/{site}"][index], tokens_mean(y))
+            close(row[f"norm/in/{site}"][index], tokens_mean(x))
+            close(row[f"norm/in_grad/{site}"][index], float(x.grad.double().norm()))
+            close(row[f"norm/weight/{site}"][index], float(before[f"{name}.weight"].double().norm()))
+            close(row[f"norm/grad/{site}"][index], float(raw[f"{name}.weight"].double().norm()))
+
+
+def test_norms_by_layer(measured):
+    row, _, _, seen, _, raw, _ = measured
+    for layer in range(2):
+        close(row["residual/norm"][layer], tokens_mean(seen[f"blocks.{layer}"]))
+        own = [g.double().pow(2).sum() for name, g in raw.items() if name.startswith(f"blocks.{layer}.")]
+        close(row["grad/norm_by_layer"][layer], float(sum(own) ** 0.5))
+
+
+def test_attention(measured):
+    row, _, twin, seen, _, _, _ = measured
+    cap = twin.config.model.attn.soft_cap
+    for layer in range(2):
+        q, k, _ = (x.detach().double() for x in seen[f"blocks.{layer}.attn.layer.core"])
+        peak, entropy = -float("inf"), []
+        for b in range(q.shape[0]):
+            for h in range(q.shape[1]):
+                for t in range(q.shape[2]):
+                    logits = (k[b, h, : t + 1] @ q[b, h, t]) / q.shape[-1] ** 0.5
+                    peak = max(peak, float(logits.max()))
+                    if cap:
+                        logits = cap * torch.tanh(logits / cap)
+                    weights = logits.exp() / logits.exp().sum()
+                    entropy.append(float(-(weights * weights.log()).sum()))
+        close(row["attn/max_logit"][layer], peak)
+        close(row["attn/entropy"][layer], sum(entropy) / len(entropy))
+
+
+def test_update_and_moments(measured):
+    row, trainer, _, _, before, raw, _ = measured
+    total = float(sum(g.double().pow(2).sum() for g in raw.values()) ** 0.5)
+    factor = min(1.0, 0.5 / (total + 1e-6))
+    for site, layers in find_sites(trainer.model).items():
+        for index, (name, layer) in enumerate(layers):
+            state = trainer.optimizer.state[layer.weight]
+            m, v = state["exp_avg"].double(), state["exp_avg_sq"].double()
+            change = layer.weight.detach().double() - before[f"{name}.weight"].double()
+            assert row[f"norm/update/{site}"][index] == pytest.approx(float(change.norm()), rel=1e-4)
+            close(row[f"norm/adam_m/{site}"][index], float(m.norm()))
+            close(row[f"norm/adam_v/{site}"][index], float(v.norm()))
+            clipped = raw[f"{name}.weight"].double() * factor
+            close(row[f"adam/surprise/{site}"][index], float(clipped.pow(2).mean() / (v.mean() / (1 - 0.95**4))))
+
+
+def test_micro_batches_merge_to_the_batchs_values():
+    rows = []
+    for micro in (4, 2, 1):
+        trainer = Trainer(tiny(f"train.micro_batch_size={micro}", "+variant=qk_norm"))
+        rows.append(trainer.step(0).read())
+    for row in rows[1:]:
+        assert row.keys() == rows[0].keys()
+        for key, value in rows[0].items():
+            assert row[key] == pytest.approx(value, rel=1e-3 if "update" in key else 1e-4), key
+
+
+def test_observation_changes_no_bit():
+    losses = {}
+    for every in (0, 1, 3):
+        trainer = Trainer(tiny(f"observe.every={every}", "observe.slow_every=2", "+variant=qk_norm_cap"))
+        losses[every] = [(row["train/loss"], row["grad/norm"]) for row in (trainer.step(s).read() for s in range(8))]
+    assert losses[0] == losses[1] == losses[3]
+
+
+class Foreign(nn.Module):
+    """Somebody else's model: two linear layers under a recomputed block."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.down(torch.utils.checkpoint.checkpoint(lambda y: self.up(y).relu(), x, use_reentrant=False))
+
+
+def test_any_model_and_recomputation():
+    torch.manual_seed(0)
+    model = Foreign()
+    probe = Probe(model, ObserveConfig(), tokens=5)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    probe.arm(0)
+    x = torch.randn(5, 6, requires_grad=True)
+    loss = model(x).square().mean()
+    loss.backward()
+    probe.merge(0, 1)
+    norms = torch.stack([p.grad.norm() for p in model.parameters()])
+    probe.before_update(norms)
+    optimizer.step()
+    probe.after_update(optimizer)
+    row = probe.snapshot(loss.detach(), norms.norm()).read()
+    assert row["norm/in/up"] == pytest.approx([tokens_mean(x)])
+    assert row["norm/in_grad/up"] == pytest.approx([float(x.grad.norm())])
+    assert "residual/norm" not in row
+
+
+def test_validation_leaves_no_trace():
+    trainer = Trainer(tiny())
+    trainer.step(0).read()
+    before = trainer.probe.norms.clone()
+    trainer.validate()
+    assert trainer.probe.norms.equal(before)

@@ -1,0 +1,62 @@
+import json
+import math
+
+import pytest
+from conftest import tiny
+
+from stabrun.observe import keys
+from stabrun.observe.record import Record, dumps, number, read_rows, write_whole
+from stabrun.train.run import train
+
+
+def test_numbers_that_are_not_finite_become_words():
+    row = {"a": math.nan, "b": [1.5, math.inf, -math.inf], "c": 3}
+    line = dumps(row)
+    assert json.loads(line) == {"a": "nan", "b": [1.5, "inf", "-inf"], "c": 3}
+    assert math.isnan(number("nan"))
+    assert number("-inf") == -math.inf
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 3, "x"', "not json\n", '[1]\n{"step": 3}\n'])
+def test_rows_end_at_the_first_line_that_is_none(tmp_path, tail):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n' + tail)
+    assert [row["step"] for row in read_rows(file)] == [0, 1, 2]
+    assert [row["step"] for row in Record(tmp_path).cut(2)] == [0, 1]
+    assert file.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_file_is_replaced_whole(tmp_path):
+    file = tmp_path / "summary.json"
+    write_whole(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(file, "new \ud800")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_keys_of_a_run_are_those_of_the_table(tmp_path):
+    train(tiny(f"run_dir={tmp_path / 'run'}", "train.steps=11"))
+    rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    expected = {key for metric in keys.METRICS for key in keys.expand(metric.key)}
+    assert set().union(*rows) == expected
+    by_key = {key: metric for metric in keys.METRICS for key in keys.expand(metric.key)}
+    cadence = {
+        "each step": range(11),
+        "observe.every": range(11),
+        "observe.slow_every": (0, 10),
+        "train.val_every": (10,),
+    }
+    for key, metric in by_key.items():
+        assert [row["step"] for row in rows if key in row] == list(cadence[metric.cadence]), key
+        value = rows[10][key]
+        assert isinstance(value, list) == (metric.shape == "list"), key
+        if metric.shape == "list":
+            assert len(value) == (1 if key.endswith("head") else 2), key
+
+
+def test_page_of_the_keys_is_up_to_date():
+    from pathlib import Path
+
+    page = Path(__file__).parent.parent / "docs" / "metrics.md"
+    assert page.read_text() == keys.table() + "\n", "run `make docs`"
