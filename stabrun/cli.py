@@ -1,5 +1,6 @@
 """Words typed → functions called. Only the standard library is imported here; each command imports what it needs."""
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         status = dispatch(words)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: Ctrl-C must not spoil the exit
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("stabrun: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)

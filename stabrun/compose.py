@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -141,8 +142,9 @@ def multirun(conf: Path, words: Words, job: Callable[[Config], None]) -> None:
         job(config)
 
     started: list[Config] = []
-    overrides = [*words.overrides, "hydra.mode=MULTIRUN"]
-    with plainly(), hydra(conf):
+    with plainly(), hydra(conf), TemporaryDirectory() as scratch:
+        # Hydra's note of the sweep goes where nobody looks, for runs keep their own records.
+        overrides = [f"hydra.sweep.dir={scratch}", *words.overrides, "hydra.mode=MULTIRUN"]
         with foreseen(words.overrides):
             whole = the_hydra().compose_config("config", overrides, RunMode.MULTIRUN, from_shell=True)
         refuse_code(whole)

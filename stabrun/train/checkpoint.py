@@ -5,12 +5,14 @@
 under its name only when whole, and replaces the one before.
 """
 
+import errno
 import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,19 +23,29 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     """Write the state after `step` updates below `folder`; older checkpoints go. Returns the new one's path."""
     target, scratch = folder / f"step_{step:08d}", folder / "incomplete"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    save_file(_model_state(model), scratch / "model.safetensors")
-    save_file(_optimizer_state(model, optimizer), scratch / "optimizer.safetensors")
-    (scratch / META).write_text(json.dumps({"step": step}) + "\n")
-    for file in scratch.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(scratch, target)
+    try:
+        _write(scratch, step, model, optimizer)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     for old in folder.glob("step_*"):
         if old != target:
             shutil.rmtree(old)
     return target
+
+
+def _write(scratch: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    scratch.mkdir(parents=True)
+    try:
+        save_file(_model_state(model), scratch / "model.safetensors")
+        save_file(_optimizer_state(model, optimizer), scratch / "optimizer.safetensors")
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(errno.EIO, str(error), str(scratch)) from error
+    (scratch / META).write_text(json.dumps({"step": step}) + "\n")
+    for file in scratch.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
 
 
 def latest(folder: Path) -> tuple[int, Path] | None:

@@ -20,9 +20,8 @@ COMPLETE, STOPPED, INTERRUPTED = "complete", "stopped", "interrupted"
 def claimed(config: Config, directory: Path) -> Iterator[Record]:
     """The run directory, made or found, held by this process alone.
 
-    Raises MistakeError where another process holds it, it is no folder, or it belongs to another experiment.
+    Raises MistakeError where another process holds it, or it is no folder.
     """
-    refuse_strangers(config, directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

@@ -20,6 +20,7 @@ from stabrun.train.folder import (
     STOPPED,
     claimed,
     finished,
+    refuse_strangers,
     resume_point,
     seconds_before,
 )
@@ -33,8 +34,13 @@ def train(config: Config) -> dict[str, Any]:
     Raises MistakeError where the configuration or the run directory does not allow it; a divergence raises nothing.
     """
     check(config)
-    with claimed(config, run_dir(config)) as record:
-        return finished(record.directory) or Run(Trainer(config), record).start()
+    directory = run_dir(config)
+    refuse_strangers(config, directory)
+    if summary := finished(directory):
+        return summary
+    trainer = Trainer(config)
+    with claimed(config, directory) as record:
+        return Run(trainer, record).start()
 
 
 class Run:

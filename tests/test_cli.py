@@ -1,0 +1,226 @@
+import os
+import re
+import resource
+import signal
+import subprocess
+
+import pytest
+from conftest import TINY, VARIANTS, stabrun, tiny
+
+import stabrun as package
+from stabrun.cli import main
+from stabrun.train.run import train
+
+
+def run(capsys, *words):
+    """Exit status, stdout and stderr of `stabrun WORDS` in this process."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    signal.signal(signal.SIGINT, before)
+    return ended.value.code, *capsys.readouterr()
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+MISTAKES = [
+    # what is typed, and what the sentence must name: the key, what was given, what is allowed
+    (["frobnicate"], ["frobnicate", "train"]),
+    (["train", "+variant=nope"], ["variant=nope", "qk_norm_cap"]),
+    (["train", "+variant=[nope,qk_norm]"], ["variant=nope"]),
+    (["train", "variant=qk_norm"], ["+variant"]),
+    (["train", "model=huge"], ["model=huge", "nano"]),
+    (["train", "schedule=sawtooth"], ["schedule=sawtooth", "cosine"]),
+    (["train", "optim.lrr=1"], ["optim.lrr", "optim.lr"]),
+    (["train", "+optim.lrr=1"], ["optim.lrr", "optim.lr"]),
+    (["train", "+foo=1"], ["foo"]),
+    (["train", "optim.lr=fast"], ["optim.lr=fast", "Float"]),
+    (["train", "train.steps=1.5"], ["train.steps=1.5", "Integer"]),
+    (["train", "model.n_layer=null"], ["model.n_layer=null"]),
+    (["train", "optim.lr=0"], ["optim.lr=0", "above 0"]),
+    (["train", "optim.lr=-0.1"], ["optim.lr=-0.1", "above 0"]),
+    (["train", "optim.lr=nan"], ["optim.lr=nan", "finite"]),
+    (["train", "optim.lr=inf"], ["optim.lr=inf", "finite"]),
+    (["train", "train.steps=0"], ["train.steps=0", "at least 1"]),
+    (["train", "model.dropout=1"], ["model.dropout=1", "below 1"]),
+    (["train", "model.n_head=3"], ["model.n_head=3", "model.d_model=64"]),
+    (["train", "model.norm.kind=batch"], ["model.norm.kind=batch", "rmsnorm"]),
+    (["train", "train.micro_batch_size=3"], ["train.micro_batch_size=3", "train.batch_size=16"]),
+    (["train", "model.vocab_size=100"], ["model.vocab_size=100", "256"]),
+    (["train", "optim.lr=20"], ["optim.weight_decay", "optim.lr=20"]),
+    (["train", "data=local"], ["data.path"]),
+    (["train", "data=local", "data.path=/no/such/file"], ["data.path=/no/such/file"]),
+    (["train", "data.cache_dir=/dev/null/x"], ["data.cache_dir=/dev/null/x"]),
+    (["train", "train.device=cuda"], ["train.device=cuda", "cpu"]),
+    (["train", "optim.lr=1e-3,1e-2"], ["optim.lr=1e-3,1e-2", "-m"]),
+    (["train", "optim.lr"], ["optim.lr", "KEY=VALUE"]),
+    (["train", "optim.lr=[1"], ["optim.lr=[1"]),
+    (["train", "~optim"], ["~optim", "KEY=VALUE"]),
+    (["train", "--lr=3"], ["--lr=3", "--config-dir"]),
+    (["train", "--config-dir", "/no/such/folder"], ["/no/such/folder"]),
+    (["train", "-m", "+variant=baseline,null"], ["+variant=baseline,null"]),
+    (["train", "run_dir=/dev/null/run"], ["run_dir=/dev/null/run"]),
+    (["train", "+hydra.callbacks.x._target_=os.getcwd"], ["hydra.callbacks", "refuses"]),
+    (["train", "hydra.launcher._target_=os.getcwd"], ["hydra.launcher._target_=os.getcwd"]),
+    (["train", "-m", "hydra.sweeper._target_=os.getcwd", "seed=0,1"], ["hydra.sweeper._target_=os.getcwd"]),
+    (["rerun"], ["run directory"]),
+    (["rerun", "/no/such/run"], ["/no/such/run", "config.yaml"]),
+    (["judge", "/no/such/run"], ["/no/such/run", "metrics.jsonl"]),
+    (["variants", "all"], ["all"]),
+    (["model", "model=tiny"], ["model=tiny", "micro"]),
+    (["data"], ["data prepare"]),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else None)
+def test_a_mistake_is_a_sentence_and_status_2(capsys, words, named):
+    if "train.device=cuda" in words and __import__("torch").cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    status, out, err = run(capsys, *words)
+    assert status == 2, err
+    assert out == ""
+    assert err.startswith("stabrun: ")
+    assert "Traceback" not in err
+    assert err.count("\n") == 1, "one line"
+    assert len(re.findall(r"[.!?](?:\s|$)", err)) <= 2, "two sentences at most"
+    for part in named:
+        assert part in err
+    assert os.listdir(".") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"", "no text"), (b"\x89PNG\r\n\x1a\n\xff", "UTF-8"), (b"too short", "data.seq_len=64")]
+)
+def test_texts_that_cannot_be_trained_on(capsys, tmp_path, content, said):
+    (tmp_path / "text.txt").write_bytes(content)
+    status, _, err = run(capsys, "train", "data=local", f"data.path={tmp_path}/text.txt", "run_dir=run")
+    assert status == 2
+    assert said in err
+
+
+def test_another_experiments_directory_is_left_alone(capsys, tmp_path):
+    train(tiny(f"run_dir={tmp_path / 'run'}", "train.steps=3"))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    status, _, err = run(capsys, "train", *TINY, "train.steps=3", "optim.lr=0.5", "run_dir=run")
+    assert status == 2
+    assert "optim.lr=0.01 (here 0.5)" in err
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
+def test_a_folder_of_other_things_is_left_alone(capsys, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("words")
+    status, _, err = run(capsys, "train", *TINY, "run_dir=thesis")
+    assert status == 2
+    assert "not empty" in err
+    assert os.listdir("thesis") == ["chapter.tex"]
+
+
+def test_a_yaml_that_names_code_is_refused(capsys, tmp_path):
+    (tmp_path / "variant").mkdir()
+    sly = "# @package _global_\nhydra: {callbacks: {x: {_target_: builtins.print}}}\n"
+    (tmp_path / "variant" / "sly.yaml").write_text(sly)
+    status, out, err = run(capsys, "train", "--config-dir", tmp_path, "+variant=sly")
+    assert (status, out) == (2, "")
+    assert "hydra.callbacks" in err
+
+
+def test_a_broken_yaml_is_a_sentence(capsys, tmp_path):
+    (tmp_path / "variant").mkdir()
+    (tmp_path / "variant" / "bad.yaml").write_text("model: {attn: [\n")
+    status, _, err = run(capsys, "train", "--config-dir", tmp_path, "+variant=bad")
+    assert status == 2
+    assert "bad.yaml" in err
+    assert "Traceback" not in err
+
+
+def limited():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+
+def test_a_full_disk_is_a_fault_and_nothing_is_lost():
+    """A limit on the size of files stands in for a disk that fills up while the record grows."""
+    words = ["train", *TINY, "train.checkpoint_every=0", "run_dir=run"]
+    stopped = stabrun(*words, cwd=".", preexec_fn=limited)
+    assert stopped.returncode == 1, stopped.stderr
+    assert stopped.stderr.startswith("stabrun: ")
+    assert "Traceback" not in stopped.stderr
+    assert len(stopped.stderr.splitlines()) == 1
+    kept = stabrun("judge", "run", cwd=".")
+    assert kept.returncode == 0
+    again = stabrun(*words, cwd=".")
+    assert again.returncode == 0, again.stderr
+    assert "complete" in (open("run/summary.json").read())
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a file system here")
+    try:
+        stopped = stabrun("train", *TINY, f"run_dir={disk}/run", cwd=tmp_path)
+        assert stopped.returncode == 1, stopped.stderr
+        assert "No space left" in stopped.stderr
+        assert len(stopped.stderr.splitlines()) == 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_variants_are_listed_with_their_source(capsys):
+    status, out, _ = run(capsys, "variants")
+    assert status == 0
+    lines = out.splitlines()
+    assert sorted(line.split()[0] for line in lines) == VARIANTS
+    assert lines[0].startswith("baseline")
+    assert all("[" in line for line in lines)
+
+
+def test_help_and_version(capsys):
+    assert run(capsys, "--help")[0] == 0
+    assert "exit status" in run(capsys, "train", "--help")[1]
+    assert run(capsys, "--version")[1] == f"stabrun {package.__version__}\n"
+    assert run(capsys)[0] == 2
+
+
+def test_help_and_variants_import_nothing_heavy(tmp_path):
+    ask = (
+        "import sys\nfrom stabrun.cli import dispatch\n"
+        "dispatch(['--help']); dispatch(['variants'])\n"
+        "heavy = {'torch', 'hydra', 'omegaconf', 'wandb', 'numpy', 'rich', 'yaml'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([__import__("sys").executable, "-c", ask], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_model_as_json(capsys):
+    import json
+
+    status, out, _ = run(capsys, "model", "model=830m", "--json")
+    facts = json.loads(out)
+    assert status == 0
+    assert 826e6 <= facts["parameters"]["total"] <= 831e6
+    assert facts["memory"]["peak_bytes"] > 16 * facts["parameters"]["total"]
+    assert facts["flops_per_token"] > 6 * 302e6
+
+
+def test_judge_says_what_the_run_said(capsys, tmp_path):
+    import json
+
+    summary = train(tiny("run_dir=run", "train.steps=60"))
+    capsys.readouterr()
+    _, out, _ = run(capsys, "judge", "run", "--json")
+    assert json.loads(out)["verdict"] == summary["verdict"]
+    assert summary["verdict"] in run(capsys, "judge", "run")[1]
+
+
+def test_data_prepare_tells_where(capsys, tmp_path):
+    status, out, _ = run(capsys, "data", "prepare", f"data.cache_dir={tmp_path / 'c'}")
+    assert status == 0
+    assert "3,941,242 training" in out
+    assert str(tmp_path / "c") in out

@@ -1,0 +1,120 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny
+
+from stabrun.config import run_id
+from stabrun.observe import tracker
+from stabrun.observe.record import read_rows
+from stabrun.observe.tracker import Tracker, projection
+from stabrun.train.run import Run, train
+
+WANDB = Path(sys.executable).parent / "wandb"
+
+
+def inspected(folder):
+    """The records of an offline W&B run, as its own tool prints them."""
+    done = subprocess.run([WANDB, "leet", "inspect", "--json", folder], capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def history(folder):
+    return [record["history"]["item"] for record in inspected(folder) if record["type"] == "history"]
+
+
+def summary_of(folder):
+    merged = {}
+    for record in inspected(folder):
+        if record["type"] == "summary":
+            merged |= record["summary"].get("update", {})
+    return merged
+
+
+def assert_equal_to_record(directory, norms_every):
+    rows = list(read_rows(directory / "metrics.jsonl"))
+    logged = history(directory / "wandb" / "latest-run")
+    assert [item["_step"] for item in logged] == [row["step"] for row in rows]
+    for row, item in zip(rows, logged, strict=True):
+        told = {key: value for key, value in item.items() if not key.startswith("_")}
+        assert told == pytest.approx(projection(row, norms_every), rel=1e-12)
+    assert "norm/out/fc2/layer_01" in logged[0]
+    assert "norm/out/fc2/layer_01" not in logged[1]
+
+
+def test_offline_run_holds_the_values_of_the_record(tmp_path):
+    config = tiny("tracker=wandb", "tracker.norms_every=4", "+variant=qk_norm", f"run_dir={tmp_path / 'run'}")
+    summary = train(config)
+    assert_equal_to_record(tmp_path / "run", 4)
+    folder = tmp_path / "run" / "wandb" / "latest-run"
+    started = next(record["run"] for record in inspected(folder) if record["type"] == "run")
+    assert started["run_id"] == summary["run_id"]
+    assert started["run_group"] == "qk_norm"
+    assert started["job_type"] == "train"
+    assert started["config"]["update"]["model"]["attn"]["qk_norm"] == "head"
+    told = summary_of(folder)
+    assert told["verdict"] == summary["verdict"]
+    assert told["final_loss"] == pytest.approx(summary["final_loss"])
+
+
+def test_resumed_run_is_whole_and_the_same_run(tmp_path, monkeypatch):
+    config = tiny("tracker=wandb", "tracker.norms_every=4", f"run_dir={tmp_path / 'run'}")
+    launch = Run.launch
+
+    def interrupted(self, step):
+        import signal
+
+        if step == 13:
+            signal.raise_signal(signal.SIGINT)
+        return launch(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "launch", interrupted)
+        assert train(config)["status"] == "interrupted"
+    train(config)
+    assert_equal_to_record(tmp_path / "run", 4)
+    runs = [folder.name for folder in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2
+    assert all(run_id(config) in name for name in runs)
+
+
+def test_a_fault_of_wandbs_stops_no_run(tmp_path, monkeypatch, capsys):
+    def broken(self, row):
+        raise ConnectionError("the server went away\nwith details")
+
+    monkeypatch.setattr(Tracker, "_log", broken)
+    summary = train(tiny("tracker=wandb", f"run_dir={tmp_path / 'run'}"))
+    assert summary["status"] == "complete"
+    err = capsys.readouterr().err
+    assert err.count("W&B is off") == 1
+    assert "the server went away" in err
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "x" * 40}, "online"),
+        ({"WANDB_API_KEY": "x" * 40, "WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_MODE": "disabled"}, "disabled"),
+    ],
+)
+def test_mode_needs_no_prompt(monkeypatch, tmp_path, environment, mode):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert tracker._mode() == mode
+
+
+def test_a_login_counts_as_a_key(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert tracker._mode() == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert tracker._mode() == "offline"

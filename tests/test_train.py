@@ -1,0 +1,249 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY, configured, stabrun, tiny
+from safetensors.torch import load_file
+
+from stabrun.config import MistakeError
+from stabrun.model.gpt import GPT
+from stabrun.observe.record import read_rows
+from stabrun.train import checkpoint, run
+from stabrun.train.optimizer import make_optimizer
+from stabrun.train.run import Run, train
+
+RICH = ("+variant=qk_norm_cap", "model.dropout=0.1", "train.val_every=9", "train.checkpoint_every=8")
+
+
+def metrics(directory):
+    return (directory / "metrics.jsonl").read_bytes()
+
+
+def events(directory, kind):
+    return [event for event in read_rows(directory / "events.jsonl") if event["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The record of a run that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    train(tiny(*RICH, f"run_dir={directory}"))
+    return metrics(directory)
+
+
+def test_a_run_leaves_all_its_files(tmp_path):
+    summary = train(tiny(f"run_dir={tmp_path / 'run'}"))
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    files = {"config.yaml", "environment.json", "metrics.jsonl", "events.jsonl", "summary.json", "checkpoints"}
+    assert names - {".lock"} == files
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert summary["status"] == "complete"
+    assert summary["steps"] == 30
+    assert summary["tokens"] == 30 * 4 * 16
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["threads"] == 1
+    assert environment["device"].startswith(("cpu", "NVIDIA"))
+
+
+def test_same_configuration_same_bytes(tmp_path, whole):
+    train(tiny(*RICH, f"run_dir={tmp_path / 'again'}"))
+    assert metrics(tmp_path / "again") == whole
+
+
+def test_same_data_whatever_the_learning_rate(tmp_path):
+    first = []
+    for rate in ("1e-4", "1e-1"):
+        train(tiny(f"optim.lr={rate}", f"run_dir={tmp_path / rate}", "train.steps=2"))
+        first.append(next(read_rows(tmp_path / rate / "metrics.jsonl"))["train/loss"])
+    assert first[0] == first[1]
+
+
+@pytest.mark.parametrize("at", range(30))
+def test_interrupted_at_any_step_and_started_again(tmp_path, whole, monkeypatch, at):
+    launch = Run.launch
+
+    def interrupted(self, step):
+        if step == at:
+            signal.raise_signal(signal.SIGINT)
+        return launch(self, step)
+
+    config = tiny(*RICH, f"run_dir={tmp_path / 'run'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "launch", interrupted)
+        first = train(config)
+    last = at == 29
+    assert first["status"] == ("complete" if last else "interrupted")
+    assert first["steps"] == at + 1
+    if not last:
+        assert train(config)["status"] == "complete"
+    assert metrics(tmp_path / "run") == whole
+
+
+def test_ctrl_c_in_the_terminal_and_started_again(tmp_path, whole):
+    command = [sys.executable, "-m", "stabrun", "train", *TINY, *RICH, "run_dir=run"]
+    codes = []
+    for start in (1, 2, 3):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while process.poll() is None and len(events(tmp_path / "run", "start")) < start:
+            time.sleep(0.01)
+        if start < 3:
+            time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert "Traceback" not in output
+        codes.append(process.returncode)
+    assert codes[-1] == 0
+    assert set(codes) <= {0, 130}
+    assert metrics(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("rows", [1, 9, 20])
+def test_killed_and_started_again(tmp_path, whole, rows):
+    words = ["train", *TINY, *RICH, "run_dir=run"]
+    program = (
+        "import os, signal, sys\n"
+        "from stabrun.observe.record import Record\n"
+        "write, count = Record.write, [0]\n"
+        "def deadly(self, row):\n"
+        "    write(self, row)\n"
+        "    count[0] += 1\n"
+        f"    if count[0] == {rows}:\n"
+        "        self.file.write('{\"step\": ')\n"  # half a line, as a kill leaves it
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Record.write = deadly\n"
+        "from stabrun.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = stabrun(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "run") == whole
+    assert len(events(tmp_path / "run", "start")) == 2
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
+    config = tiny(f"run_dir={tmp_path / 'run'}", "train.steps=3")
+    first = train(config)
+    monkeypatch.setattr(run, "Trainer", None)
+    assert train(config) == first
+
+
+def test_observed_or_not_the_losses_are_the_same_bits(tmp_path):
+    kept = []
+    for every in (1, 0):
+        config = tiny(*RICH, f"observe.every={every}", f"run_dir={tmp_path / str(every)}")
+        train(config)
+        rows = read_rows(tmp_path / str(every) / "metrics.jsonl")
+        kept.append([(r["step"], r["train/loss"], r["grad/norm"], r.get("val/loss")) for r in rows])
+    assert kept[0] == kept[1]
+
+
+def test_divergence_is_a_result(tmp_path):
+    config = tiny("optim.lr=1e18", "optim.weight_decay=0", "optim.clip=null", f"run_dir={tmp_path / 'run'}")
+    summary = train(config)
+    assert summary["status"] == "stopped"
+    assert summary["verdict"] == "diverged"
+    assert summary["reason"].startswith("nonfinite")
+    rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert rows[-1]["step"] == summary["first_bad_step"] == summary["horizon"]
+    assert "nan" in metrics(tmp_path / "run").decode() or "inf" in metrics(tmp_path / "run").decode()
+    assert train(config) == summary
+
+
+@pytest.mark.parametrize(
+    ("words", "verdict"),
+    [(("optim.lr=0.3",), "diverged"), (("+variant=qk_norm", "optim.lr=0.01"), "converged")],
+)
+def test_the_edge_at_nano(tmp_path, words, verdict):
+    fixed = ("schedule=constant", "schedule.warmup_steps=50", "train.steps=400", "train.threads=1", "tracker=none")
+    summary = train(configured(*fixed, *words, f"run_dir={tmp_path / 'run'}", "train.val_every=0"))
+    assert summary["verdict"] == verdict
+    assert isinstance(summary["final_loss"], float)
+    assert (summary["first_bad_site"] is not None) == (verdict == "diverged")
+
+
+def test_checkpoint_holds_all_that_a_resume_needs(tmp_path):
+    config = tiny("+variant=sigma_reparam", "model.tied=true", "model.position.kind=learned")
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
+    train(config)
+    step, path = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert step == 30
+    model = GPT(config.model, config.data.seq_len, seed=99)
+    optimizer = make_optimizer(model, config.optim)
+    checkpoint.load(path, model, optimizer)
+    state = load_file(path / "model.safetensors")
+    assert {"blocks.0.mlp.layer.fc1.u", "embed.weight"} <= set(state)
+    assert "head.weight" not in state
+    for name, parameter in model.named_parameters():
+        assert parameter.equal(state[name])
+        assert float(optimizer.state[parameter]["step"]) == 30
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path):
+    config = tiny(*RICH, f"run_dir={tmp_path / 'run'}")
+    train(config)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "incomplete").mkdir()
+    (folder / "step_00000099").mkdir()
+    assert checkpoint.latest(folder)[0] == 30
+
+
+def test_a_run_directory_serves_one_process(tmp_path, monkeypatch):
+    config = tiny(f"run_dir={tmp_path / 'run'}")
+    refused = []
+
+    def meddle(self):
+        with pytest.raises(MistakeError, match="another process") as error:
+            train(config)
+        refused.append(error)
+        return start(self)
+
+    start = Run.start
+    monkeypatch.setattr(Run, "start", meddle)
+    train(config)
+    assert len(refused) == 1
+
+
+def test_rerun_gives_the_same_record(tmp_path, whole):
+    assert stabrun("train", *TINY, *RICH, "run_dir=run", cwd=tmp_path).returncode == 0
+    done = stabrun("rerun", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "run-rerun") == whole == metrics(tmp_path / "run")
+    changed = stabrun("rerun", "run", "seed=5", "run_dir=other", cwd=tmp_path)
+    assert changed.returncode == 0, changed.stderr
+    assert metrics(tmp_path / "other") != whole
+
+
+def test_bf16_keeps_fp32_master_weights(tmp_path):
+    config = tiny("train.precision=bf16", "train.steps=3", f"run_dir={tmp_path / 'run'}")
+    summary = train(config)
+    state = load_file(next((tmp_path / "run" / "checkpoints").glob("*/model.safetensors")))
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert summary["steps"] == 3
+
+
+def test_second_ctrl_c_stops_at_once_and_loses_nothing_before_the_checkpoint(tmp_path, whole, monkeypatch):
+    launch = Run.launch
+
+    def impatient(self, step):
+        if step == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return launch(self, step)
+
+    config = tiny(*RICH, f"run_dir={tmp_path / 'run'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "launch", impatient)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints")[0] == 16
+    train(config)
+    assert metrics(tmp_path / "run") == whole
