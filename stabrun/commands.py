@@ -102,7 +102,8 @@ def rerun(words: list[str], conf: Path) -> int:
 
 def judge(words: list[str], conf: Path) -> int:
     from stabrun.observe.record import read_rows
-    from stabrun.observe.verdict import Judge
+    from stabrun.observe.verdict import Judge, of_run
+    from stabrun.train.folder import read_config
 
     as_json = "--json" in words
     paths = [word for word in words if word != "--json"]
@@ -114,7 +115,8 @@ def judge(words: list[str], conf: Path) -> int:
     fold = Judge()
     for row in read_rows(file):
         fold.add(row)
-    verdict = asdict(fold.verdict())
+    planned = read_config(file.with_name("config.yaml")).train.steps
+    verdict = asdict(of_run(fold.verdict(), planned))
     print(json.dumps(verdict, indent=1) if as_json else verdict_line(verdict))
     return 0
 

@@ -95,6 +95,10 @@ def needs_plus(group: str) -> str:
     return f"{group}=…: a variant is added to the defaults, so that it is spelled +{group}=NAME."
 
 
+def not_new(path: str) -> str:
+    return f"{path}: the key is there already; leave out the + before it."
+
+
 def wrong_type(given: str, why: str) -> str:
     return f"{given}: {why}."
 
@@ -111,6 +115,7 @@ SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
         r"([\w.]+)(?:'\.|=)[^\n]*\n.*Key '\w+' (?:not|is not) in",
         no_such_key,
     ),
+    (r"An item is already at '([\w.]+)'", not_new),
     (r"Error merging override (\S+)\n(.*)", wrong_type),
     (r"Ambiguous value for argument '([^']*)'", many_values),
 )

@@ -37,6 +37,7 @@ MISTAKES = [
     (["train", "optim.lrr=1"], ["optim.lrr", "optim.lr"]),
     (["train", "+optim.lrr=1"], ["optim.lrr", "optim.lr"]),
     (["train", "+foo=1"], ["foo"]),
+    (["train", "+optim.lr=1"], ["optim.lr", "leave out the +"]),
     (["train", "optim.lr=fast"], ["optim.lr=fast", "Float"]),
     (["train", "train.steps=1.5"], ["train.steps=1.5", "Integer"]),
     (["train", "model.n_layer=null"], ["model.n_layer=null"]),

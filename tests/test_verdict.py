@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny
 
 from stabrun.observe.record import read_rows
-from stabrun.observe.verdict import Judge, trailing_means
+from stabrun.observe.verdict import Judge, of_run, trailing_means
 from stabrun.train.run import train
 
 
@@ -119,6 +119,14 @@ def test_live_is_the_same_as_afterwards(tmp_path):
     verdict = judge.verdict()
     for field in ("verdict", "reason", "first_bad_step", "first_bad_site", "final_loss", "best_loss"):
         assert summary[field] == getattr(verdict, field)
+
+
+def test_a_run_cut_short_is_not_called_stable():
+    verdict = judged(falling(400))
+    assert of_run(verdict, 400) == verdict
+    assert (of_run(verdict, 500).verdict, of_run(verdict, 500).reason) == ("undecided", "interrupted")
+    gone = judged(rising(falling(400), 200, 1.0))
+    assert of_run(gone, 500) == gone
 
 
 def test_judging_needs_no_torch():

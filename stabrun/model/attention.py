@@ -1,5 +1,7 @@
 """Causal self-attention over the switches of `model.attn`."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,8 +28,12 @@ class AttentionCore(nn.Module):
         self.dropout = dropout
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
-        """QKᵀ/√d in fp32, before temperature, cap and mask: `[B, h, T, T]`."""
-        return wide(q @ k.mT) * q.shape[-1] ** -0.5
+        """QKᵀ/√d in fp32, before temperature, cap and mask: `[B, h, T, T]`.
+
+        Autocast is off, for its product would come rounded to bf16, unlike the sums inside SDPA.
+        """
+        with exactly(q.device.type):
+            return wide(q) @ wide(k).mT * q.shape[-1] ** -0.5
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over the past of the tempered and capped logits, `[B, h, T, T]`; rows sum to one."""
@@ -45,6 +51,11 @@ class AttentionCore(nn.Module):
         if self.clips:
             weights = ((self.high - self.low) * weights + self.low).clamp(0, 1)
         return F.dropout(weights, dropout).to(v.dtype) @ v
+
+
+def exactly(device: str) -> AbstractContextManager:
+    """A context in which autocast rounds nothing."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def future(logits: Tensor) -> Tensor:
@@ -78,7 +89,7 @@ class Attention(nn.Module):
         batch, time, width = x.shape
         q, k, v = self.qkv(x).view(batch, time, 3, self.n_head, self.head_dim).unbind(2)
         q, k, v = self.place(q, self.q_norm), self.place(k, self.k_norm), self.v_norm(v)
-        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.to(q.dtype).transpose(1, 2))
+        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(out.transpose(1, 2).reshape(batch, time, width))
 
     def place(self, x: Tensor, norm: nn.Module) -> Tensor:

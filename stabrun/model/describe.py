@@ -77,7 +77,9 @@ def memory(config: Config) -> dict[str, int]:
 
 
 def activation_bytes(config: Config) -> int:
-    """Bytes that autograd keeps for one token in one block."""
+    """Bytes that autograd keeps for one token in one block, with fused kernels for norms and dropout (CPUs lack
+    those of RMSNorm and of attention's dropout, and keep more).
+    """
     model, seq_len = config.model, config.data.seq_len
     attn, mlp, d = model.attn, model.mlp, model.d_model
     low = 2 if config.train.precision == "bf16" else 4
@@ -87,14 +89,15 @@ def activation_bytes(config: Config) -> int:
 
     def around(branch: Any) -> int:
         """The residual stream before the branch, its norm's output as the linear layer's input, and out-norms."""
-        pre = 4 * d + (low * d if branch.pre_norm and normed else cast * low * d)
-        return pre + (low * d * branch.out_norm + 4 * d * branch.post_norm) * normed
+        pre = 4 * d * (branch.pre_norm and normed) + low * d
+        return pre + 4 * d * (branch.out_norm + branch.post_norm) * normed
 
-    scales = 2 * 4 * d if model.layer_scale is not None else 0
+    branches = sum(4 if branch.out_norm and normed else low for branch in (attn, mlp))
+    scales = d * branches if model.layer_scale is not None else 0
     rope = model.position.kind == "rope"
     qk = (attn.qk_norm != "none") * normed
     plain = attn.soft_cap is not None or (attn.clip_low, attn.clip_high) != (0.0, 1.0)
-    keys_and_queries = 2 * d * (4 if qk or rope else 0)
+    keys_and_queries = 2 * d * (4 if plain else low) if qk or rope or (plain and cast) else 0
     scores = model.n_head * seq_len
     saved_scores = 0
     if plain:
@@ -102,7 +105,10 @@ def activation_bytes(config: Config) -> int:
         saved_scores += 4 if (attn.clip_low, attn.clip_high) != (0.0, 1.0) else 0
         saved_scores += 2 * cast
         saved_scores *= scores
-    heart = 3 * d * low + keys_and_queries + (d * 4 if attn.v_norm != "none" and normed else 0)
+    v_norm = (attn.v_norm != "none") * normed
+    # Norms of bf16 keep their inputs in fp32; where all three are normed, the projection itself is let go.
+    heart = 3 * d * low * (not (cast and qk and v_norm)) + keys_and_queries
+    heart += 8 * d * (cast and qk) + (low + 4 * cast) * d * v_norm
     heart += 2 * d * low + (4 * model.n_head if not plain else 0) + saved_scores
     hidden = {"relu2": 2, "gelu": 2, "gelu_tanh": 2, "swiglu": 4}[mlp.activation] * width * low
     dropout = (2 * d + scores * plain) * (1 if model.dropout else 0)

@@ -3,7 +3,7 @@
 No torch here. First form of the rule; its constants and blind spots are in `docs/verdict.md`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -125,6 +125,13 @@ class Judge:
         early = table[max(0, at_low - span) : at_low + 1].mean(0)
         late = table[max(0, at_bad - span) : at_bad + 1].mean(0)
         return self.sites[int(np.argmax(late - early))]
+
+
+def of_run(verdict: Verdict, planned: int) -> Verdict:
+    """The verdict on a run of `planned` steps: one that ended before them is not called stable."""
+    if verdict.stable and verdict.horizon + 1 < planned:
+        return replace(verdict, verdict=UNDECIDED, reason="interrupted")
+    return verdict
 
 
 def trailing_means(values: np.ndarray, window: int) -> np.ndarray:

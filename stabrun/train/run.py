@@ -11,7 +11,7 @@ from stabrun.config import Config, check, run_dir, run_id
 from stabrun.observe.console import Console
 from stabrun.observe.record import Record, write_whole
 from stabrun.observe.tracker import Tracker
-from stabrun.observe.verdict import Judge
+from stabrun.observe.verdict import Judge, of_run
 from stabrun.train import checkpoint
 from stabrun.train.environment import environment
 from stabrun.train.folder import (
@@ -136,7 +136,8 @@ class Run:
 
     def summary(self, status: str, seconds: float) -> dict[str, Any]:
         """The fields of `summary.json`; also closes the record with an event."""
-        config, verdict, tokens = self.config, self.judge.verdict(), self.last["tokens"]
+        config, tokens = self.config, self.last["tokens"]
+        verdict = of_run(self.judge.verdict(), config.train.steps)
         rate = round((tokens - self.before["tokens"]) / seconds, 1)
         self.record.event(status, step=self.done, seconds=round(seconds, 3), tokens_per_second=rate)
         val = self.val_loss

@@ -1,0 +1,168 @@
+"""Every tensor where the model is; one graph under torch.compile; a few steps on CUDA where there is one."""
+
+import math
+
+import pytest
+import torch
+from conftest import VARIANTS
+from reference import small
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stabrun.config import ObserveConfig
+from stabrun.model.gpt import GPT, meta_gpt
+from stabrun.observe.probe import Probe
+from stabrun.train.trainer import Trainer
+
+BATCH, SEQ_LEN = 2, 10
+EXTRA = {
+    "learned": ("model.position.kind=learned", "model.bias=true", "model.tied=true"),
+    "swiglu": ("model.mlp.activation=swiglu", "model.norm.kind=rmsnorm", "model.position.rope_fraction=0.5"),
+    "full": ("model.attn.qk_norm=full", "model.attn.v_norm=full", "model.norm.kind=layernorm1p"),
+    "dropout": ("model.dropout=0.1", "model.attn.soft_cap=5.0", "model.layer_scale=0.1"),
+}
+
+
+class DeviceGuard(TorchDispatchMode):
+    """Raises at any operation with a tensor of another device among what it takes or gives, in either pass."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.seen = device, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != self.device:
+                raise AssertionError(f"{func}: a tensor of {tensor.device}, shape {tuple(tensor.shape)}")
+        self.seen.append(str(func))
+        return out
+
+
+def setting(name, *words):
+    return small("baseline", *EXTRA[name], *words) if name in EXTRA else small(name, *words)
+
+
+def probed(model):
+    blocks = list(model.blocks)
+    cores = [block.attn.layer.core for block in blocks]
+    return Probe(model, ObserveConfig(), BATCH * SEQ_LEN, blocks, cores)
+
+
+def loss_of(model, tokens):
+    return F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["slow", "fast"])
+@pytest.mark.parametrize("variant", [*VARIANTS, *EXTRA])
+def test_no_tensor_is_made_on_another_device(variant, step):
+    model = meta_gpt(setting(variant).model, SEQ_LEN)
+    probe = probed(model)
+    probe.arm(step)
+    tokens = torch.zeros(BATCH, SEQ_LEN, dtype=torch.long, device="meta")
+    with DeviceGuard("meta") as guard:
+        model.before_step()
+        loss_of(model, tokens).backward()
+        probe.merge(0, 2)
+        probe.merge(1, 2)
+    assert any("backward" in name for name in guard.seen)
+    assert ("aten.special_entr.default" in guard.seen) == (step == 0)
+    assert all(p.grad.is_meta for p in model.parameters())
+
+
+class Planted(nn.Module):
+    """A linear layer that meets a tensor of the CPU: as a constant, as an index, or in its backward pass alone."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.linear = where, nn.Linear(4, 4)
+
+    def forward(self, x):
+        if self.where == "constant":
+            return self.linear(x) + torch.arange(4)
+        if self.where == "index":
+            return self.linear(x)[torch.tensor([0, 1])]
+        if self.where == "matmul":
+            return F.linear(x, torch.ones(4, 4)) + self.linear(x)
+        y = self.linear(x)
+        if self.where == "backward":
+            y.register_hook(lambda gradient: gradient * torch.ones(4))
+        return y
+
+
+@pytest.mark.parametrize("where", ["constant", "index", "matmul", "backward"])
+def test_the_guard_catches_a_planted_cpu_tensor(where):
+    with torch.device("meta"):
+        model, x = Planted(where), torch.ones(2, 4)
+    with pytest.raises(AssertionError, match="a tensor of cpu"), DeviceGuard("meta"):
+        model(x).sum().backward()
+
+
+def test_the_guard_lets_a_sound_module_pass():
+    with torch.device("meta"):
+        model, x = Planted("nowhere"), torch.ones(2, 4)
+    with DeviceGuard("meta"):
+        model(x).sum().backward()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiles_to_one_graph_with_the_probe(variant):
+    torch._dynamo.reset()
+    counters.clear()
+    model = GPT(small(variant, "model.n_layer=1").model, SEQ_LEN)
+    probe = probed(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    tokens = torch.randint(40, (BATCH, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    for step in (0, 1):
+        probe.arm(step)
+        losses, gradients, seen = [], [], []
+        for forward in (model, compiled):
+            model.zero_grad()
+            probe.now.zero_()
+            loss = loss_of(forward, tokens)
+            loss.backward()
+            losses.append(loss.detach())
+            gradients.append([p.grad.clone() for p in model.parameters()])
+            probe.merge(0, 1)
+            seen.append(probe.values.clone())
+        assert not counters["graph_break"]
+        assert counters["stats"]["unique_graphs"] == step + 1
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-5)
+        measured = seen[0][2 : probe.roots.stop]
+        assert (measured != 0).sum() == (len(measured) if step == 0 else 11)  # 5 in, 5 out and the block
+    torch._dynamo.reset()
+
+
+def test_the_graph_break_count_sees_a_break():
+    class Broken(nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x + 1
+
+    torch._dynamo.reset()
+    counters.clear()
+    torch.compile(Broken(), backend="eager")(torch.ones(2))
+    assert counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("variant", ["baseline", "qkv_norm", "qk_norm_cap", "sigma_reparam"])
+def test_nano_trains_on_cuda(variant, precision, tmp_path):
+    nano = ("model.n_layer=4", "model.d_model=64", "model.vocab_size=256", "data.seq_len=64")
+    how = ("train.device=cuda", f"train.precision={precision}", "train.compile=false", "schedule.warmup_steps=5")
+    config = small(variant, *nano, *how, f"data.cache_dir={tmp_path}")
+    trainer = Trainer(config)
+    rows = [trainer.step(step).read() for step in range(12)]
+    losses = [row["train/loss"] for row in rows]
+    assert all(p.is_cuda for p in trainer.parameters)
+    assert math.isfinite(trainer.validate())
+    assert losses[-1] < losses[0]
+    assert all(math.isfinite(value) for row in rows for value in (row["grad/norm"], *row["residual/norm"]))
