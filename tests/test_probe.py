@@ -154,10 +154,10 @@ class Foreign(nn.Module):
 def test_any_model_and_recomputation():
     torch.manual_seed(0)
     model = Foreign()
-    probe = Probe(model, ObserveConfig(), tokens=5)
+    probe = Probe(model, ObserveConfig(), shape=(2, 5))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     probe.arm(0)
-    x = torch.randn(5, 6, requires_grad=True)
+    x = torch.randn(2, 5, 6, requires_grad=True)
     loss = model(x).square().mean()
     loss.backward()
     probe.merge(0, 1)

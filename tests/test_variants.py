@@ -320,7 +320,7 @@ def test_soft_clip_reaches_zero_and_one_exactly():
     q, k = 3 * torch.randn(2, 1, 2, 8, 8)
     weights = core(q, k, torch.eye(8).expand(1, 2, 8, 8))  # the identity as V shows the weights themselves
     past = weights[:, :, *torch.tril_indices(8, 8, -1)]
-    soft = core.probabilities(core.logits(q, k))
+    soft = core.shaped(core.logits(q, k)).softmax(-1)
     assert weights.min() == 0
     assert weights.max() == 1
     assert (weights[:, :, 0, 0] == 1).all()
@@ -368,7 +368,7 @@ def test_bf16_keeps_norms_softmax_stream_and_logits_in_fp32(variant, monkeypatch
     config = small("baseline", *EXTRA[variant]) if variant in EXTRA else small(variant)
     model, (tokens, targets) = stirred(config.model), sample(config.model)
     seen = {"norm": [], "stream": [], "linear": [], "logits": [], "softmax": []}
-    softmax, scores = AttentionCore.probabilities, AttentionCore.logits
+    shape, scores = AttentionCore.shaped, AttentionCore.logits
 
     def watch(kind):
         return lambda module, args, output: seen[kind].append(output.dtype)
@@ -385,12 +385,12 @@ def test_bf16_keeps_norms_softmax_stream_and_logits_in_fp32(variant, monkeypatch
         seen["logits"].append(scores(core, q, k).dtype)
         return scores(core, q, k)
 
-    def probabilities(core, logits):
-        seen["softmax"] += [logits.dtype, softmax(core, logits).dtype]
-        return softmax(core, logits)
+    def shaped(core, logits):
+        seen["softmax"] += [logits.dtype, shape(core, logits).dtype]
+        return shape(core, logits)
 
     monkeypatch.setattr(AttentionCore, "logits", logits)
-    monkeypatch.setattr(AttentionCore, "probabilities", probabilities)
+    monkeypatch.setattr(AttentionCore, "shaped", shaped)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(tokens)
         loss = F.cross_entropy(out.flatten(0, 1), targets.flatten())

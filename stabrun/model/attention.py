@@ -35,19 +35,20 @@ class AttentionCore(nn.Module):
         with exactly(q.device.type):
             return wide(q) @ wide(k).mT * q.shape[-1] ** -0.5
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Softmax over the past of the tempered and capped logits, `[B, h, T, T]`; rows sum to one."""
-        logits = self.temp * logits
+    def shaped(self, logits: Tensor) -> Tensor:
+        """What the softmax takes: logits tempered, capped and, where a key comes after its query, far below."""
+        if self.temp != 1.0:
+            logits = self.temp * logits
         if self.cap is not None:
             logits = self.cap * torch.tanh(logits / self.cap)
-        return logits.masked_fill(future(logits), float("-inf")).softmax(-1)
+        return logits + future(logits)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         if self.cap is None and not self.clips:
             scale = self.temp * q.shape[-1] ** -0.5
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
-        weights = self.probabilities(self.logits(q, k))
+        weights = self.shaped(self.logits(q, k)).softmax(-1)
         if self.clips:
             weights = ((self.high - self.low) * weights + self.low).clamp(0, 1)
         return F.dropout(weights, dropout).to(v.dtype) @ v
@@ -59,9 +60,10 @@ def exactly(device: str) -> AbstractContextManager:
 
 
 def future(logits: Tensor) -> Tensor:
-    """True where a key comes after its query: `[T, T]`."""
-    at = torch.arange(logits.shape[-1], device=logits.device)
-    return at > at[:, None]
+    """A causal mask to add, `[T, T]`: 0, and the lowest finite number where a key comes after its query."""
+    time = logits.shape[-1]
+    lowest = torch.finfo(logits.dtype).min
+    return torch.full((time, time), lowest, dtype=logits.dtype, device=logits.device).triu(1)
 
 
 class Attention(nn.Module):

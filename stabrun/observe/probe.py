@@ -22,7 +22,7 @@ class Core(Protocol):
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor: ...
 
-    def probabilities(self, logits: Tensor) -> Tensor: ...
+    def shaped(self, logits: Tensor) -> Tensor: ...
 
 
 def find_sites(model: nn.Module) -> dict[str, list[tuple[str, nn.Linear]]]:
@@ -35,21 +35,28 @@ def find_sites(model: nn.Module) -> dict[str, list[tuple[str, nn.Linear]]]:
 
 
 def token_norms(x: Tensor, out: Tensor) -> None:
-    """L2 norm of each token's vector in fp32: `[…, width]` → `out`, `[tokens]`."""
-    torch.linalg.vector_norm(x.detach().flatten(0, -2), dim=-1, dtype=torch.float32, out=out)
+    """L2 norm of each token's vector in fp32: `[B, T, width]` → `out`, `[B, T]`."""
+    torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32, out=out)
 
 
 def attention_statistics(core: Core, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest logit over the past, and mean entropy of the rows of the softmax; 0-dim each."""
+    """Largest logit over the past, and mean entropy of the rows of the softmax; 0-dim each.
+
+    With logits s below their row's largest, p = softmax(s) and so log p = s + log max p, a row's entropy −Σ p log p
+    is −Σ p·s − log max p: no logarithm of a whole matrix, and no difference of large numbers.
+    """
     batch, heads, time, _ = q.shape
     chunk = max(1, SCORES_AT_ONCE // (heads * time * time))
+    future = torch.full((time, time), -torch.inf, device=q.device).triu(1)
     peaks, entropies = [], []
     for some_q, some_k in zip(q.split(chunk), k.split(chunk), strict=True):
         logits = core.logits(some_q, some_k)
-        entropies.append(torch.special.entr(core.probabilities(logits)).sum() / (batch * heads * time))
-        at = torch.arange(time, device=q.device)
-        peaks.append(logits.masked_fill(at > at[:, None], float("-inf")).amax())
-    return torch.stack(peaks).amax(), torch.stack(entropies).sum()
+        peaks.append((logits + future).amax())
+        shaped = core.shaped(logits)
+        shaped = shaped - shaped.amax(-1, keepdim=True)
+        p = shaped.softmax(-1)
+        entropies.append(-(p.flatten() @ shaped.flatten()) - p.amax(-1).log().sum())
+    return torch.stack(peaks).amax(), torch.stack(entropies).sum() / (batch * heads * time)
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Span:
 class Probe:
     """Watches the linear layers of any `nn.Module`, and optionally its blocks and attention cores.
 
-    Each forward pass takes `tokens` tokens, batch times sequence. A step goes: `arm(step)`; after each micro-batch's
+    Each forward pass takes `shape` tokens, batch and sequence. A step goes: `arm(step)`; after each micro-batch's
     backward pass `merge(index, count)`; `before_update`; `after_update`; and `snapshot()`, which copies all values to
     the host without waiting for them.
     """
@@ -74,7 +81,7 @@ class Probe:
         self,
         model: nn.Module,
         config: ObserveConfig,
-        tokens: int,
+        shape: tuple[int, int],
         blocks: Sequence[nn.Module] = (),
         cores: Sequence[Any] = (),
     ) -> None:
@@ -88,7 +95,7 @@ class Probe:
         blocks, cores = (blocks, cores) if config.every else ((), ())
         self._lay_out(len(blocks), len(cores))
         self.now = torch.zeros(self.size, device=self.device)  # this micro-batch
-        self.norms = torch.zeros(self.by_token.stop - 2, tokens, device=self.device)
+        self.norms = torch.zeros(self.by_token.stop - 2, *shape, device=self.device)
         self.rows = self.norms.unbind(0)
         self.values = torch.zeros(self.size, device=self.device)  # the step
         self.hosts = [self._host() for _ in range(2)]
@@ -102,10 +109,13 @@ class Probe:
             slots = self._slot("attn/max_logit", index), self._slot("attn/entropy", index)
             core.register_forward_hook(self._attention_hook(*slots))
 
-        self.layers = [layer for layers in self.sites.values() for _, layer in layers]
+        self.weights = [layer.weight for layers in self.sites.values() for _, layer in layers]
+        self.weight_norms, self.gradient_norms = self._region("norm/weight/"), self._region("norm/grad/")
+        self.layer_norms = self._region("grad/norm_by_layer")
+        self.update_values = self._region("norm/update/", "adam/surprise/")
         numbers = {id(p): i for i, p in enumerate(parameters.values())}
         self.weight_index = torch.tensor(
-            [numbers[id(layer.weight)] for layer in self.layers], dtype=torch.long, device=self.device
+            [numbers[id(weight)] for weight in self.weights], dtype=torch.long, device=self.device
         )
         members = torch.zeros(len(blocks), len(parameters), device=self.device)
         for row, block in zip(members, blocks, strict=True):
@@ -145,9 +155,9 @@ class Probe:
 
     def _region(self, first: str, last: str | None = None) -> slice:
         """From the first span whose key starts with `first` to the last that starts with `last`."""
-        starts = [span for span in self.spans if span.key.startswith(first)]
-        stops = [span for span in self.spans if span.key.startswith(last or first)]
-        return slice(starts[0].start, stops[-1].stop)
+        starts = [span.start for span in self.spans if span.key.startswith(first)]
+        stops = [span.stop for span in self.spans if span.key.startswith(last or first)]
+        return slice(starts[0], stops[-1]) if starts else slice(0, 0)
 
     def _host(self) -> Tensor:
         return torch.zeros(self.size, pin_memory=self.device.type == "cuda")
@@ -208,7 +218,7 @@ class Probe:
         if not (self.fast or self.slow):
             return
         if self.fast:
-            torch.mean(self.norms, dim=1, out=self.now[self.by_token])
+            torch.mean(self.norms, dim=(1, 2), out=self.now[self.by_token])
         if count == 1:
             self.values[: self.roots.stop].copy_(self.now[: self.roots.stop])
             return
@@ -223,20 +233,19 @@ class Probe:
     @torch.no_grad()
     def before_update(self, gradient_norms: Tensor) -> None:
         """`gradient_norms`, `[parameters]`: of each parameter's gradient before clipping, in the model's order."""
-        if self.fast and self.layers:
-            weights = [layer.weight for layer in self.layers]
-            self.values[self._region("norm/weight/")] = torch.stack(torch._foreach_norm(weights))
-            self.values[self._region("norm/grad/")] = gradient_norms[self.weight_index]
-            self.values[self._region("grad/norm_by_layer")] = (self.members @ gradient_norms.square()).sqrt()
+        if self.fast and self.weights:
+            self.values[self.weight_norms] = torch.stack(torch._foreach_norm(self.weights))
+            self.values[self.gradient_norms] = gradient_norms[self.weight_index]
+            self.values[self.layer_norms] = (self.members @ gradient_norms.square()).sqrt()
         if self.slow:
-            self.before = [layer.weight.detach().clone() for layer in self.layers]
+            self.before = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Norms of the update and of Adam's moments, on slow steps."""
-        if not (self.slow and self.layers):
+        if not (self.slow and self.weights):
             return
-        weights = [layer.weight for layer in self.layers]
+        weights = self.weights
         states = [optimizer.state[w] for w in weights]
         second = [state["exp_avg_sq"] for state in states]
         torch._foreach_sub_(self.before, weights)
@@ -250,7 +259,7 @@ class Probe:
             torch.stack(torch._foreach_norm(second)),
             seen / usual,
         )
-        self.values[self._region("norm/update/", "adam/surprise/")] = torch.cat(groups)
+        self.values[self.update_values] = torch.cat(groups)
         self.before = []
 
     def snapshot(self, loss: Tensor, gradient_norm: Tensor) -> "Snapshot":

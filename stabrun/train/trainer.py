@@ -27,8 +27,8 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         self.optimizer = make_optimizer(self.model, config.optim)
         blocks: list[Any] = list(self.model.blocks)
-        tokens = (config.train.micro_batch_size or config.train.batch_size) * config.data.seq_len
-        self.probe = Probe(self.model, config.observe, tokens, blocks, [b.attn.layer.core for b in blocks])
+        shape = config.train.micro_batch_size or config.train.batch_size, config.data.seq_len
+        self.probe = Probe(self.model, config.observe, shape, blocks, [b.attn.layer.core for b in blocks])
         self.compiled = compiles(config.train, self.device)
         self.forward = torch.compile(self.model) if self.compiled else self.model
 
