@@ -33,7 +33,7 @@ class AttentionCore(nn.Module):
         Autocast is off, for its product would come rounded to bf16, unlike the sums inside SDPA.
         """
         with exactly(q.device.type):
-            return wide(q) @ wide(k).mT * q.shape[-1] ** -0.5
+            return (wide(q) * q.shape[-1] ** -0.5) @ wide(k).mT
 
     def shaped(self, logits: Tensor) -> Tensor:
         """What the softmax takes: logits tempered, capped and, where a key comes after its query, far below."""

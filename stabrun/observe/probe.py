@@ -16,13 +16,17 @@ from stabrun.config import ObserveConfig
 
 SCORES_AT_ONCE = 1 << 27  # attention logits held at a time, so that long contexts fit
 
+FAR_BELOW = -1e30  # stands for the future in a row's maximum; finite, for 0 · −∞ is no entropy
+
 
 class Core(Protocol):
     """What an attention core offers to be observed; see `stabrun.model.attention.AttentionCore`."""
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor: ...
 
-    def shaped(self, logits: Tensor) -> Tensor: ...
+    def shaped(self, logits: Tensor) -> Tensor:
+        """A new tensor: what the softmax takes."""
+        ...
 
 
 def find_sites(model: nn.Module) -> dict[str, list[tuple[str, nn.Linear]]]:
@@ -47,13 +51,13 @@ def attention_statistics(core: Core, q: Tensor, k: Tensor) -> tuple[Tensor, Tens
     """
     batch, heads, time, _ = q.shape
     chunk = max(1, SCORES_AT_ONCE // (heads * time * time))
-    future = torch.full((time, time), -torch.inf, device=q.device).triu(1)
+    future = torch.full((time, time), FAR_BELOW, device=q.device).triu(1)
     peaks, entropies = [], []
     for some_q, some_k in zip(q.split(chunk), k.split(chunk), strict=True):
         logits = core.logits(some_q, some_k)
-        peaks.append((logits + future).amax())
+        peaks.append(logits.add_(future).amax())
         shaped = core.shaped(logits)
-        shaped = shaped - shaped.amax(-1, keepdim=True)
+        shaped.sub_(shaped.amax(-1, keepdim=True))
         p = shaped.softmax(-1)
         entropies.append(-(p.flatten() @ shaped.flatten()) - p.amax(-1).log().sum())
     return torch.stack(peaks).amax(), torch.stack(entropies).sum() / (batch * heads * time)
