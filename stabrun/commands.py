@@ -22,6 +22,11 @@ def run(name: str, words: list[str], conf: Path) -> int:
     except OSError as error:
         complain(f"{error.filename or 'the disk'}: {error.strerror or error}.")
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower() + type(error).__name__.lower():
+            raise
+        complain("out of memory; a smaller train.micro_batch_size needs less, and `stabrun model` tells how much.")
+        return 1
 
 
 def complain(text: str) -> None:

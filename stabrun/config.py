@@ -173,7 +173,7 @@ class Config:
     train: TrainConfig = group(TrainConfig)
     observe: ObserveConfig = group(ObserveConfig)
     tracker: TrackerConfig = group(TrackerConfig)
-    seed: int = key(0, RESULT, "of the initial weights and of the order of the data", at_least=0)
+    seed: int = key(0, RESULT, "of the initial weights and of the order of the data", at_least=0, at_most=2**31 - 1)
     variant: str = key("baseline", VIEW, "the variant's name; chosen by +variant=NAME")
     run_dir: str | None = key(None, RESOURCE, "where the record goes; null for runs/<run_id>")
 

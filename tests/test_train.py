@@ -247,3 +247,42 @@ def test_second_ctrl_c_stops_at_once_and_loses_nothing_before_the_checkpoint(tmp
     assert checkpoint.latest(tmp_path / "run" / "checkpoints")[0] == 16
     train(config)
     assert metrics(tmp_path / "run") == whole
+
+
+def test_data_that_changed_under_a_run_are_noticed(tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("in the beginning " * 1000)
+    config = tiny("data=local", f"data.path={text}", f"run_dir={tmp_path / 'run'}")
+    launch = Run.launch
+
+    def interrupted(self, step):
+        signal.raise_signal(signal.SIGINT)
+        return launch(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "launch", interrupted)
+        train(config)
+    before = metrics(tmp_path / "run")
+    text.write_text("and it came to pass " * 1000)
+    with pytest.raises(MistakeError, match="began on other data"):
+        train(config)
+    assert metrics(tmp_path / "run") == before
+
+
+def test_a_fault_is_noted_and_a_bad_checkpoint_named(tmp_path, monkeypatch):
+    config = tiny(*RICH, f"run_dir={tmp_path / 'run'}")
+    launch = Run.launch
+
+    def broken(self, step):
+        if step == 10:
+            raise RuntimeError("the device fell off the bus")
+        return launch(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "launch", broken)
+        with pytest.raises(RuntimeError, match="fell off"):
+            train(config)
+    assert "fell off" in events(tmp_path / "run", "failed")[0]["error"]
+    (tmp_path / "run" / "checkpoints" / "step_00000008" / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(OSError, match="cannot be read"):
+        train(config)

@@ -56,11 +56,16 @@ def latest(folder: Path) -> tuple[int, Path] | None:
 
 @torch.no_grad()
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the state below `path` into a model and optimizer made from the same configuration."""
-    state = load_file(path / "model.safetensors")
+    """Put the state below `path` into a model and optimizer made from the same configuration.
+
+    Raises OSError where the files cannot be read.
+    """
+    try:
+        state, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"the checkpoint cannot be read ({error})", str(path)) from error
     for name, tensor in _model_state(model).items():
         tensor.copy_(state[name])
-    moments = load_file(path / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         parts = {key.split("/")[1]: value for key, value in moments.items() if key.split("/")[0] == name}
         optimizer.state[parameter] = {part: value.to(parameter.device) for part, value in parts.items()}

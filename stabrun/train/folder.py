@@ -13,7 +13,7 @@ from stabrun.config import RESULT, Config, MistakeError, check, marked
 from stabrun.observe.record import Record, read_rows, write_whole
 from stabrun.train import checkpoint
 
-COMPLETE, STOPPED, INTERRUPTED = "complete", "stopped", "interrupted"
+COMPLETE, STOPPED, INTERRUPTED, FAILED = "complete", "stopped", "interrupted", "failed"
 
 
 @contextmanager
@@ -66,6 +66,20 @@ def finished(directory: Path) -> dict[str, Any] | None:
         return None
     summary = json.loads(file.read_text())
     return summary if summary["status"] in (COMPLETE, STOPPED) else None
+
+
+def note_environment(directory: Path, facts: dict[str, Any]) -> None:
+    """Keep the environment of the first start. MistakeError where the data are no longer those of that start."""
+    file = directory / "environment.json"
+    if not file.exists():
+        write_whole(file, json.dumps(facts, indent=1) + "\n")
+        return
+    before, now = json.loads(file.read_text())["data_hash"], facts["data_hash"]
+    if before != now:
+        raise MistakeError(
+            f"run_dir={directory}: the run began on other data (hash {before}, now {now}). "
+            "Put them back, or name another run_dir."
+        )
 
 
 def resume_point(record: Record) -> tuple[int, Path | None, list[dict[str, Any]]]:

@@ -16,10 +16,12 @@ from stabrun.train import checkpoint
 from stabrun.train.environment import environment
 from stabrun.train.folder import (
     COMPLETE,
+    FAILED,
     INTERRUPTED,
     STOPPED,
     claimed,
     finished,
+    note_environment,
     refuse_strangers,
     resume_point,
     seconds_before,
@@ -37,6 +39,7 @@ def train(config: Config) -> dict[str, Any]:
     directory = run_dir(config)
     refuse_strangers(config, directory)
     if summary := finished(directory):
+        print(f"{directory} holds this run already; nothing is trained.")
         return summary
     trainer = Trainer(config)
     with claimed(config, directory) as record:
@@ -48,6 +51,8 @@ class Run:
 
     def __init__(self, trainer: Trainer, record: Record) -> None:
         self.trainer, self.config, self.record = trainer, trainer.config, record
+        self.environment = environment(trainer.device, trainer.data.manifest["hash"], trainer.compiled)
+        note_environment(record.directory, self.environment)
         self.done, path, earlier = resume_point(record)
         if path:
             checkpoint.load(path, trainer.model, trainer.optimizer)
@@ -61,15 +66,15 @@ class Run:
 
     def start(self) -> dict[str, Any]:
         directory = self.record.directory
-        facts = environment(self.trainer.device, self.trainer.data.manifest["hash"], self.trainer.compiled)
-        if not (directory / "environment.json").exists():
-            write_whole(directory / "environment.json", json.dumps(facts, indent=1) + "\n")
-        self.record.event("start", **self.before, environment=facts)
+        self.record.event("start", **self.before, environment=self.environment)
         self.open_console()
         began = time.monotonic()
         try:
             with Stop() as stop:
                 status = self.loop(stop)
+        except Exception as error:
+            self.record.event(FAILED, step=self.done, error=f"{type(error).__name__}: {error}")
+            raise
         finally:
             self.console.close()
             self.record.close()
