@@ -1,14 +1,10 @@
 """Initial weights: a scheme is a function from a matrix's name and shape to its standard deviation."""
 
-from typing import TYPE_CHECKING
-
 import torch
+from torch import nn
 
 from stabrun.config import ModelConfig
 from stabrun.model.linear import SigmaLinear
-
-if TYPE_CHECKING:
-    from stabrun.model.gpt import GPT
 
 RESIDUAL_OUTPUTS = ("proj.weight", "fc2.weight")
 
@@ -27,7 +23,7 @@ SCHEMES = {"fan_in": fan_in, "gpt2": gpt2}
 
 
 @torch.no_grad()
-def initialise(model: "GPT", config: ModelConfig, seed: int) -> None:
+def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Draw every matrix of `model` from a normal distribution, in the order of its parameters; biases are zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from stabrun.observe.record import number
-from stabrun.observe.verdict import Verdict, site_name
+from stabrun.observe.verdict import Verdict, by_site
 
 REFRESH = 0.5  # seconds between two views on a terminal
 LINES = 10  # plain lines a run
@@ -43,7 +43,7 @@ class Console:
             self.first_tokens = row["tokens"]
             self.started = time.monotonic()
         if not self.first_norms:
-            self.first_norms = _outputs(row)
+            self.first_norms = by_site(row, "norm/out/")
         now = time.monotonic()
         if self.live is not None:
             if now - self.drawn >= REFRESH:
@@ -71,7 +71,7 @@ class Console:
 
     def _grown(self, row: dict[str, Any]) -> str:
         """The site whose output norm grew most since the first row seen, and by how much."""
-        ratios = {k: v / self.first_norms[k] for k, v in _outputs(row).items() if self.first_norms.get(k)}
+        ratios = {k: v / self.first_norms[k] for k, v in by_site(row, "norm/out/").items() if self.first_norms.get(k)}
         if not ratios:
             return ""
         name = max(ratios, key=lambda k: ratios[k] if math.isfinite(ratios[k]) else math.inf)
@@ -96,16 +96,6 @@ class Console:
         if self.live is not None:
             self.live.stop()
             self.live = None
-
-
-def _outputs(row: dict[str, Any]) -> dict[str, float]:
-    prefix = "norm/out/"
-    return {
-        site_name(key.removeprefix(prefix), layer): number(value)
-        for key, values in row.items()
-        if key.startswith(prefix)
-        for layer, value in enumerate(values)
-    }
 
 
 def warn(text: str) -> None:

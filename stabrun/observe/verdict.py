@@ -56,7 +56,7 @@ class Judge:
         loss, gradient = number(row["train/loss"]), number(row.get("grad/norm", 0.0))
         self.steps.append(row["step"])
         self.losses.append(loss)
-        norms = _by_site(row, "norm/out/")
+        norms = by_site(row, "norm/out/")
         if norms:
             self.sites = list(norms)
             self.outputs.append((len(self.losses) - 1, list(norms.values())))
@@ -152,7 +152,8 @@ def site_name(site: str, layer: int) -> str:
     return site if site == "head" else f"layer_{layer:02d}/{site}"
 
 
-def _by_site(row: dict[str, Any], prefix: str) -> dict[str, float]:
+def by_site(row: dict[str, Any], prefix: str) -> dict[str, float]:
+    """The values of the keys that start with `prefix`, by site, such as `layer_03/fc2`."""
     return {
         site_name(key.removeprefix(prefix), layer): number(value)
         for key, values in row.items()
@@ -163,7 +164,7 @@ def _by_site(row: dict[str, Any], prefix: str) -> dict[str, float]:
 
 def _first_nonfinite(row: dict[str, Any], prefix: str) -> str | None:
     """The first site, in the order of the forward pass, with a value that is not finite."""
-    bad = [name for name, value in _by_site(row, prefix).items() if not np.isfinite(value)]
+    bad = [name for name, value in by_site(row, prefix).items() if not np.isfinite(value)]
     order = {"qkv": 0, "proj": 1, "fc1": 2, "fc2": 3}
 
     def place(name: str) -> tuple[bool, str, int]:

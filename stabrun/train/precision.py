@@ -1,6 +1,7 @@
 """Device and number formats: fp32 master weights throughout, matrix products in what is asked for."""
 
 import ctypes
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -33,6 +34,8 @@ def prepare_backend(config: TrainConfig) -> None:
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(config.deterministic)
 
 
