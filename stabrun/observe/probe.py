@@ -16,6 +16,7 @@ from stabrun.config import ObserveConfig
 
 SCORES_AT_ONCE = 1 << 27  # attention logits held at a time, so that long contexts fit
 
+FIRST = 2  # slots 0 and 1 of the buffer hold the loss and the gradient norm
 FAR_BELOW = -1e30  # stands for the future in a row's maximum; finite, for 0 · −∞ is no entropy
 
 
@@ -92,14 +93,14 @@ class Probe:
         self.config = config
         self.fast = self.slow = False
         self.spans: list[Span] = []
-        self.size = 2  # the loss and the gradient norm come first
+        self.size = FIRST
         parameters = dict(model.named_parameters())
         self.device = next(iter(parameters.values())).device
         self.sites = find_sites(model) if config.every else {}
         blocks, cores = (blocks, cores) if config.every else ((), ())
         self._lay_out(len(blocks), len(cores))
         self.now = torch.zeros(self.size, device=self.device)  # this micro-batch
-        self.norms = torch.zeros(self.by_token.stop - 2, *shape, device=self.device)
+        self.norms = torch.zeros(self.by_token.stop - FIRST, *shape, device=self.device)
         self.rows = self.norms.unbind(0)
         self.values = torch.zeros(self.size, device=self.device)  # the step
         self.hosts = [self._host() for _ in range(2)]
@@ -137,9 +138,9 @@ class Probe:
         by_site("norm/out/{site}", slow=False)
         by_site("norm/in/{site}", slow=False)
         self._add("residual/norm", n_blocks, slow=False)
-        self.by_token = slice(2, self.size)
+        self.by_token = slice(FIRST, self.size)
         self._add("attn/entropy", n_cores, slow=True)
-        self.means = slice(2, self.size)
+        self.means = slice(FIRST, self.size)
         self._add("attn/max_logit", n_cores, slow=True)
         self.maxima = slice(self.means.stop, self.size)
         by_site("norm/in_grad/{site}", slow=True)
@@ -182,8 +183,8 @@ class Probe:
 
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.fast:
-                token_norms(output, self.rows[out_slot - 2])
-                token_norms(args[0], self.rows[in_slot - 2])
+                token_norms(output, self.rows[out_slot - FIRST])
+                token_norms(args[0], self.rows[in_slot - FIRST])
 
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)
@@ -191,7 +192,7 @@ class Probe:
     def _watch_block(self, block: nn.Module, slot: int) -> None:
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.fast:
-                token_norms(output, self.rows[slot - 2])
+                token_norms(output, self.rows[slot - FIRST])
 
         block.register_forward_hook(after)
 
@@ -208,12 +209,13 @@ class Probe:
     # What the training loop calls
 
     def arm(self, step: int) -> None:
-        """Decide what step `step` measures. Between `arm` calls with `rest()`, forward passes measure nothing."""
+        """Decide what step `step` measures."""
         every, slow_every = self.config.every, self.config.slow_every
         self.fast = bool(every) and step % every == 0
         self.slow = bool(every and slow_every) and step % slow_every == 0
 
     def rest(self) -> None:
+        """Measure nothing until the next `arm`: for validation."""
         self.fast = self.slow = False
 
     @torch.no_grad()
