@@ -1,0 +1,96 @@
+"""Train the corpus of own runs that the verdict is measured on, and pack their curves into one file.
+
+The plan spans all variants, learning rates from far below to far above the edge, constant and cosine schedules, short
+and long runs, two sizes and several seeds. Runs are stabrun's own, in a scratch folder: what is finished is not
+trained again, so that the script can be stopped and started. Packing takes the runs that are finished.
+
+    python scripts/make_curves.py --runs /tmp/curves --workers 2 --pack tests/data/curves.npz
+"""
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from stabrun.cli import conf_dir
+from stabrun.compose import Words, composed
+from stabrun.config import run_id
+from stabrun.observe.record import number, read_rows
+
+VARIANTS = sorted(file.stem for file in (conf_dir() / "variant").glob("*.yaml"))
+RATES = (1e-3, 1e-2, 0.05, 0.14, 0.3, 0.8, 2.0)
+EDGE = (0.1, 0.2, 0.4, 0.56)
+FIXED = ["tracker=none", "train.threads=1", "train.val_every=0", "train.checkpoint_every=0", "observe.every=10"]
+
+
+def plan() -> Iterator[list[str]]:
+    """The overrides of each run, the most telling ones first."""
+
+    def nano(variant: str, rate: float, schedule: str, seed: int, steps: int = 300) -> list[str]:
+        warmup = 30 if steps < 200 else 50
+        words = [f"+variant={variant}", f"optim.lr={rate}", f"schedule={schedule}", f"seed={seed}"]
+        return [*words, f"train.steps={steps}", f"schedule.warmup_steps={warmup}"]
+
+    for schedule, seed in (("constant", 0), ("cosine", 1), ("constant", 2)):
+        for rate in RATES:
+            yield from (nano(variant, rate, schedule, seed) for variant in VARIANTS)
+    for rate in (1e-2, 0.3, 2.0):
+        yield from (nano(variant, rate, "constant", 3, steps=120) for variant in VARIANTS)
+        yield from (
+            ["model=mini", *nano(v, rate, "constant", 4, steps=150)] for v in ("baseline", "qk_norm", "qkv_norm")
+        )
+    for rate in EDGE:
+        yield from (nano(variant, rate, "constant", seed) for seed in (5, 6) for variant in ("baseline", "qk_norm"))
+    for rate in (1e-2, 0.14, 0.56):
+        yield from (nano(variant, rate, "constant", 7, steps=1500) for variant in ("baseline", "qk_norm"))
+
+
+def train_one(job: tuple[list[str], str]) -> str:
+    from stabrun.commands import verdict_line
+    from stabrun.train.run import train
+
+    words, runs = job
+    config = composed(conf_dir(), Words.parse([*FIXED, *words]))
+    config.run_dir = str(Path(runs) / run_id(config))
+    return f"{' '.join(words)}: {verdict_line(train(config))}"
+
+
+def pack(runs: Path, target: Path) -> int:
+    """Write the finished runs' curves: for each its loss and gradient norm a step, its facts, its output norms."""
+    arrays: dict[str, np.ndarray] = {}
+    facts: list[dict[str, object]] = []
+    for words in plan():
+        config = composed(conf_dir(), Words.parse([*FIXED, *words]))
+        folder = runs / run_id(config)
+        if not (folder / "summary.json").exists():
+            continue
+        rows = list(read_rows(folder / "metrics.jsonl"))
+        name = f"{len(facts):03d}"
+        facts.append({"words": words, "variant": config.variant, "steps": config.train.steps, "lr": config.optim.lr})
+        for key in ("train/loss", "grad/norm"):
+            arrays[f"{name}/{key}"] = np.array([number(row[key]) for row in rows], dtype=np.float32)
+        for key in (key for key in rows[0] if key.startswith("norm/out/")):
+            observed = [row[key] for row in rows if key in row]
+            arrays[f"{name}/{key}"] = np.array([[number(v) for v in row] for row in observed], dtype=np.float32)
+    arrays["facts"] = np.array(json.dumps(facts))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(target, **arrays)  # type: ignore[arg-type]
+    return len(facts)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--pack", type=Path)
+    arguments = parser.parse_args()
+    if arguments.workers:
+        jobs = [(words, str(arguments.runs)) for words in plan()]
+        with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=20) as pool:
+            for number_done, line in enumerate(pool.imap(train_one, jobs), 1):
+                print(f"[{number_done}/{len(jobs)}] {line}", flush=True)
+    if arguments.pack:
+        print(f"{pack(arguments.runs, arguments.pack)} runs in {arguments.pack}")
