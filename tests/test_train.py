@@ -286,3 +286,33 @@ def test_a_fault_is_noted_and_a_bad_checkpoint_named(tmp_path, monkeypatch):
     (tmp_path / "run" / "checkpoints" / "step_00000008" / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(OSError, match="cannot be read"):
         train(config)
+
+
+GONE = ("optim.lr=1e18", "optim.weight_decay=0", "optim.clip=null", "schedule.warmup_steps=2")
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 5, 6])
+def test_a_run_that_is_lost_leaves_the_same_bytes_whatever_its_checkpoints(tmp_path, every):
+    records = []
+    for name, interval in (("a", 0), ("b", every)):
+        train(tiny(*GONE, f"train.checkpoint_every={interval}", f"run_dir={tmp_path / name}"))
+        records.append(metrics(tmp_path / name))
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_run_that_is_lost_and_interrupted_leaves_the_same_bytes(tmp_path, monkeypatch, at):
+    launch = Run.launch
+
+    def interrupted(self, step):
+        if step == at:
+            signal.raise_signal(signal.SIGINT)
+        return launch(self, step)
+
+    train(tiny(*GONE, f"run_dir={tmp_path / 'whole'}"))
+    config = tiny(*GONE, f"run_dir={tmp_path / 'run'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "launch", interrupted)
+        train(config)
+    train(config)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")

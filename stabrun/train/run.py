@@ -99,6 +99,8 @@ class Run:
             row = self.launch(self.done)
             self.done += 1
             self.note(late)
+            if self.judge.over:
+                return STOPPED
             late, stopping, last = row, stop.asked, self.done == steps
             if stopping or last or (every and self.done % every == 0):
                 self.note(late)
@@ -144,7 +146,7 @@ class Run:
         config, tokens = self.config, self.last["tokens"]
         verdict = of_run(self.judge.verdict(), config.train.steps)
         rate = round((tokens - self.before["tokens"]) / seconds, 1)
-        self.record.event(status, step=self.done, seconds=round(seconds, 3), tokens_per_second=rate)
+        self.record.event(status, step=verdict.horizon + 1, seconds=round(seconds, 3), tokens_per_second=rate)
         val = self.val_loss
         summary = {
             "run_id": run_id(config),
