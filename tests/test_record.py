@@ -4,6 +4,7 @@ import math
 import pytest
 from conftest import tiny
 
+from stabrun.config import MistakeError
 from stabrun.observe import keys
 from stabrun.observe.record import Record, dumps, number, read_rows, write_whole
 from stabrun.train.run import train
@@ -24,6 +25,16 @@ def test_rows_end_at_the_first_line_that_is_none(tmp_path, tail):
     assert [row["step"] for row in read_rows(file)] == [0, 1, 2]
     assert [row["step"] for row in Record(tmp_path).cut(2)] == [0, 1]
     assert file.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+@pytest.mark.parametrize("line", ["not json", '{"x": 1}', '{"step": 7}'])
+def test_a_damaged_record_is_refused_before_it_is_cut(tmp_path, line):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0}\n' + line + '\n{"step": 2}\n{"step": 3}\n')
+    before = file.read_bytes()
+    with pytest.raises(MistakeError, match="does not hold the 3 steps"):
+        Record(tmp_path).cut(3)
+    assert file.read_bytes() == before
 
 
 def test_file_is_replaced_whole(tmp_path):

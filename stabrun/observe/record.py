@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from stabrun.config import MistakeError
+
 
 def dumps(row: dict[str, Any]) -> str:
     """A row as one line of valid JSON: numbers that are not finite become "nan", "inf" and "-inf"."""
@@ -62,13 +64,21 @@ class Record:
         self.file: IO[str] | None = None
 
     def cut(self, step: int) -> list[dict[str, Any]]:
-        """Shorten the metrics to the rows before `step`, and return those."""
+        """Shorten the metrics to the rows 0 … `step` − 1, and return those.
+
+        Raises MistakeError, before anything is cut, where the file does not hold them.
+        """
         end, rows = 0, list[dict[str, Any]]()
         for after, row in _lines(self.metrics):
-            if row["step"] >= step:
+            if len(rows) == step:
                 break
             end = after
             rows.append(row)
+        if [row.get("step") for row in rows] != list(range(step)):
+            raise MistakeError(
+                f"{self.metrics} does not hold the {step} steps of its checkpoint in order; "
+                f"mend it, or remove {self.directory} to train anew."
+            )
         if self.metrics.exists():
             os.truncate(self.metrics, end)
         return rows

@@ -86,13 +86,7 @@ def resume_point(record: Record) -> tuple[int, Path | None, list[dict[str, Any]]
     """The updates done, their checkpoint, and the rows of the record, cut back to it."""
     found = checkpoint.latest(record.directory / "checkpoints")
     step, path = found if found else (0, None)
-    rows = record.cut(step)
-    if len(rows) != step:
-        raise MistakeError(
-            f"{record.metrics} has {len(rows)} whole rows, fewer than the {step} steps of its checkpoint; "
-            f"remove {record.directory} to train it anew."
-        )
-    return step, path, rows
+    return step, path, record.cut(step)
 
 
 def seconds_before(directory: Path) -> float:
