@@ -3,6 +3,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import tiny
 
@@ -109,6 +110,16 @@ def test_windows_are_those_of_the_contract():
     assert verdict.best_loss == pytest.approx(min(means))
     assert verdict.final_loss == pytest.approx(means[-1])
     assert trailing_means([1.0, 2.0, 3.0, 4.0], 2).tolist() == [1.5, 2.5, 3.5]
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 20, 25, 31, 64, 100])
+def test_means_are_those_of_numpy_and_survive_a_huge_value(window):
+    values = np.array(falling(100))
+    for spike in (None, 1e14, 1e20, 1e300):
+        if spike:
+            values[10] = spike
+        expected = np.lib.stride_tricks.sliding_window_view(values, window).mean(-1)
+        np.testing.assert_allclose(trailing_means(values, window), expected, rtol=1e-12)
 
 
 def test_live_is_the_same_as_afterwards(tmp_path):

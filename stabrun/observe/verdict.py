@@ -135,9 +135,20 @@ def of_run(verdict: Verdict, planned: int) -> Verdict:
 
 
 def trailing_means(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each `window` values in a row: `[n]` → `[n − window + 1]`."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[window:] - sums[:-window]) / window
+    """Mean of each `window` values in a row: `[n]` → `[n − window + 1]`.
+
+    A window is put together from sums over powers of two, which only add: a difference of cumulative sums would
+    forget all that comes after one huge value.
+    """
+    count = len(values) - window + 1
+    sums, width, start, total = np.asarray(values, dtype=float), 1, 0, np.zeros(count)
+    while width <= window:
+        if window & width:
+            total += sums[start : start + count]
+            start += width
+        sums = sums[:-width] + sums[width:]
+        width *= 2
+    return total / window
 
 
 def rise_that_counts(losses: np.ndarray, means: np.ndarray, window: int) -> float:
