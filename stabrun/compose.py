@@ -49,6 +49,8 @@ class Words:
                 overrides.append(f"hydra.searchpath=[file://{folder.resolve()}]")
             elif word.startswith("-"):
                 raise MistakeError(f"{word}: no such flag here; there are -m, --cfg and --config-dir DIR.")
+            elif "hydra.searchpath" in word:  # Hydra imports the package that a pkg:// path names
+                raise MistakeError(f"{word}: search paths can name code to run; a folder is added by --config-dir DIR.")
             elif "=" not in word.lstrip("=~"):
                 raise MistakeError(f"{word}: an override is KEY=VALUE, such as optim.lr=3e-2 or +variant=qk_norm.")
             else:

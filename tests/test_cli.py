@@ -67,6 +67,7 @@ MISTAKES = [
     (["train", "+hydra.callbacks.x._target_=os.getcwd"], ["hydra.callbacks", "refuses"]),
     (["train", "hydra.launcher._target_=os.getcwd"], ["hydra.launcher._target_=os.getcwd"]),
     (["train", "-m", "hydra.sweeper._target_=os.getcwd", "seed=0,1"], ["hydra.sweeper._target_=os.getcwd"]),
+    (["train", "hydra.searchpath=[pkg://evil]"], ["hydra.searchpath", "--config-dir"]),
     (["rerun"], ["run directory"]),
     (["rerun", "/no/such/run"], ["/no/such/run", "config.yaml"]),
     (["judge", "/no/such/run"], ["/no/such/run", "metrics.jsonl"]),
