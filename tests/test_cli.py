@@ -112,6 +112,21 @@ def test_another_experiments_directory_is_left_alone(capsys, tmp_path):
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
+@pytest.mark.parametrize("content", [b"", b"model: [", b"- a list", b"\xff\xfe", b"foo: 3", b"seed: 0", b"just words"])
+@pytest.mark.parametrize(
+    "command", [["train", *TINY, "train.steps=3", "run_dir=run"], ["judge", "run"], ["rerun", "run"]]
+)
+def test_a_damaged_configuration_is_refused(capsys, tmp_path, content, command):
+    train(tiny(f"run_dir={tmp_path / 'run'}", "train.steps=3"))
+    (tmp_path / "run" / "config.yaml").write_bytes(content)
+    capsys.readouterr()
+    status, _, err = run(capsys, *command)
+    assert status == 2
+    assert "config.yaml" in err
+    assert "Traceback" not in err
+    assert os.listdir(".") == ["run"]
+
+
 def test_a_folder_of_other_things_is_left_alone(capsys, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("words")

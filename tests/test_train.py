@@ -316,3 +316,18 @@ def test_a_run_that_is_lost_and_interrupted_leaves_the_same_bytes(tmp_path, monk
         train(config)
     train(config)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_not_trained_again(tmp_path, monkeypatch):
+    config = tiny(f"run_dir={tmp_path / 'run'}", "train.steps=3")
+    trainer = run.Trainer
+
+    def slow(given):
+        monkeypatch.setattr(run, "Trainer", trainer)
+        train(given)  # the other process
+        return trainer(given)
+
+    monkeypatch.setattr(run, "Trainer", slow)
+    summary = train(config)
+    assert len(events(tmp_path / "run", "start")) == 1
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from stabrun.config import RESULT, Config, MistakeError, check, marked
 from stabrun.observe.record import Record, read_rows, write_whole
 from stabrun.train import checkpoint
 
+LOST = object()
 COMPLETE, STOPPED, INTERRUPTED, FAILED = "complete", "stopped", "interrupted", "failed"
 
 
@@ -20,7 +23,7 @@ COMPLETE, STOPPED, INTERRUPTED, FAILED = "complete", "stopped", "interrupted", "
 def claimed(config: Config, directory: Path) -> Iterator[Record]:
     """The run directory, made or found, held by this process alone.
 
-    Raises MistakeError where another process holds it, or it is no folder.
+    Raises MistakeError where another process holds it, it is no folder, or it holds something else.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -31,6 +34,7 @@ def claimed(config: Config, directory: Path) -> Iterator[Record]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise MistakeError(f"run_dir={directory}: another process is training it now.") from error
+        refuse_strangers(config, directory)
         if not (directory / "config.yaml").exists():
             write_whole(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
         yield Record(directory)
@@ -52,9 +56,15 @@ def refuse_strangers(config: Config, directory: Path) -> None:
 
 
 def read_config(file: Path) -> Config:
-    """A recorded `config.yaml`, checked against the schema."""
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file))
-    config: Any = OmegaConf.to_object(merged)
+    """A recorded `config.yaml`, checked against the schema. MistakeError where it is none, or not whole."""
+    try:
+        recorded = OmegaConf.load(file)
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), recorded))
+        lost = [path for path in marked(config, RESULT) if OmegaConf.select(recorded, path, default=LOST) is LOST]
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise MistakeError(f"{file}: it is no configuration of a run.") from error
+    if lost:
+        raise MistakeError(f"{file}: it is not whole, for {lost[0]} is missing.")
     check(config)
     return config
 

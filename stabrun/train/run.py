@@ -42,8 +42,8 @@ def train(config: Config) -> dict[str, Any]:
         print(f"{directory} holds this run already; nothing is trained.")
         return summary
     trainer = Trainer(config)
-    with claimed(config, directory) as record:
-        return Run(trainer, record).start()
+    with claimed(config, directory) as record:  # another process may have finished it meanwhile
+        return finished(directory) or Run(trainer, record).start()
 
 
 class Run:
