@@ -112,7 +112,9 @@ class DataConfig:
     seq_len: int = key(64, RESULT, "tokens of context", at_least=2)
     tokenizer: str = key("bytes", RESULT, "bytes, or a BPE trained on the training text", allowed=("bytes", "bpe"))
     bpe_size: int | None = key(None, RESULT, "vocabulary of the trained BPE; null for model.vocab_size", at_least=257)
-    val_fraction: float = key(0.05, RESULT, "share of the text held out, by block", above=0, at_most=0.5)
+    val_fraction: float = key(
+        0.05, RESULT, "share of the text held out: one block in round(1/share)", at_least=0.001, at_most=0.5
+    )
     cache_dir: str = key("", RESOURCE, "where token shards are kept; empty for the user's cache folder")
 
 
@@ -141,7 +143,7 @@ class TrainConfig:
     device: str = key("auto", RESOURCE, "where to train", allowed=("auto", "cpu", "cuda", "mps"))
     precision: str = key("fp32", RESULT, "bf16: autocast over fp32 master weights", allowed=("fp32", "bf16"))
     compile: bool | None = key(None, RESOURCE, "torch.compile; null for on with CUDA alone")
-    threads: int | None = key(None, RESOURCE, "CPU threads; null for torch's choice", at_least=1)
+    threads: int | None = key(None, RESOURCE, "CPU threads; null for torch's choice", at_least=1, at_most=1024)
     deterministic: bool = key(False, RESOURCE, "bit-identical on CUDA too, at a cost in speed")
     checkpoint_every: int = key(200, RESOURCE, "steps between checkpoints; 0 for none", at_least=0)
     val_every: int = key(100, VIEW, "steps between validations; 0 for the last step alone", at_least=0)

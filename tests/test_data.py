@@ -2,6 +2,7 @@ import hashlib
 import json
 import lzma
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
@@ -124,6 +125,29 @@ def test_texts_that_cannot_be_used(tmp_path, content, said):
     with pytest.raises(MistakeError, match=said):
         prepare(data, ModelConfig())
     assert not [f for f in (tmp_path / "c").glob("*") if f.is_dir() and "tmp" in f.name]
+
+
+def test_a_pipe_is_no_text(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MistakeError, match="regular file"):
+        prepare(DataConfig(name="local", path=str(tmp_path / "pipe"), cache_dir=str(tmp_path / "c")), ModelConfig())
+
+
+def test_links_in_a_circle_folders_and_pipes_are_passed_over(tmp_path):
+    texts = tmp_path / "texts"
+    (texts / "folder.txt").mkdir(parents=True)
+    os.mkfifo(texts / "pipe.txt")
+    (texts / "loop.txt").symlink_to(texts / "loop.txt")
+    (texts / "good.txt").write_text("0123456789" * 300)
+    data = DataConfig(name="local", path=str(texts), cache_dir=str(tmp_path / "c"))
+    assert sum(prepare(data, ModelConfig()).manifest["tokens"].values()) == 3000
+
+
+@pytest.mark.parametrize("content", [b"junk", lzma.compress(b"words " * 999)[:-20]])
+def test_a_damaged_xz_is_no_text(tmp_path, content):
+    (tmp_path / "text.xz").write_bytes(content)
+    with pytest.raises(MistakeError, match="no whole"):
+        prepare(DataConfig(name="local", path=str(tmp_path / "text.xz"), cache_dir=str(tmp_path / "c")), ModelConfig())
 
 
 def test_cut_shard_is_noticed(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import lzma
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +18,14 @@ def files(config: DataConfig) -> list[Path]:
         return [EMBEDDED]
     path = Path(config.path or "")
     if path.is_dir():
-        found = sorted(path.rglob("*.txt"))
+        found = sorted(file for file in path.rglob("*.txt") if os.path.isfile(file))
         if not found:
             raise MistakeError(f"data.path={path}: the folder holds no .txt file.")
         return found
     if not path.exists():
         raise MistakeError(f"data.path={path}: there is no such file or folder.")
+    if not path.is_file():
+        raise MistakeError(f"data.path={path}: it is neither a regular file nor a folder.")
     return [path]
 
 
@@ -44,5 +47,7 @@ def blocks(config: DataConfig) -> Iterator[str]:
                     if "\0" in block:
                         raise MistakeError(f"data.path={file}: it holds zero bytes, so it is no text file.")
                     yield block
+        except (lzma.LZMAError, EOFError) as error:
+            raise MistakeError(f"data.path={file}: it is no whole .xz file.") from error
         except UnicodeDecodeError as error:
             raise MistakeError(f"data.path={file}: it is not UTF-8 text ({error.reason}).") from error
