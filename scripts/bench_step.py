@@ -27,8 +27,8 @@ def plain_loop(model_name: str) -> Callable[[int], None]:
     from torch import nn
     from torch.nn import functional as F
 
-    from stabrun.cli import conf_dir
     from stabrun.compose import Words, composed
+    from stabrun.config import conf_dir
     from stabrun.data.shards import prepare
 
     config = composed(conf_dir(), Words.parse([f"model={model_name}"]))
@@ -110,8 +110,9 @@ def plain_loop(model_name: str) -> Callable[[int], None]:
 
 def our_loop(model_name: str, observed: bool, folder: str) -> Callable[[int], None]:
     """stabrun's own loop: update, record on disk, verdict."""
-    from stabrun.cli import conf_dir
     from stabrun.compose import Words, composed
+    from stabrun.config import conf_dir
+    from stabrun.data.shards import prepare
     from stabrun.observe.record import Record
     from stabrun.train.run import Run
     from stabrun.train.trainer import Trainer
@@ -119,7 +120,7 @@ def our_loop(model_name: str, observed: bool, folder: str) -> Callable[[int], No
     words = [f"model={model_name}", "tracker=none", "train.steps=1000000", "train.val_every=0", f"run_dir={folder}"]
     config = composed(conf_dir(), Words.parse([*words, "train.threads=1", *([] if observed else ["observe.every=0"])]))
     Path(folder).mkdir(exist_ok=True)
-    run = Run(Trainer(config), Record(Path(folder)))
+    run = Run(Trainer(config, prepare(config.data, config.model)), Record(Path(folder)))
     run.open_console()
     late: list[dict[str, Any]] = []
 

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stabrun.cli import conf_dir
 from stabrun.compose import Words, composed
-from stabrun.config import run_id
+from stabrun.config import conf_dir, run_id
 from stabrun.observe.record import number, read_rows
 
 VARIANTS = sorted(file.stem for file in (conf_dir() / "variant").glob("*.yaml"))

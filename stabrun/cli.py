@@ -1,9 +1,9 @@
 """Words typed → functions called. Only the standard library is imported here; each command imports what it needs."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import stabrun
 
@@ -33,6 +33,9 @@ exit status: 0 done, a diverged run included; 2 a mistake in what was typed; 1 a
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: run one command and exit with its status."""
     words = sys.argv[1:] if arguments is None else arguments
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the caller has closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = dispatch(words)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: Ctrl-C must not spoil the exit
@@ -40,8 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stabrun: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         status = 130
-    except BrokenPipeError:
-        sys.stderr.close()
+    except OSError as error:  # stdout's reader has gone, or its disk is full
+        if not isinstance(error, BrokenPipeError):
+            print(f"stabrun: standard output: {error.strerror}.", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     sys.exit(status)
 
@@ -68,6 +73,8 @@ def variants(words: list[str]) -> int:
     if words:
         print(f"stabrun: variants takes no words; {words[0]!r} was given.", file=sys.stderr)
         return 2
+    from stabrun.config import conf_dir
+
     files = sorted((conf_dir() / "variant").glob("*.yaml"), key=lambda f: (f.stem != "baseline", f.stem))
     for file in files:
         comments = [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
@@ -75,17 +82,12 @@ def variants(words: list[str]) -> int:
     return 0
 
 
-def conf_dir() -> Path:
-    """The folder of configuration files: inside the package in a wheel, beside it in a checkout."""
-    package = Path(stabrun.__file__).parent
-    return next(d for d in (package / "conf", package.parent / "conf") if (d / "config.yaml").is_file())
-
-
 def later(name: str) -> Callable[[list[str]], int]:
     """A command of `stabrun.commands`, imported when it is called."""
 
     def run(words: list[str]) -> int:
         from stabrun import commands
+        from stabrun.config import conf_dir
 
         return commands.run(name, words, conf_dir())
 

@@ -6,8 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stabrun.compose import Words, composed, multirun, plainly
-from stabrun.config import Config, MistakeError
+from stabrun.compose import Words, composed, multirun, no_such_key, plainly
+from stabrun.config import Config, MistakeError, check, keys, run_dir, run_id
+
+MODEL_FLAGS = ("--config-dir DIR", "--json", "--trace")
 
 
 def run(name: str, words: list[str], conf: Path) -> int:
@@ -36,10 +38,7 @@ def complain(text: str) -> None:
 def train(words: list[str], conf: Path) -> int:
     parsed = Words.parse(words)
     if parsed.show:
-        from omegaconf import OmegaConf
-
-        print(OmegaConf.to_yaml(OmegaConf.structured(composed(conf, parsed))), end="")
-        return 0
+        return show(composed(conf, parsed))
     if not parsed.multirun:
         return train_one(composed(conf, parsed))
 
@@ -48,6 +47,13 @@ def train(words: list[str], conf: Path) -> int:
             raise KeyboardInterrupt
 
     multirun(conf, parsed, job)
+    return 0
+
+
+def show(config: Config) -> int:
+    from omegaconf import OmegaConf
+
+    print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
     return 0
 
 
@@ -61,8 +67,6 @@ def train_one(config: Config) -> int:
 
 
 def tell(summary: dict[str, Any], config: Config) -> None:
-    from stabrun.config import run_dir
-
     print(verdict_line(summary))
     if summary["val_loss"] is not None:
         print(f"validation loss {summary['val_loss']:.4f}, perplexity {summary['val_perplexity']:.2f}")
@@ -86,7 +90,6 @@ def rerun(words: list[str], conf: Path) -> int:
     """Train again from a recorded configuration, in a directory of its own unless run_dir says otherwise."""
     from omegaconf import OmegaConf
 
-    from stabrun.config import check
     from stabrun.train.folder import read_config
 
     if not words:
@@ -96,17 +99,28 @@ def rerun(words: list[str], conf: Path) -> int:
         raise MistakeError(f"{words[0]}: it is no run directory, for it holds no config.yaml.")
     with plainly():
         recorded = read_config(file)
-        recorded.run_dir = f"{words[0].rstrip('/')}-rerun"
-        merged = OmegaConf.merge(
-            OmegaConf.structured(recorded), OmegaConf.from_dotlist(Words.parse(words[1:]).overrides)
-        )
+        parsed = Words.parse(words[1:], ("--cfg",))
+        refuse_groups(parsed.overrides)
+        merged = OmegaConf.merge(OmegaConf.structured(recorded), OmegaConf.from_dotlist(parsed.overrides))
         config: Any = OmegaConf.to_object(merged)
     check(config)
-    return train_one(config)
+    if not any(word.startswith("run_dir=") for word in parsed.overrides):
+        same = run_id(config) == run_id(recorded)
+        config.run_dir = f"{words[0].rstrip('/')}-rerun" if same else str(Path(words[0]).parent / run_id(config))
+    return show(config) if parsed.show else train_one(config)
+
+
+def refuse_groups(overrides: list[str]) -> None:
+    """MistakeError at a word that is no single key: what is recorded has no groups to choose from."""
+    known = {k.path for k in keys()}
+    for word in overrides:
+        path = word.partition("=")[0]
+        if path not in known:
+            raise MistakeError(f"rerun takes single keys, no groups and no variants; {no_such_key(path)}")
 
 
 def judge(words: list[str], conf: Path) -> int:
-    from stabrun.observe.record import read_rows
+    from stabrun.observe.record import read_metrics
     from stabrun.observe.verdict import Judge, of_run
     from stabrun.train.folder import read_config
 
@@ -118,8 +132,10 @@ def judge(words: list[str], conf: Path) -> int:
     if not file.is_file():
         raise MistakeError(f"{paths[0]}: it is no run directory, for it holds no metrics.jsonl.")
     fold = Judge()
-    for row in read_rows(file):
+    for row in read_metrics(file):
         fold.add(row)
+    if not fold.losses:
+        raise MistakeError(f"{file}: it holds no rows yet, or is no record.")
     planned = read_config(file.with_name("config.yaml")).train.steps
     verdict = asdict(of_run(fold.verdict(), planned))
     print(json.dumps(verdict, indent=1) if as_json else verdict_line(verdict))
@@ -130,7 +146,7 @@ def model(words: list[str], conf: Path) -> int:
     from stabrun.model.describe import describe, report
 
     flags = {flag: flag in words for flag in ("--json", "--trace")}
-    config = composed(conf, Words.parse([word for word in words if word not in flags]))
+    config = composed(conf, Words.parse([word for word in words if word not in flags], MODEL_FLAGS))
     facts = describe(config)
     if flags["--trace"]:
         from stabrun.model.trace import traced_memory
@@ -145,7 +161,7 @@ def data(words: list[str], conf: Path) -> int:
 
     if not words or words[0] != "prepare":
         raise MistakeError("data: it is `stabrun data prepare [OVERRIDE…]`.")
-    config = composed(conf, Words.parse(words[1:]))
+    config = composed(conf, Words.parse(words[1:], ("--config-dir DIR",)))
     tokens = prepare(config.data, config.model).manifest["tokens"]
     folder = Path(config.data.cache_dir or default_cache()) / name(config.data, config.model)
     print(f"{tokens['train']:,} training and {tokens['val']:,} validation tokens in {folder}")

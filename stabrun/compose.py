@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stabrun.config import Config, MistakeError, check, keys
+from stabrun.config import Config, MistakeError, check, conf_dir, keys
 
 OWN_CODE = ("hydra._internal.", "hydra_plugins.")
 
@@ -33,22 +33,24 @@ class Words:
     show: bool = False
 
     @staticmethod
-    def parse(words: list[str]) -> "Words":
-        """MistakeError at a flag that is not known."""
+    def parse(words: list[str], flags: tuple[str, ...] = ("-m", "--cfg", "--config-dir DIR")) -> "Words":
+        """MistakeError at a flag that is not among `flags`."""
         overrides, multirun, show = [], False, False
         rest = iter(words)
         for word in rest:
-            if word in ("-m", "--multirun"):
+            flag = {"--multirun": "-m", "-c": "--cfg"}.get(word, word.partition("=")[0])
+            if flag.startswith("-") and flag not in (known.split()[0] for known in flags):
+                there = f"there are {' and '.join(flags)}" if flags else "this command has none"
+                raise MistakeError(f"{word}: no such flag here; {there}.")
+            if flag == "-m":
                 multirun = True
-            elif word in ("-c", "--cfg"):
+            elif flag == "--cfg":
                 show = True
-            elif word == "--config-dir" or word.startswith("--config-dir="):
+            elif flag == "--config-dir":
                 folder = Path(word.partition("=")[2] or next(rest, ""))
                 if not folder.name or not folder.is_dir():
                     raise MistakeError(f"--config-dir {folder}: there is no such folder.")
                 overrides.append(f"hydra.searchpath=[file://{folder.resolve()}]")
-            elif word.startswith("-"):
-                raise MistakeError(f"{word}: no such flag here; there are -m, --cfg and --config-dir DIR.")
             elif "hydra.searchpath" in word:  # Hydra imports the package that a pkg:// path names
                 raise MistakeError(f"{word}: search paths can name code to run; a folder is added by --config-dir DIR.")
             elif "=" not in word.lstrip("=~"):
@@ -76,7 +78,9 @@ def sentence(error: BaseException) -> str:
         if found := re.search(pattern, text):
             return say(*found.groups())
     lines = [line.strip() for line in text.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "See "))]
+    kept = [
+        line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type=", "See "))
+    ]
     return " ".join(dict.fromkeys(kept))
 
 
@@ -90,7 +94,13 @@ def no_such_file(group: str, name: str) -> str:
 
 def no_such_key(path: str) -> str:
     near = difflib.get_close_matches(path, [k.path for k in keys()], n=1)
-    return f"{path}: there is no such key." + (f" Did you mean {near[0]}?" if near else "")
+    hint = f" Did you mean {near[0]}?" if near else "" if "." in path else f" The groups are {', '.join(groups())}."
+    return f"{path}: there is no such key." + hint
+
+
+def groups() -> list[str]:
+    """The folders of `conf/`: the groups that a file is chosen from."""
+    return sorted(item.name for item in conf_dir().iterdir() if item.is_dir())
 
 
 def needs_plus(group: str) -> str:
@@ -140,23 +150,41 @@ def composed(conf: Path, words: Words) -> Config:
 
 
 def multirun(conf: Path, words: Words, job: Callable[[Config], None]) -> None:
-    """Hydra's own multirun: its sweeper and launcher call `job` with the configuration of each run."""
+    """Hydra's own multirun: its sweeper and launcher call `job` with the configuration of each run.
 
-    def task(task_config: DictConfig) -> None:
-        with plainly():
-            config = to_config(task_config, HydraConfig.get())
-        started.append(config)
-        job(config)
+    All are composed and checked before the first is run; one whose run is refused afterwards does not stop the rest.
+    """
 
-    started: list[Config] = []
+    def checked(task_config: DictConfig) -> Config | MistakeError:
+        try:
+            with plainly():
+                return to_config(task_config, HydraConfig.get())
+        except MistakeError as error:
+            return error
+
+    def called(task_config: DictConfig) -> MistakeError | None:
+        try:
+            job(to_config(task_config, HydraConfig.get()))
+        except MistakeError as error:
+            return error
+        return None
+
+    def each(task: Callable[[DictConfig], Any], overrides: list[str]) -> None:
+        batches = the_hydra().multirun("config", task, overrides)
+        for result in (result.return_value for batch in batches for result in batch):
+            if isinstance(result, MistakeError):
+                raise result
+
     with plainly(), hydra(conf), TemporaryDirectory() as scratch:
         # Hydra's note of the sweep goes where nobody looks, for runs keep their own records.
         overrides = [f"hydra.sweep.dir={scratch}", *words.overrides, "hydra.mode=MULTIRUN"]
         with foreseen(words.overrides):
             whole = the_hydra().compose_config("config", overrides, RunMode.MULTIRUN, from_shell=True)
         refuse_code(whole)
-        with foreseen(words.overrides, started):
-            the_hydra().multirun("config", task, overrides)
+        here = [word for word in overrides if not word.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher"))]
+        with foreseen(words.overrides):
+            each(checked, here)
+        each(called, overrides)
 
 
 def the_hydra() -> Any:
@@ -164,13 +192,11 @@ def the_hydra() -> Any:
 
 
 @contextmanager
-def foreseen(overrides: list[str], started: Sequence[Config] = ()) -> Iterator[None]:
-    """Hydra meets overrides that it did not foresee with a bare exception: a MistakeError, unless a job `started`."""
+def foreseen(overrides: list[str]) -> Iterator[None]:
+    """Hydra meets overrides that it did not foresee with a bare exception: a MistakeError."""
     try:
         yield
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
-        if started:
-            raise
         raise MistakeError(f"{' '.join(overrides)}: these overrides do not go together ({error}).") from error
 
 

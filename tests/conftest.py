@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stabrun.cli import conf_dir
 from stabrun.compose import Words, composed
+from stabrun.config import conf_dir
+from stabrun.data.shards import prepare
+from stabrun.train.trainer import Trainer
 
 torch.set_num_threads(1)
 
@@ -39,6 +41,11 @@ def configured(*overrides):
 def tiny(*overrides):
     """A model of 2 layers × 16 for 30 steps, and these overrides."""
     return configured(*TINY, *overrides)
+
+
+def a_trainer(config):
+    """A trainer on this configuration's own data."""
+    return Trainer(config, prepare(config.data, config.model))
 
 
 def stabrun(*words, cwd, env=(), **options):

@@ -14,10 +14,11 @@ from stabrun.train.run import train
 
 def run(capsys, *words):
     """Exit status, stdout and stderr of `stabrun WORDS` in this process."""
-    before = signal.getsignal(signal.SIGINT)
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as ended:
         main([str(word) for word in words])
-    signal.signal(signal.SIGINT, before)
+    for which, handler in before.items():
+        signal.signal(which, handler)
     return ended.value.code, *capsys.readouterr()
 
 
@@ -71,6 +72,13 @@ MISTAKES = [
     (["train", "hydra.launcher._target_=os.getcwd"], ["hydra.launcher._target_=os.getcwd"]),
     (["train", "-m", "hydra.sweeper._target_=os.getcwd", "seed=0,1"], ["hydra.sweeper._target_=os.getcwd"]),
     (["train", "hydra.searchpath=[pkg://evil]"], ["hydra.searchpath", "--config-dir"]),
+    (["train", "+experiment=x"], ["experiment", "variant"]),
+    (["train", "-m", "optim.lr=0.1,0"], ["optim.lr=0", "above 0"]),
+    (["train", "-m", "seed=0,1", "train.steps=x"], ["train.steps=x", "Integer"]),
+    (["train", f"run_dir={'x' * 300}"], ["run_dir=xxx", "too long"]),
+    (["model", "--cfg"], ["--cfg", "--json"]),
+    (["model", "-m", "seed=0,1"], ["-m", "--json"]),
+    (["data", "prepare", "--cfg"], ["--cfg"]),
     (["rerun"], ["run directory"]),
     (["rerun", "/no/such/run"], ["/no/such/run", "config.yaml"]),
     (["judge", "/no/such/run"], ["/no/such/run", "metrics.jsonl"]),
@@ -128,6 +136,78 @@ def test_a_damaged_configuration_is_refused(capsys, tmp_path, content, command):
     assert "config.yaml" in err
     assert "Traceback" not in err
     assert os.listdir(".") == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["optm.lr=3"], "Did you mean optim.lr?"), (["model=mini"], "single keys"), (["+variant=x"], "single keys"),
+     (["-m"], "--cfg"), (["optim.lr=0"], "above 0")],
+)  # fmt: skip
+def test_mistakes_in_a_rerun(capsys, words, named):
+    train(tiny("run_dir=run", "train.steps=3"))
+    capsys.readouterr()
+    status, out, err = run(capsys, "rerun", "run", *words)
+    assert (status, out) == (2, "")
+    assert named in err
+    assert os.listdir(".") == ["run"]
+
+
+def test_a_rerun_shows_its_configuration_and_goes_beside_its_run(capsys):
+    train(tiny("run_dir=runs/a", "train.steps=3"))
+    capsys.readouterr()
+    status, out, _ = run(capsys, "rerun", "runs/a", "--cfg", "seed=3")
+    assert status == 0
+    assert "seed: 3" in out
+    for words in (["seed=3"], ["seed=4"], []):
+        assert run(capsys, "rerun", "runs/a", *words)[0] == 0
+    assert len(os.listdir("runs")) == 4
+    assert "a-rerun" in os.listdir("runs")
+
+
+@pytest.mark.parametrize("content", ["", "junk\n", '{"step": 0}\n', '{"step": 0, "train/loss": "abc"}\n'])
+def test_a_record_that_is_none_is_refused_by_judge(capsys, content, tmp_path):
+    train(tiny("run_dir=run", "train.steps=3"))
+    (tmp_path / "run" / "metrics.jsonl").write_text(content)
+    capsys.readouterr()
+    status, out, err = run(capsys, "judge", "run")
+    assert (status, out) == (2, "")
+    assert "metrics.jsonl" in err
+
+
+def test_jobs_of_a_multirun_are_refused_before_the_first_is_trained_and_run_on_after_one(capsys, tmp_path):
+    train(tiny("run_dir=runs/2", "train.steps=3", "optim.lr=0.5"))
+    capsys.readouterr()
+    status, _, err = run(capsys, "train", "-m", *TINY, "train.steps=3", "run_dir=runs/1,runs/2,runs/3")
+    assert status == 2
+    assert "runs/2: it holds a run" in err
+    assert "Error executing" not in err
+    assert (tmp_path / "runs" / "3" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("redirect", [">&-", ">/dev/full"])
+def test_output_that_cannot_be_written(redirect):
+    call = f"{__import__('sys').executable} -m stabrun variants {redirect}"
+    done = subprocess.run(["bash", "-c", call], capture_output=True, text=True)
+    assert done.returncode == (0 if "-" in redirect else 1)
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+
+
+def test_sigterm_while_a_text_is_prepared_leaves_nothing(tmp_path):
+    (tmp_path / "text.txt").write_text("in the beginning was the word " * 200_000)
+    words = ["data", "prepare", "data=local", "data.path=text.txt", "data.tokenizer=bpe", "model.vocab_size=4096"]
+    command = [__import__("sys").executable, "-m", "stabrun", *words, "data.cache_dir=cache"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("cache/*.tmp-*")):
+        pass
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert not list(tmp_path.glob("cache/*.tmp-*"))
+    stale = next(tmp_path.glob("cache/*.lock")).with_suffix(".tmp-killed")
+    stale.mkdir()
+    assert stabrun(*words, "data.cache_dir=cache", cwd=tmp_path).returncode == 0
+    assert not stale.exists()
 
 
 def test_a_folder_of_other_things_is_left_alone(capsys, tmp_path):

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import PRESETS, VARIANTS, configured, stabrun, tiny
 
-from stabrun.cli import conf_dir
-from stabrun.config import RESULT, Config, MistakeError, check, keys, marked, run_id
+from stabrun.config import RESULT, Config, MistakeError, check, conf_dir, keys, marked, run_id
 
 ROOT = Path(__file__).parent.parent
 

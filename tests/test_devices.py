@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import VARIANTS
+from conftest import VARIANTS, a_trainer
 from reference import small
 from torch import nn
 from torch._dynamo.utils import counters
@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stabrun.config import ObserveConfig
 from stabrun.model.gpt import GPT, meta_gpt
 from stabrun.observe.probe import Probe
-from stabrun.train.trainer import Trainer
 
 BATCH, SEQ_LEN = 2, 10
 EXTRA = {
@@ -159,7 +158,7 @@ def test_nano_trains_on_cuda(variant, precision, tmp_path):
     nano = ("model.n_layer=4", "model.d_model=64", "model.vocab_size=256", "data.seq_len=64")
     how = ("train.device=cuda", f"train.precision={precision}", "train.compile=false", "schedule.warmup_steps=5")
     config = small(variant, *nano, *how, f"data.cache_dir={tmp_path}")
-    trainer = Trainer(config)
+    trainer = a_trainer(config)
     rows = [trainer.step(step).read() for step in range(12)]
     losses = [row["train/loss"] for row in rows]
     assert all(p.is_cuda for p in trainer.parameters)

@@ -1,11 +1,10 @@
 import pytest
 import torch
-from conftest import tiny
+from conftest import a_trainer, tiny
 from torch import nn
 
 from stabrun.model.gpt import GPT
 from stabrun.train.optimizer import clip, make_optimizer, set_rate
-from stabrun.train.trainer import Trainer
 
 
 def test_matrices_decay_and_nothing_else():
@@ -56,7 +55,7 @@ def test_micro_batches_add_up_to_the_batch():
     """In fp64, for fp32 sums of different order part after some steps (GROUND: 4e-13 against 5e-7)."""
     gradients = {}
     for micro in (1, 2, 4):
-        trainer = Trainer(tiny(f"train.micro_batch_size={micro}", "observe.every=0"))
+        trainer = a_trainer(tiny(f"train.micro_batch_size={micro}", "observe.every=0"))
         trainer.model.double()
         trainer.backward(0)
         gradients[micro] = [p.grad for p in trainer.parameters]

@@ -2,24 +2,23 @@
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import a_trainer, tiny
 from torch import nn
 from torch.nn import functional as F
 
 from stabrun.config import ObserveConfig
 from stabrun.data.batches import training_batch
 from stabrun.observe.probe import Probe, find_sites
-from stabrun.train.trainer import Trainer
 
 
 @pytest.fixture(scope="module", params=["baseline", "qk_norm_cap", "qkv_norm"])
 def measured(request):
     """A row of step 3 (every step slow), and the layers' tensors of the same step taken by retain_grad."""
     words = [f"+variant={request.param}", "observe.slow_every=1", "optim.clip=0.5"]
-    trainer = Trainer(tiny(*words))
+    trainer = a_trainer(tiny(*words))
     for step in range(3):
         trainer.step(step).read()
-    twin = Trainer(tiny(*words, "observe.every=0"))
+    twin = a_trainer(tiny(*words, "observe.every=0"))
     for step in range(3):
         twin.step(step)
     seen = {}
@@ -124,7 +123,7 @@ def test_update_and_moments(measured):
 def test_micro_batches_merge_to_the_batchs_values():
     rows = []
     for micro in (4, 2, 1):
-        trainer = Trainer(tiny(f"train.micro_batch_size={micro}", "+variant=qk_norm"))
+        trainer = a_trainer(tiny(f"train.micro_batch_size={micro}", "+variant=qk_norm"))
         rows.append(trainer.step(0).read())
     for row in rows[1:]:
         assert row.keys() == rows[0].keys()
@@ -135,7 +134,7 @@ def test_micro_batches_merge_to_the_batchs_values():
 def test_observation_changes_no_bit():
     losses = {}
     for every in (0, 1, 3):
-        trainer = Trainer(tiny(f"observe.every={every}", "observe.slow_every=2", "+variant=qk_norm_cap"))
+        trainer = a_trainer(tiny(f"observe.every={every}", "observe.slow_every=2", "+variant=qk_norm_cap"))
         losses[every] = [(row["train/loss"], row["grad/norm"]) for row in (trainer.step(s).read() for s in range(8))]
     assert losses[0] == losses[1] == losses[3]
 
@@ -172,7 +171,7 @@ def test_any_model_and_recomputation():
 
 
 def test_validation_leaves_no_trace():
-    trainer = Trainer(tiny())
+    trainer = a_trainer(tiny())
     trainer.step(0).read()
     before = trainer.probe.norms.clone()
     trainer.validate()

@@ -18,19 +18,22 @@ def test_numbers_that_are_not_finite_become_words():
     assert number("-inf") == -math.inf
 
 
+ROWS = [f'{{"step": {step}, "train/loss": 2.5}}\n' for step in range(3)]
+
+
 @pytest.mark.parametrize("tail", ["", '{"step": 3, "x"', "not json\n", '[1]\n{"step": 3}\n'])
 def test_rows_end_at_the_first_line_that_is_none(tmp_path, tail):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n' + tail)
+    file.write_text("".join(ROWS) + tail)
     assert [row["step"] for row in read_rows(file)] == [0, 1, 2]
-    assert [row["step"] for row in Record(tmp_path).cut(2)] == [0, 1]
-    assert file.read_text() == '{"step": 0}\n{"step": 1}\n'
+    assert [row["step"] for row in Record(tmp_path).cut(2)[0]] == [0, 1]
+    assert file.read_text() == "".join(ROWS[:2])
 
 
 @pytest.mark.parametrize("line", ["not json", '{"x": 1}', '{"step": 7}'])
 def test_a_damaged_record_is_refused_before_it_is_cut(tmp_path, line):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 0}\n' + line + '\n{"step": 2}\n{"step": 3}\n')
+    file.write_text(ROWS[0] + line + "\n" + ROWS[2])
     before = file.read_bytes()
     with pytest.raises(MistakeError, match="does not hold the 3 steps"):
         Record(tmp_path).cut(3)

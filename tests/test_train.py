@@ -1,20 +1,23 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, configured, stabrun, tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stabrun.config import MistakeError
 from stabrun.model.gpt import GPT
-from stabrun.observe.record import read_rows
-from stabrun.train import checkpoint, run
+from stabrun.observe.record import read_events, read_rows
+from stabrun.train import checkpoint, precision, run
+from stabrun.train.folder import seconds_spent
 from stabrun.train.optimizer import make_optimizer
 from stabrun.train.run import Run, train
 
@@ -262,11 +265,15 @@ def test_data_that_changed_under_a_run_are_noticed(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Run, "launch", interrupted)
         train(config)
-    before = metrics(tmp_path / "run")
-    text.write_text("and it came to pass " * 1000)
-    with pytest.raises(MistakeError, match="began on other data"):
-        train(config)
-    assert metrics(tmp_path / "run") == before
+    for finish in (False, True):
+        if finish:
+            text.write_text("in the beginning " * 1000)
+            train(config)
+        before = metrics(tmp_path / "run")
+        text.write_text("and it came to pass " * 1000)
+        with pytest.raises(MistakeError, match="began on other data"):
+            train(config)
+        assert metrics(tmp_path / "run") == before
 
 
 def test_a_fault_is_noted_and_a_bad_checkpoint_named(tmp_path, monkeypatch):
@@ -322,12 +329,92 @@ def test_a_run_that_another_process_finishes_meanwhile_is_not_trained_again(tmp_
     config = tiny(f"run_dir={tmp_path / 'run'}", "train.steps=3")
     trainer = run.Trainer
 
-    def slow(given):
+    def slow(given, data):
         monkeypatch.setattr(run, "Trainer", trainer)
         train(given)  # the other process
-        return trainer(given)
+        return trainer(given, data)
 
     monkeypatch.setattr(run, "Trainer", slow)
     summary = train(config)
     assert len(events(tmp_path / "run", "start")) == 1
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+def interrupted_run(tmp_path, monkeypatch, at):
+    """A run of these tests' `RICH` configuration that was stopped after step `at`; returns its configuration."""
+    launch = Run.launch
+
+    def interrupted(self, step):
+        if step == at:
+            signal.raise_signal(signal.SIGINT)
+        return launch(self, step)
+
+    config = tiny(*RICH, f"run_dir={tmp_path / 'run'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "launch", interrupted)
+        train(config)
+    return config
+
+
+def test_steps_without_a_checkpoint_are_said_to_be_trained_again(tmp_path, whole, monkeypatch, capsys):
+    config = interrupted_run(tmp_path, monkeypatch, at=12)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    train(config)
+    assert "13 of 13 recorded steps have no checkpoint" in capsys.readouterr().err
+    assert metrics(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize(
+    "file", ["summary.json", "environment.json", "metrics.jsonl", "checkpoints/step_00000013/meta.json"]
+)
+@pytest.mark.parametrize("content", ["", "[]", '{"step": 5}\n', '{"step": "x", "train/loss": "abc"}\n'])
+def test_a_damaged_file_is_named_and_kept(tmp_path, monkeypatch, file, content):
+    config = interrupted_run(tmp_path, monkeypatch, at=12)
+    (tmp_path / "run" / file).write_text(content)
+    if file == "summary.json" and content.startswith("{"):  # an object, and so not damaged: it says nothing of an end
+        assert train(config)["status"] == "complete"
+        return
+    said = "other data" if file == "environment.json" and content.startswith("{") else Path(file).name
+    with pytest.raises(MistakeError, match=said):
+        train(config)
+    assert (tmp_path / "run" / file).read_text() == content
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
+    config = interrupted_run(tmp_path, monkeypatch, at=12)
+    other = GPT(tiny("model.d_model=32").model, config.data.seq_len, seed=0)
+    path = tmp_path / "run" / "checkpoints" / "step_00000013" / "model.safetensors"
+    save_file({name: p.data for name, p in other.named_parameters()}, path)
+    with pytest.raises(MistakeError, match="another model"):
+        train(config)
+
+
+def test_damaged_events_harm_nothing_and_the_next_one_stands_on_its_own_line(tmp_path, monkeypatch):
+    config = interrupted_run(tmp_path, monkeypatch, at=12)
+    with open(tmp_path / "run" / "events.jsonl", "a") as file:
+        file.write('{"event": "checkpoint", "time": "noon"}\n{"event": "che')
+    assert train(config)["seconds"] >= 0
+    kinds = [event["event"] for event in read_events(tmp_path / "run" / "events.jsonl")]
+    assert kinds.count("start") == 2
+    assert kinds[-1] == "complete"
+
+
+def test_time_is_that_of_all_starts_up_to_their_last_event(tmp_path):
+    lines = [("start", 100.0), ("checkpoint", 110.0), ("start", 200.0), ("complete", 205.5)]
+    text = "".join(json.dumps({"event": kind, "time": at}) + "\n" for kind, at in lines)
+    (tmp_path / "events.jsonl").write_text(text)
+    assert seconds_spent(tmp_path) == 15.5
+
+
+def test_a_model_too_large_for_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "free_memory", lambda: 1 << 18)
+    with pytest.raises(MistakeError, match=r"a step needs about .* and 256\.0 KiB are free"):
+        train(tiny(f"run_dir={tmp_path / 'run'}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_outlives_the_reader_of_its_output(tmp_path):
+    shell = f"{sys.executable} -m stabrun train {' '.join(TINY)} run_dir=run"
+    done = subprocess.run(["bash", "-c", f"{shell} | head -1; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "complete"

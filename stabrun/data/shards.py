@@ -129,6 +129,8 @@ def _at_least(count: int, blocks: Iterator[str]) -> Iterator[str]:
 
 
 def _write(data: DataConfig, model: ModelConfig, folder: Path) -> None:
+    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # left by a killed process: we hold the lock
+        shutil.rmtree(stale, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
         tokenizer = _tokenizer(data, model)

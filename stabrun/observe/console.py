@@ -1,6 +1,7 @@
 """What a run shows while it goes: a live view on a terminal, plain lines elsewhere."""
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -90,7 +91,14 @@ class Console:
         if self.live is not None:
             self.live.console.print(text, highlight=False, markup=False)
         else:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        """A line; where nobody can read it any more the console falls silent, for a run outlives its reader."""
+        try:
             print(text, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self) -> None:
         if self.live is not None:

@@ -1,5 +1,6 @@
 """The files of a run directory: `metrics.jsonl` is the truth, `events.jsonl` tells how it came about."""
 
+import itertools
 import json
 import math
 import os
@@ -27,15 +28,47 @@ def _named(value: Any) -> Any:
     return [_named(item) for item in value] if isinstance(value, list) else value
 
 
+def is_number(value: Any) -> bool:
+    """Whether `value` is a recorded number."""
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)) or value in ("nan", "inf", "-inf")
+
+
 def number(value: Any) -> float:
     """A recorded number, "nan", "inf" and "-inf" included; NaN for what is missing."""
     return float("nan") if value is None else float(value)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises MistakeError, naming the file, where it holds none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise MistakeError(f"{path} is damaged: it holds no JSON object.")
+    return value
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole rows of a JSON-lines file; a last line that is still being written is left out."""
+    """The whole rows of a JSON-lines file, up to the first line that is none: the last may still be being written."""
     for _, row in _lines(path):
         yield row
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of `metrics.jsonl`. Raises MistakeError at one without a step and a training loss."""
+    for count, row in enumerate(read_rows(path), 1):
+        if not isinstance(row.get("step"), int) or not is_number(row.get("train/loss")):
+            raise MistakeError(f"{path}, line {count}: it is no row of a run, for step or train/loss is missing.")
+        yield row
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of `events.jsonl`; a line that a kill cut short is passed over."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        return [event for line in file if (event := _parsed(line)) is not None]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -45,14 +78,19 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     with open(path, "rb") as file:
         for line in file:
-            try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
+            row = _parsed(line)
+            if row is None:
                 return
             end += len(line)
             yield end, row
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 class Record:
@@ -63,25 +101,23 @@ class Record:
         self.metrics = directory / "metrics.jsonl"
         self.file: IO[str] | None = None
 
-    def cut(self, step: int) -> list[dict[str, Any]]:
-        """Shorten the metrics to the rows 0 … `step` − 1, and return those.
+    def cut(self, step: int) -> tuple[list[dict[str, Any]], int]:
+        """Shorten the metrics to the rows 0 … `step` − 1, and return those and how many later ones went.
 
         Raises MistakeError, before anything is cut, where the file does not hold them.
         """
-        end, rows = 0, list[dict[str, Any]]()
-        for after, row in _lines(self.metrics):
-            if len(rows) == step:
-                break
-            end = after
-            rows.append(row)
-        if [row.get("step") for row in rows] != list(range(step)):
+        lines = _lines(self.metrics)
+        kept = list(itertools.islice(lines, step))
+        rows, end = [row for _, row in kept], kept[-1][0] if kept else 0
+        later = sum(1 for _ in lines)
+        if [row["step"] for row in rows if is_number(row.get("train/loss")) and "step" in row] != list(range(step)):
             raise MistakeError(
                 f"{self.metrics} does not hold the {step} steps of its checkpoint in order; "
                 f"mend it, or remove {self.directory} to train anew."
             )
         if self.metrics.exists():
             os.truncate(self.metrics, end)
-        return rows
+        return rows, later
 
     def write(self, row: dict[str, Any]) -> None:
         if self.file is None:
@@ -97,8 +133,10 @@ class Record:
     def event(self, kind: str, **facts: Any) -> None:
         """Add a line to `events.jsonl`: what happened, when (Unix seconds), and `facts`."""
         line = dumps({"event": kind, "time": round(time.time(), 3), **facts})
-        with open(self.directory / "events.jsonl", "a") as file:
-            file.write(line + "\n")
+        with open(self.directory / "events.jsonl", "ab+") as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                line = "\n" + line  # a kill cut the last line short
+            file.write(line.encode() + b"\n")
 
     def close(self) -> None:
         if self.file is not None:

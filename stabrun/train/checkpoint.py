@@ -16,6 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stabrun.config import MistakeError
+from stabrun.observe.record import read_object
+
 META = "meta.json"
 
 
@@ -27,6 +30,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         _write(scratch, step, model, optimizer)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(scratch, target)
+        sync(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     for old in folder.glob("step_*"):
@@ -44,27 +48,43 @@ def _write(scratch: Path, step: int, model: nn.Module, optimizer: torch.optim.Op
         raise OSError(errno.EIO, str(error), str(scratch)) from error
     (scratch / META).write_text(json.dumps({"step": step}) + "\n")
     for file in scratch.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+        sync(file)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def latest(folder: Path) -> tuple[int, Path] | None:
-    """The newest whole checkpoint below `folder` and the updates it holds."""
-    found = [json.loads(meta.read_text())["step"] for meta in folder.glob(f"step_*/{META}")]
-    return (max(found), folder / f"step_{max(found):08d}") if found else None
+    """The newest whole checkpoint below `folder` and the updates it holds. MistakeError where its step is damaged."""
+    newest = max((meta.parent for meta in folder.glob(f"step_*/{META}")), default=None)
+    if newest is None:
+        return None
+    step = read_object(newest / META).get("step")
+    if not isinstance(step, int) or newest.name != f"step_{step:08d}":
+        raise MistakeError(f"{newest / META} is damaged: its step is not that of its folder.")
+    return step, newest
 
 
 @torch.no_grad()
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put the state below `path` into a model and optimizer made from the same configuration.
 
-    Raises OSError where the files cannot be read.
+    Raises OSError where the files cannot be read, MistakeError where they hold another model.
     """
     try:
         state, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
     except SafetensorError as error:
         raise OSError(errno.EIO, f"the checkpoint cannot be read ({error})", str(path)) from error
-    for name, tensor in _model_state(model).items():
+    here = _model_state(model)
+    if {name: tensor.shape for name, tensor in here.items()} != {name: tensor.shape for name, tensor in state.items()}:
+        raise MistakeError(f"{path} holds the weights of another model; remove it to go on from an earlier state.")
+    for name, tensor in here.items():
         tensor.copy_(state[name])
     for name, parameter in model.named_parameters():
         parts = {key.split("/")[1]: value for key, value in moments.items() if key.split("/")[0] == name}

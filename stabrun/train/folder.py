@@ -1,5 +1,6 @@
 """The run directory: held by one process, used for one configuration, resumed from its checkpoint."""
 
+import errno
 import fcntl
 import json
 from collections.abc import Iterator
@@ -12,10 +13,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stabrun.config import RESULT, Config, MistakeError, check, marked
-from stabrun.observe.record import Record, read_rows, write_whole
+from stabrun.observe.record import Record, read_events, read_object, write_whole
 from stabrun.train import checkpoint
 
 LOST = object()
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # faults of the disk, not of a name
 COMPLETE, STOPPED, INTERRUPTED, FAILED = "complete", "stopped", "interrupted", "failed"
 
 
@@ -25,10 +27,8 @@ def claimed(config: Config, directory: Path) -> Iterator[Record]:
 
     Raises MistakeError where another process holds it, it is no folder, or it holds something else.
     """
-    try:
+    with named("run_dir", directory):
         directory.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise MistakeError(f"run_dir={directory}: it is not a folder.") from error
     with open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,9 +41,11 @@ def claimed(config: Config, directory: Path) -> Iterator[Record]:
 
 
 def refuse_strangers(config: Config, directory: Path) -> None:
-    """MistakeError where `directory` holds something else than this experiment."""
+    """MistakeError where `directory` holds something else than this experiment, or can be no folder."""
     file = directory / "config.yaml"
-    if file.exists():
+    with named("run_dir", directory):
+        recorded = file.exists()
+    if recorded:
         there, here = marked(read_config(file), RESULT), marked(config, RESULT)
         other = [f"{key}={there[key]} (here {here[key]})" for key in here if here[key] != there[key]]
         if other:
@@ -53,6 +55,18 @@ def refuse_strangers(config: Config, directory: Path) -> None:
             )
     elif directory.is_dir() and any(item.name != ".lock" for item in directory.iterdir()):
         raise MistakeError(f"run_dir={directory}: the folder is not empty and holds no run.")
+
+
+@contextmanager
+def named(key: str, directory: Path) -> Iterator[None]:
+    """Turn the error of a path that can be no folder into a MistakeError that names its key."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        why = "it is not a folder" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+        raise MistakeError(f"{key}={directory}: {why}.") from error
 
 
 def read_config(file: Path) -> Config:
@@ -74,17 +88,14 @@ def finished(directory: Path) -> dict[str, Any] | None:
     file = directory / "summary.json"
     if not file.exists():
         return None
-    summary = json.loads(file.read_text())
-    return summary if summary["status"] in (COMPLETE, STOPPED) else None
+    summary = read_object(file)
+    return summary if summary.get("status") in (COMPLETE, STOPPED) else None
 
 
-def note_environment(directory: Path, facts: dict[str, Any]) -> None:
-    """Keep the environment of the first start. MistakeError where the data are no longer those of that start."""
+def refuse_other_data(directory: Path, now: str) -> None:
+    """MistakeError where the data, of hash `now`, are no longer those of the run's first start."""
     file = directory / "environment.json"
-    if not file.exists():
-        write_whole(file, json.dumps(facts, indent=1) + "\n")
-        return
-    before, now = json.loads(file.read_text())["data_hash"], facts["data_hash"]
+    before = read_object(file).get("data_hash") if file.exists() else now
     if before != now:
         raise MistakeError(
             f"run_dir={directory}: the run began on other data (hash {before}, now {now}). "
@@ -92,13 +103,26 @@ def note_environment(directory: Path, facts: dict[str, Any]) -> None:
         )
 
 
-def resume_point(record: Record) -> tuple[int, Path | None, list[dict[str, Any]]]:
-    """The updates done, their checkpoint, and the rows of the record, cut back to it."""
+def note_environment(directory: Path, facts: dict[str, Any]) -> None:
+    """Keep the environment of the first start."""
+    if not (directory / "environment.json").exists():
+        write_whole(directory / "environment.json", json.dumps(facts, indent=1) + "\n")
+
+
+def resume_point(record: Record) -> tuple[int, Path | None, list[dict[str, Any]], int]:
+    """The updates done, their checkpoint, the rows of the record cut back to it, and how many were cut."""
     found = checkpoint.latest(record.directory / "checkpoints")
     step, path = found if found else (0, None)
-    return step, path, record.cut(step)
+    return step, path, *record.cut(step)
 
 
-def seconds_before(directory: Path) -> float:
-    """Training time of earlier starts, as far as they ended in order."""
-    return sum(event.get("seconds", 0.0) for event in read_rows(directory / "events.jsonl"))
+def seconds_spent(directory: Path) -> float:
+    """Time of all starts by the clock of their events; of one that was killed, up to its last event."""
+    total, began, last = 0.0, 0.0, 0.0
+    for event in read_events(directory / "events.jsonl"):
+        if not isinstance(event.get("time"), (int, float)):
+            continue
+        if event.get("event") == "start":
+            total, began = total + last - began, event["time"]
+        last = event["time"]
+    return max(0.0, total + last - began)

@@ -3,10 +3,12 @@
 import ctypes
 import os
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
-from stabrun.config import MistakeError, TrainConfig
+from stabrun.config import Config, MistakeError, TrainConfig
+from stabrun.model.describe import human, memory
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
@@ -37,6 +39,25 @@ def prepare_backend(config: TrainConfig) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(config.deterministic)
+
+
+def refuse_too_large(config: Config, device: torch.device) -> None:
+    """MistakeError where a step on the CPU needs more memory than is free, for there the system would kill the run."""
+    free, needed = free_memory(), memory(config)["peak_bytes"]
+    if device.type == "cpu" and free is not None and needed > free:
+        raise MistakeError(
+            f"model.d_model={config.model.d_model}, model.n_layer={config.model.n_layer}: a step needs about "
+            f"{human(needed)} and {human(free)} are free; a smaller model or train.micro_batch_size needs less."
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes that Linux can give to new work, its caches included; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def keep_freed_memory() -> None:

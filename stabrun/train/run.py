@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from stabrun.config import Config, check, run_dir, run_id
-from stabrun.observe.console import Console
+from stabrun.data.shards import prepare
+from stabrun.observe.console import Console, warn
 from stabrun.observe.record import Record, write_whole
 from stabrun.observe.tracker import Tracker
 from stabrun.observe.verdict import Judge, of_run
@@ -22,9 +23,10 @@ from stabrun.train.folder import (
     claimed,
     finished,
     note_environment,
+    refuse_other_data,
     refuse_strangers,
     resume_point,
-    seconds_before,
+    seconds_spent,
 )
 from stabrun.train.schedule import learning_rate
 from stabrun.train.trainer import Trainer
@@ -38,11 +40,14 @@ def train(config: Config) -> dict[str, Any]:
     check(config)
     directory = run_dir(config)
     refuse_strangers(config, directory)
+    data = prepare(config.data, config.model)
+    refuse_other_data(directory, data.manifest["hash"])
     if summary := finished(directory):
         print(f"{directory} holds this run already; nothing is trained.")
         return summary
-    trainer = Trainer(config)
-    with claimed(config, directory) as record:  # another process may have finished it meanwhile
+    trainer = Trainer(config, data)
+    with claimed(config, directory) as record:  # another process may have begun or finished it meanwhile
+        refuse_other_data(directory, data.manifest["hash"])
         return finished(directory) or Run(trainer, record).start()
 
 
@@ -53,7 +58,11 @@ class Run:
         self.trainer, self.config, self.record = trainer, trainer.config, record
         self.environment = environment(trainer.device, trainer.data.manifest["hash"], trainer.compiled)
         note_environment(record.directory, self.environment)
-        self.done, path, earlier = resume_point(record)
+        self.done, path, earlier, later = resume_point(record)
+        if later:
+            warn(
+                f"{record.directory}: {later} of {self.done + later} recorded steps have no checkpoint; trained again."
+            )
         if path:
             checkpoint.load(path, trainer.model, trainer.optimizer)
         self.judge = Judge()
@@ -159,7 +168,7 @@ class Run:
             "val_perplexity": None if val is None else math.exp(min(val, 700.0)),
             "steps": verdict.horizon + 1,
             "tokens": tokens,
-            "seconds": round(seconds_before(self.record.directory), 3),
+            "seconds": round(seconds_spent(self.record.directory), 3),
             "tokens_per_second": rate,
         }
         return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}

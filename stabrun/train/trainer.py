@@ -8,21 +8,21 @@ from torch.nn import functional as F
 
 from stabrun.config import Config
 from stabrun.data.batches import training_batch, validation_batch
-from stabrun.data.shards import prepare
+from stabrun.data.shards import Prepared
 from stabrun.model.gpt import GPT
 from stabrun.observe.probe import Probe, Snapshot
 from stabrun.train.optimizer import clip, make_optimizer, set_rate
-from stabrun.train.precision import autocast, compiles, pick_device, prepare_backend
+from stabrun.train.precision import autocast, compiles, pick_device, prepare_backend, refuse_too_large
 from stabrun.train.schedule import learning_rate
 
 
 class Trainer:
     """Model, data, optimizer and probe of one configuration; a pure function of (config, steps done)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, data: Prepared) -> None:
         prepare_backend(config.train)
-        self.config, self.device = config, pick_device(config.train)
-        self.data = prepare(config.data, config.model)
+        self.config, self.device, self.data = config, pick_device(config.train), data
+        refuse_too_large(config, self.device)
         self.model = GPT(config.model, config.data.seq_len, config.seed).to(self.device)
         self.parameters = list(self.model.parameters())
         self.optimizer = make_optimizer(self.model, config.optim)
