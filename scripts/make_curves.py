@@ -4,11 +4,12 @@ The plan spans all variants, learning rates from far below to far above the edge
 and long runs, two sizes and several seeds. Runs are stabrun's own, in a scratch folder: what is finished is not
 trained again, so that the script can be stopped and started. Packing takes the runs that are finished.
 
-    python scripts/make_curves.py --runs /tmp/curves --workers 2 --pack tests/data/curves.npz
+    python scripts/make_curves.py --runs /tmp/curves --workers 2 --pack tests/data/curves.npz.xz
 """
 
 import argparse
 import json
+import lzma
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,10 +46,12 @@ def plan() -> Iterator[list[str]]:
         yield from (nano(variant, rate, "constant", seed) for seed in (5, 6) for variant in ("baseline", "qk_norm"))
     for rate in (1e-2, 0.14, 0.56):
         yield from (nano(variant, rate, "constant", 7, steps=1500) for variant in ("baseline", "qk_norm"))
+    for rate in (0.14, 0.3, 0.8, 1e-2):
+        yield from (nano(variant, rate, "constant", 8, steps=800) for variant in VARIANTS)
 
 
 def train_one(job: tuple[list[str], str]) -> str:
-    from stabrun.commands import verdict_line
+    from stabrun.judging import verdict_line
     from stabrun.train.run import train
 
     words, runs = job
@@ -58,7 +61,7 @@ def train_one(job: tuple[list[str], str]) -> str:
 
 
 def pack(runs: Path, target: Path) -> int:
-    """Write the finished runs' curves: for each its loss and gradient norm a step, its facts, its output norms."""
+    """Write the finished runs' curves: for each its loss, gradient norm and learning rate a step, and its facts."""
     arrays: dict[str, np.ndarray] = {}
     facts: list[dict[str, object]] = []
     for words in plan():
@@ -68,15 +71,22 @@ def pack(runs: Path, target: Path) -> int:
             continue
         rows = list(read_rows(folder / "metrics.jsonl"))
         name = f"{len(facts):03d}"
-        facts.append({"words": words, "variant": config.variant, "steps": config.train.steps, "lr": config.optim.lr})
-        for key in ("train/loss", "grad/norm"):
+        facts.append(
+            {
+                "words": words,
+                "variant": config.variant,
+                "d_model": config.model.d_model,
+                "steps": config.train.steps,
+                "schedule": config.schedule.kind,
+                "lr": config.optim.lr,
+            }
+        )
+        for key in ("train/loss", "grad/norm", "train/lr"):
             arrays[f"{name}/{key}"] = np.array([number(row[key]) for row in rows], dtype=np.float32)
-        for key in (key for key in rows[0] if key.startswith("norm/out/")):
-            observed = [row[key] for row in rows if key in row]
-            arrays[f"{name}/{key}"] = np.array([[number(v) for v in row] for row in observed], dtype=np.float32)
     arrays["facts"] = np.array(json.dumps(facts))
     target.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(target, **arrays)  # type: ignore[arg-type]
+    with lzma.open(target, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
     return len(facts)
 
 

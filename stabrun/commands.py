@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +66,14 @@ def train_one(config: Config) -> int:
 
 
 def tell(summary: dict[str, Any], config: Config) -> None:
+    from stabrun.judging import verdict_line
+
     print(verdict_line(summary))
     if summary["val_loss"] is not None:
         print(f"validation loss {summary['val_loss']:.4f}, perplexity {summary['val_perplexity']:.2f}")
     print(f"record: {run_dir(config)}")
     if summary["status"] == "interrupted":
         print(f"interrupted after step {summary['steps']}; the same command goes on from there.")
-
-
-def verdict_line(summary: dict[str, Any]) -> str:
-    """`diverged (runaway) at step 83, first in layer_00/qkv; loss 5.93 → best 2.71 → 3.02`."""
-    text = f"{summary['verdict']} ({summary['reason']})"
-    if summary["first_bad_step"] is not None:
-        text += f" at step {summary['first_bad_step']}"
-    if summary["first_bad_site"]:
-        text += f", first in {summary['first_bad_site']}"
-    losses = [(name, summary[f"{name}_loss"]) for name in ("init", "best", "final")]
-    return text + "; loss " + " → ".join(f"{name} {float(value):.3f}" for name, value in losses if value is not None)
 
 
 def rerun(words: list[str], conf: Path) -> int:
@@ -120,26 +110,9 @@ def refuse_groups(overrides: list[str]) -> None:
 
 
 def judge(words: list[str], conf: Path) -> int:
-    from stabrun.observe.record import read_metrics
-    from stabrun.observe.verdict import Judge, of_run
-    from stabrun.train.folder import read_config
+    from stabrun import judging
 
-    as_json = "--json" in words
-    paths = [word for word in words if word != "--json"]
-    if len(paths) != 1:
-        raise MistakeError("judge: name one run directory, and --json if wanted.")
-    file = Path(paths[0]) / "metrics.jsonl"
-    if not file.is_file():
-        raise MistakeError(f"{paths[0]}: it is no run directory, for it holds no metrics.jsonl.")
-    fold = Judge()
-    for row in read_metrics(file):
-        fold.add(row)
-    if not fold.losses:
-        raise MistakeError(f"{file}: it holds no rows yet, or is no record.")
-    planned = read_config(file.with_name("config.yaml")).train.steps
-    verdict = asdict(of_run(fold.verdict(), planned))
-    print(json.dumps(verdict, indent=1) if as_json else verdict_line(verdict))
-    return 0
+    return judging.judge(words)
 
 
 def model(words: list[str], conf: Path) -> int:

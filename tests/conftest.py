@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +18,8 @@ from stabrun.data.shards import prepare
 from stabrun.train.trainer import Trainer
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ours")
 
 TINY = (
     "model.n_layer=2",

@@ -81,7 +81,7 @@ MISTAKES = [
     (["data", "prepare", "--cfg"], ["--cfg"]),
     (["rerun"], ["run directory"]),
     (["rerun", "/no/such/run"], ["/no/such/run", "config.yaml"]),
-    (["judge", "/no/such/run"], ["/no/such/run", "metrics.jsonl"]),
+    (["judge", "/no/such/run"], ["/no/such/run", "no such file"]),
     (["variants", "all"], ["all"]),
     (["model", "model=tiny"], ["model=tiny", "micro"]),
     (["data"], ["data prepare"]),
@@ -244,6 +244,7 @@ def limited():
 def test_a_full_disk_is_a_fault_and_nothing_is_lost():
     """A limit on the size of files stands in for a disk that fills up while the record grows."""
     words = ["train", *TINY, "train.checkpoint_every=0", "run_dir=run"]
+    assert stabrun("data", "prepare", cwd=".").returncode == 0
     stopped = stabrun(*words, cwd=".", preexec_fn=limited)
     assert stopped.returncode == 1, stopped.stderr
     assert stopped.stderr.startswith("stabrun: ")

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from stabrun.observe.record import number
-from stabrun.observe.verdict import Verdict, by_site
+from stabrun.observe.signals import by_site
+from stabrun.observe.verdict import Verdict
 
 REFRESH = 0.5  # seconds between two views on a terminal
 LINES = 10  # plain lines a run

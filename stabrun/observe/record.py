@@ -57,10 +57,14 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of `metrics.jsonl`. Raises MistakeError at one without a step and a training loss."""
-    for count, row in enumerate(read_rows(path), 1):
-        if not isinstance(row.get("step"), int) or not is_number(row.get("train/loss")):
-            raise MistakeError(f"{path}, line {count}: it is no row of a run, for step or train/loss is missing.")
-        yield row
+    return (checked_row(row, path) for row in read_rows(path))
+
+
+def checked_row(row: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The row; MistakeError where it has no step or no training loss."""
+    if not isinstance(row.get("step"), int) or not is_number(row.get("train/loss")):
+        raise MistakeError(f"{path}: step or train/loss is missing in the row {json.dumps(row)[:60]}.")
+    return row
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -68,7 +72,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with open(path, "rb") as file:
-        return [event for line in file if (event := _parsed(line)) is not None]
+        return [event for line in file if (event := parsed(line)) is not None]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -78,14 +82,15 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     with open(path, "rb") as file:
         for line in file:
-            row = _parsed(line)
+            row = parsed(line)
             if row is None:
                 return
             end += len(line)
             yield end, row
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The object on a whole line, or None where it is none."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

@@ -1,40 +1,58 @@
 """What became of a run: a fold over the rows of its record, the same live, after a resume and afterwards.
 
-No torch here. First form of the rule; its constants and blind spots are in `docs/verdict.md`.
+No torch here. The rule, its reasons, its measured error rates and its blind spots are in `docs/verdict.md`.
 """
 
-from dataclasses import dataclass, replace
+from array import array
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from stabrun.observe.chart import Floats, Level, Strictness, level, trailing_means, window_of
 from stabrun.observe.record import number
+from stabrun.observe.signals import Signals, alarms, first_nonfinite, first_to_break
+from stabrun.observe.spikes import spikes
 
-RULE = 1
-WINDOW_SHARE, WINDOW_LEAST = (
-    0.05,
-    20,
-)  # rows that a mean of the loss runs over: DESIGN's best_loss, final_loss
-RISE = 0.1  # nats: GROUND's edge runs rise by 0.1 to 0.3 and stay; below that a rise is not told from noise
-RISE_SIGMA = 6.0  # a rise must also exceed this many standard errors of a window's mean
-LEARNED = 0.02  # a run whose loss falls by less than this share of its start has not learned
+RULE = 2
+"""Version of the rule: it changes with every change of what a record is called."""
+
+STRICTNESS = {
+    "lenient": Strictness(share=0.1, sigmas=8.0),
+    "standard": Strictness(share=0.03, sigmas=6.0),  # at nano 3 % of what is learned are the 0.1 nats of GROUND's edge
+    "strict": Strictness(share=0.015, sigmas=5.0),
+}
+STANDARD, LENIENT = "standard", "lenient"
+SLOW = 4  # windows in the long window of the second chart, which sees a creep in more noise
+OVERSHOOT = 0.1  # a rise that ends before this share is learned belongs to the warm-up
+CERTAIN_SHARE = 0.75  # a rise that has lasted for this share of all rows has never come back at an unlowered LR
+CERTAIN_WINDOWS = 5  # nor has one that lasted this many windows above the loss before learning
+UNLOWERED = 0.9  # of the highest learning rate so far: below it a run may come back
+CHECK_EVERY, CHECK_SHARE = 10, 0.05  # rows between two looks for certainty, and their share of the rows so far
 
 CONVERGED, RECOVERED, DIVERGED, UNDECIDED = "converged", "recovered", "diverged", "undecided"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`verdict`, its `reason`, the last step it has seen (`horizon`), and where it first went wrong."""
+    """What a run is, as seen up to `horizon`, its last step.
+
+    `certain_step` is the step from which `diverged` could no longer change; `scar` is how far a recovered run's last
+    level lies above its lowest, in units of the loss; `signals` names for each signal its first alarm and lead.
+    """
 
     verdict: str
     reason: str
     horizon: int
     first_bad_step: int | None = None
     first_bad_site: str | None = None
+    certain_step: int | None = None
     scar: float | None = None
     init_loss: float | None = None
     best_loss: float | None = None
     final_loss: float | None = None
+    signals: dict[str, Any] = field(default_factory=dict)
+    spikes: dict[str, Any] | None = None
     rule: int = RULE
 
     @property
@@ -46,140 +64,136 @@ class Judge:
     """Takes rows of `metrics.jsonl` in order by `add`; `verdict` says what is known so far."""
 
     def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.losses: list[float] = []
-        self.outputs: list[tuple[int, list[float]]] = []  # (row, output norm of each site)
-        self.sites: list[str] = []
-        self.broken: tuple[int, str, str | None] | None = None  # (step, reason, site) of the first non-finite
+        self.steps, self.losses, self.rates = array("q"), array("d"), array("d")
+        self.signals = Signals()
+        self.broken: tuple[int, str, str | None] | None = None  # (row, reason, site) of the first non-finite
+        self.certain: int | None = None  # the row from which `diverged` is certain
+        self.next_check = 0
 
     def add(self, row: dict[str, Any]) -> None:
         loss, gradient = number(row["train/loss"]), number(row.get("grad/norm", 0.0))
         self.steps.append(row["step"])
         self.losses.append(loss)
-        norms = by_site(row, "norm/out/")
-        if norms:
-            self.sites = list(norms)
-            self.outputs.append((len(self.losses) - 1, list(norms.values())))
+        self.rates.append(number(row.get("train/lr")))
+        self.signals.add(len(self.losses) - 1, row)
         if self.broken is None and not np.isfinite(loss):
-            self.broken = row["step"], "nonfinite_loss", _first_nonfinite(row, "norm/out/")
+            self.broken = len(self.losses) - 1, "nonfinite_loss", first_nonfinite(row, "norm/out/")
         elif self.broken is None and not np.isfinite(gradient):
-            self.broken = row["step"], "nonfinite_grad", _first_nonfinite(row, "norm/grad/")
+            self.broken = len(self.losses) - 1, "nonfinite_grad", first_nonfinite(row, "norm/grad/")
+        count = len(self.losses)
+        if self.certain is None and self.broken is None and count >= self.next_check:
+            self.next_check = count + max(CHECK_EVERY, round(CHECK_SHARE * count))
+            if self._is_certain():
+                self.certain = count - 1
 
     @property
     def over(self) -> bool:
-        """Whether nothing that follows can change the verdict."""
+        """Whether no row that follows could be trained on: a loss or gradient is not finite."""
         return self.broken is not None
 
-    def verdict(self) -> Verdict:
-        count = len(self.losses)
-        horizon = self.steps[-1] if count else -1
-        finite = np.asarray(self.losses)
-        if self.broken is not None:
-            finite = finite[np.isfinite(finite)]
-        if not len(finite):
-            reason = self.broken[1] if self.broken else "too_short"
-            step, site = (self.broken[0], self.broken[2]) if self.broken else (None, None)
-            return Verdict(DIVERGED if self.broken else UNDECIDED, reason, horizon, step, site)
-
-        window = max(WINDOW_LEAST, round(WINDOW_SHARE * count))
-        means = trailing_means(finite, min(window, len(finite)))
-        losses: dict[str, Any] = {
-            "init_loss": float(finite[0]),
-            "best_loss": float(means.min()),
-            "final_loss": float(means[-1]),
-        }
-        if self.broken is not None:
-            step, reason, site = self.broken
-            losses["final_loss"] = self.losses[-1]
-            return Verdict(DIVERGED, reason, horizon, step, site, **losses)
+    def _is_certain(self) -> bool:
+        count, window = len(self.losses), window_of(len(self.losses))
         if count < 2 * window:
-            return Verdict(UNDECIDED, "too_short", horizon, **losses)
+            return False
+        losses = np.asarray(self.losses)
+        chart = level(losses, window, STRICTNESS[LENIENT])
+        rises = chart.rises()
+        if not rises or rises[-1][1] < count:
+            return False
+        start, rates = rises[-1][0], np.asarray(self.rates)
+        lasting = count - start
+        if not (rates >= UNLOWERED * np.maximum.accumulate(rates))[start:].all():  # nor where none is recorded
+            return False
+        above = chart.means[-CERTAIN_WINDOWS * window :] > chart.init + chart.threshold[-1]
+        blown = len(above) == CERTAIN_WINDOWS * window and bool(above.all())
+        return blown or lasting >= max(CERTAIN_SHARE * count, CERTAIN_WINDOWS * window)
 
-        floor = np.minimum.accumulate(means)
-        up = means > floor + rise_that_counts(finite, means, window)
-        run_starts = np.flatnonzero(np.diff(up, prepend=False) & up)
-        offset = window - 1  # means[i] ends at row i + offset
-        if up[-1]:
-            start = int(run_starts[-1])
-            if len(up) - start < window:
-                return Verdict(UNDECIDED, "rising", horizon, **losses)
-            row = start + offset
-            low = int(np.argmin(means[: start + 1])) + offset
-            return Verdict(DIVERGED, "runaway", horizon, self.steps[row], self._grew_most(low, row), **losses)
-        if losses["init_loss"] - losses["best_loss"] < LEARNED * abs(losses["init_loss"]):
-            return Verdict(UNDECIDED, "no_learning", horizon, **losses)
-        if up.any():
-            scar = max(0.0, losses["final_loss"] - losses["best_loss"])
-            row = int(run_starts[0]) + offset
-            return Verdict(RECOVERED, "came_back", horizon, self.steps[row], scar=scar, **losses)
-        return Verdict(CONVERGED, "fell", horizon, **losses)
+    def verdict(self, strictness: str = STANDARD) -> Verdict:
+        """The verdict on the rows so far, at one of the rule's three strictnesses, without what `conclude` adds."""
+        return self._judged(STRICTNESS[strictness])[0]
 
-    def _grew_most(self, low: int, bad: int) -> str | None:
-        """The site whose output norm grew by the largest factor from row `low` to row `bad`."""
-        if not self.outputs:
-            return None
-        rows = np.array([row for row, _ in self.outputs])
-        table = np.log(np.maximum([norms for _, norms in self.outputs], 1e-30))
-        at_low, at_bad = (min(int(np.searchsorted(rows, r)), len(rows) - 1) for r in (low, bad))
-        span = WINDOW_LEAST // 2
-        early = table[max(0, at_low - span) : at_low + 1].mean(0)
-        late = table[max(0, at_bad - span) : at_bad + 1].mean(0)
-        return self.sites[int(np.argmax(late - early))]
+    def conclude(self, planned: int | None = None, strictness: str = STANDARD) -> Verdict:
+        """The verdict with the site that broke first, the signals' alarms and the spikes.
+
+        A run of `planned` steps that ended before them is not called stable.
+        """
+        verdict, span = self._judged(STRICTNESS[strictness])
+        if planned is not None and verdict.stable and verdict.horizon + 1 < planned:
+            verdict = replace(verdict, verdict=UNDECIDED, reason="interrupted")
+        breaks = self.signals.breaks()
+        site = verdict.first_bad_site or (first_to_break(self.signals.series, breaks, *span) if span else None)
+        told = {
+            name: {"step": self.steps[row], "site": where, "lead": span and self.steps[span[1]] - self.steps[row]}
+            for name, (row, where) in alarms(breaks, since=max(0, span[0] - window_of(0)) if span else 0).items()
+        }
+        return replace(verdict, first_bad_site=site, signals=told, spikes=spikes(self._finite(), self.steps))
+
+    def _finite(self) -> Floats:
+        """The losses before the first that is not finite."""
+        losses = np.asarray(self.losses)
+        bad = np.flatnonzero(~np.isfinite(losses))
+        return losses[: bad[0]] if len(bad) else losses
+
+    def _judged(self, strictness: Strictness) -> tuple[Verdict, tuple[int, int] | None]:
+        """The verdict, and the rows of the lowest level and of the alarm where there is one."""
+        count, losses = len(self.losses), self._finite()
+        window = window_of(count)
+        known = Verdict(UNDECIDED, "too_short", self.steps[-1] if count else -1)
+        if len(losses):
+            means = trailing_means(losses, min(window, len(losses)))
+            lost = float(self.losses[-1]) if self.broken else float(means[-1])
+            known = replace(known, init_loss=float(losses[0]), best_loss=float(means.min()), final_loss=lost)
+        if self.broken is not None:
+            row, reason, site = self.broken
+            step = self.steps[row]
+            known = replace(known, verdict=DIVERGED, reason=reason, first_bad_step=step, certain_step=step)
+            return replace(known, first_bad_site=site), (max(0, row - window), row)
+        if count < 2 * window:
+            return known, None
+        return self._charted(known, losses, window, strictness)
+
+    def _charted(
+        self, known: Verdict, losses: Floats, window: int, strictness: Strictness
+    ) -> tuple[Verdict, tuple[int, int] | None]:
+        count = len(losses)
+
+        def bad(verdict: str, reason: str, chart: Level, row: int) -> tuple[Verdict, tuple[int, int]]:
+            certain = None if self.certain is None else self.steps[self.certain]
+            said = replace(known, verdict=verdict, reason=reason, first_bad_step=self.steps[row], certain_step=certain)
+            return said, (chart.lowest_before(row), row)
+
+        charts = [level(losses, window, strictness)]
+        if count >= 4 * SLOW * window:
+            charts.append(level(losses, SLOW * window, strictness))
+        for chart in charts:
+            rises = chart.rises()
+            if rises and rises[-1][1] == count:
+                start = rises[-1][0]
+                if count - start < window and self.certain is None:
+                    return replace(known, reason="rising"), None
+                return bad(DIVERGED, "creep" if chart.creeps(start) else "runaway", chart, start)
+        chart = charts[0]
+        rises = [rise for rise in chart.rises() if not overshoot(chart, rise[0])]
+        if self.certain is not None:
+            return bad(DIVERGED, "runaway", chart, rises[0][0] if rises else self.certain)
+        if not learned(chart, strictness):
+            return replace(known, reason="no_learning"), None
+        if rises:
+            scar = max(0.0, (known.final_loss or 0.0) - (known.best_loss or 0.0))
+            said, span = bad(RECOVERED, "came_back", chart, rises[0][0])
+            return replace(said, scar=scar), span
+        return replace(known, verdict=CONVERGED, reason="fell"), None
 
 
-def of_run(verdict: Verdict, planned: int) -> Verdict:
-    """The verdict on a run of `planned` steps: one that ended before them is not called stable."""
-    if verdict.stable and verdict.horizon + 1 < planned:
-        return replace(verdict, verdict=UNDECIDED, reason="interrupted")
-    return verdict
+def overshoot(chart: Level, row: int) -> bool:
+    """Whether the rise at `row` came before the run had learned anything to speak of: the warm-up's, not a fault."""
+    index = row - chart.window + 1
+    return bool(chart.init - chart.floor[index] < OVERSHOOT * (chart.init - chart.floor[-1]))
 
 
-def trailing_means(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each `window` values in a row: `[n]` → `[n − window + 1]`.
-
-    A window is put together from sums over powers of two, which only add: a difference of cumulative sums would
-    forget all that comes after one huge value.
-    """
-    count = len(values) - window + 1
-    sums, width, start, total = np.asarray(values, dtype=float), 1, 0, np.zeros(count)
-    while width <= window:
-        if window & width:
-            total += sums[start : start + count]
-            start += width
-        sums = sums[:-width] + sums[width:]
-        width *= 2
-    return total / window
-
-
-def rise_that_counts(losses: np.ndarray, means: np.ndarray, window: int) -> float:
-    """How far a window's mean must lie above the lowest before it, in nats."""
-    noise = losses[window - 1 :] - means
-    spread = 1.4826 * float(np.median(np.abs(noise - np.median(noise))))
-    return max(RISE, RISE_SIGMA * spread / window**0.5)
-
-
-def site_name(site: str, layer: int) -> str:
-    """`layer_03/fc2`; the head stands alone."""
-    return site if site == "head" else f"layer_{layer:02d}/{site}"
-
-
-def by_site(row: dict[str, Any], prefix: str) -> dict[str, float]:
-    """The values of the keys that start with `prefix`, by site, such as `layer_03/fc2`."""
-    return {
-        site_name(key.removeprefix(prefix), layer): number(value)
-        for key, values in row.items()
-        if key.startswith(prefix)
-        for layer, value in enumerate(values)
-    }
-
-
-def _first_nonfinite(row: dict[str, Any], prefix: str) -> str | None:
-    """The first site, in the order of the forward pass, with a value that is not finite."""
-    bad = [name for name, value in by_site(row, prefix).items() if not np.isfinite(value)]
-    order = {"qkv": 0, "proj": 1, "fc1": 2, "fc2": 3}
-
-    def place(name: str) -> tuple[bool, str, int]:
-        layer, _, site = name.partition("/")
-        return name == "head", layer, order.get(site, 9)
-
-    return min(bad, key=place, default=None)
+def learned(chart: Level, strictness: Strictness) -> bool:
+    """Whether the lowest level lies below the first one by more than noise makes it."""
+    spread = strictness.sigmas * float(chart.noise[int(np.argmin(chart.means))])
+    low = float(chart.floor[-1])
+    # The first loss is a median of five; the first window's mean tells a slower fall from noise.
+    return chart.init - low > spread / 5**0.5 or float(chart.means[0]) - low > spread / chart.window**0.5

@@ -12,7 +12,7 @@ from stabrun.data.shards import prepare
 from stabrun.observe.console import Console, warn
 from stabrun.observe.record import Record, write_whole
 from stabrun.observe.tracker import Tracker
-from stabrun.observe.verdict import Judge, of_run
+from stabrun.observe.verdict import Judge
 from stabrun.train import checkpoint
 from stabrun.train.environment import environment
 from stabrun.train.folder import (
@@ -153,7 +153,7 @@ class Run:
     def summary(self, status: str, seconds: float) -> dict[str, Any]:
         """The fields of `summary.json`; also closes the record with an event."""
         config, tokens = self.config, self.last["tokens"]
-        verdict = of_run(self.judge.verdict(), config.train.steps)
+        verdict = self.judge.conclude(config.train.steps)
         rate = round((tokens - self.before["tokens"]) / seconds, 1)
         self.record.event(status, step=verdict.horizon + 1, seconds=round(seconds, 3), tokens_per_second=rate)
         val = self.val_loss

@@ -1,0 +1,262 @@
+"""`stabrun judge`: the verdict on saved records, of a run, of a study, or of anyone's curve."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from stabrun.config import MistakeError
+from stabrun.observe.against import parted
+from stabrun.observe.curve import read_curves
+from stabrun.observe.record import checked_row, parsed, read_metrics, read_object
+from stabrun.observe.verdict import DIVERGED, Judge, Verdict
+
+USAGE = "judge: name one PATH; flags are --json, --follow, --against PATH, --step COLUMN and --loss COLUMN."
+POLL = 0.2  # seconds between two looks at a growing file
+
+
+@dataclass
+class Asked:
+    """The words of `judge`."""
+
+    path: Path
+    as_json: bool = False
+    follow: bool = False
+    against: Path | None = None
+    step: str | None = None
+    loss: str | None = None
+
+    @staticmethod
+    def parse(words: list[str]) -> "Asked":
+        """MistakeError at a flag or number of paths that is not known."""
+        paths, flags = list[str](), dict[str, Any]()
+        rest = iter(words)
+        for word in rest:
+            flag, joined, value = word.partition("=")
+            if flag in ("--json", "--follow"):
+                flags["as_json" if flag == "--json" else "follow"] = True
+            elif flag in ("--against", "--step", "--loss"):
+                given = value if joined else next(rest, "")
+                if not given:
+                    raise MistakeError(f"{flag}: it needs a value. {USAGE}")
+                flags[flag[2:]] = Path(given) if flag == "--against" else given
+            elif word.startswith("-"):
+                raise MistakeError(f"{word}: no such flag. {USAGE}")
+            else:
+                paths.append(word)
+        if len(paths) != 1:
+            raise MistakeError(USAGE)
+        return Asked(Path(paths[0]), **flags)
+
+
+@dataclass
+class Record:
+    """One run's rows, read anew each time, and how many steps it was planned for where that is known."""
+
+    name: str
+    rows: Callable[[], Iterable[dict[str, Any]]]
+    planned: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def verdict(self) -> Verdict:
+        judge = Judge()
+        for row in self.rows():
+            judge.add(row)
+        if not judge.losses:
+            raise MistakeError(f"{self.name}: metrics.jsonl holds no rows yet, or is no record.")
+        return judge.conclude(self.planned)
+
+
+def judge(words: list[str]) -> int:
+    """Print the verdict on each run at the path that `words` name; returns the exit status."""
+    asked = Asked.parse(words)
+    if asked.follow:
+        return follow(asked)
+    records = read(asked.path, asked)
+    told = [tell(record, asked) for record in records]
+    if asked.as_json:
+        print(json.dumps(told[0] if len(told) == 1 else told, indent=1))
+    return 0
+
+
+def read(path: Path, asked: Asked) -> list[Record]:
+    """The runs at `path`: a run directory, a study's, or a foreign file. MistakeError where it is none of these."""
+    if path.is_dir():
+        if (path / "metrics.jsonl").is_file():
+            return [of_directory(path)]
+        runs = sorted(file.parent for file in path.glob("runs/*/metrics.jsonl"))
+        if not runs:
+            raise MistakeError(f"{path}: it is no run or study directory, for it holds no metrics.jsonl.")
+        return [of_directory(run) for run in runs]
+    if not path.is_file():
+        raise MistakeError(f"{path}: there is no such file, run or study.")
+    if path.name == "metrics.jsonl" and (path.parent / "config.yaml").is_file():
+        return [of_directory(path.parent)]
+    return [Record(str(path), curve.rows, None, curve.notes) for curve in read_curves(path, asked.step, asked.loss)]
+
+
+def of_directory(directory: Path) -> Record:
+    file = directory / "metrics.jsonl"
+    return Record(str(directory), lambda: read_metrics(file), planned_steps(directory))
+
+
+def planned_steps(directory: Path) -> int:
+    from stabrun.train.folder import read_config
+
+    return read_config(directory / "config.yaml").train.steps
+
+
+def tell(record: Record, asked: Asked) -> dict[str, Any]:
+    """The verdict on one run as plain data; in words on standard output unless JSON was asked for."""
+    verdict = record.verdict()
+    facts = {"path": record.name, **plain(verdict), "notes": record.notes}
+    if asked.against is not None:
+        others = read(asked.against, asked)
+        if len(others) != 1:
+            raise MistakeError(f"--against {asked.against}: it holds {len(others)} runs; name one.")
+        facts["against"] = {
+            "verdict": others[0].verdict().verdict,
+            **parted(list(record.rows()), list(others[0].rows())),
+        }
+    if not asked.as_json:
+        several = f"{record.name}: " if len(record.name) and asked.path != Path(record.name) else ""
+        print(several + verdict_line(facts))
+        for line in details(facts):
+            print(f"  {line}")
+    return facts
+
+
+def plain(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as JSON takes it: numbers that are not finite by their names."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(verdict).items()}
+
+
+def verdict_line(facts: dict[str, Any]) -> str:
+    """`diverged (runaway) at step 83, first in layer_00/qkv; loss 5.93 → best 2.71 → 3.02`."""
+    text = f"{facts['verdict']} ({facts['reason']})"
+    if facts["first_bad_step"] is not None:
+        text += f" at step {facts['first_bad_step']}"
+    if facts["first_bad_site"]:
+        text += f", first in {facts['first_bad_site']}"
+    losses = [(name, facts[f"{name}_loss"]) for name in ("init", "best", "final")]
+    return text + "; loss " + " → ".join(f"{name} {float(value):.3f}" for name, value in losses if value is not None)
+
+
+def details(facts: dict[str, Any]) -> Iterator[str]:
+    """What stands below the verdict: how far it was seen, scar, spikes, signals, the other run, notes."""
+    yield f"seen up to step {facts['horizon']}, by rule {facts['rule']}"
+    if facts["certain_step"] is not None:
+        yield f"certain from step {facts['certain_step']}"
+    if facts["scar"]:
+        yield f"scar: the last level lies {facts['scar']:.3f} above the lowest"
+    if spikes := facts["spikes"] and facts["spikes"]["list"]:
+        step, height = max(spikes, key=lambda spike: spike[1])
+        yield f"spikes: {facts['spikes']['count']}, the largest {height:.3f} at step {step}"
+    if facts["first_bad_step"] is not None:
+        for name, signal in sorted(facts["signals"].items(), key=lambda item: item[1]["step"]):
+            where = f" in {signal['site']}" if signal["site"] else ""
+            lead = signal["lead"]
+            when = f"{lead} steps before" if lead > 0 else f"{-lead} steps after" if lead < 0 else "together with"
+            yield f"{name} broke away at step {signal['step']}{where}, {when} the loss"
+    if other := facts.get("against"):
+        yield from compared(other)
+    yield from facts["notes"]
+
+
+def compared(other: dict[str, Any]) -> Iterator[str]:
+    yield f"against: {other['steps']} steps in common; the other run is {other['verdict']}"
+    if other["loss_step"] is None:
+        yield "the losses do not part"
+    elif other["difference"] is None:
+        yield f"the losses part at step {other['loss_step']}, where one is not finite"
+    else:
+        side = "above" if other["difference"] > 0 else "below"
+        far = f"{abs(other['difference']):.3f} {side}"
+        yield f"the losses part at step {other['loss_step']}; at the end this one is {far}"
+    if other["site"]:
+        factor, step = other["site_factor"], other["site_step"]
+        yield f"the first output norms to part are those of {other['site']} at step {step}, ×{factor:.2f} at the end"
+
+
+def follow(asked: Asked) -> int:
+    """Watch a run that grows: say each change of its verdict, and end when the run does, or can only have diverged."""
+    file = asked.path / "metrics.jsonl" if asked.path.is_dir() else asked.path
+    if asked.against or asked.step or asked.loss:
+        raise MistakeError("--follow goes with --json alone.")
+    if not asked.path.is_dir() and file.suffix != ".jsonl":
+        raise MistakeError(f"--follow {file}: it follows a run directory or a file of JSON lines.")
+    planned = planned_steps(asked.path) if (asked.path / "config.yaml").is_file() else None
+    said, fold = "", Judge()
+
+    def enough() -> bool:
+        return over(asked.path, fold, planned)
+
+    for row in grown(file, enough):
+        if row is None:  # the file was cut or replaced
+            fold, said = Judge(), ""
+            continue
+        fold.add(row)
+        if len(fold.losses) % 10 == 0 or fold.over:
+            now = fold.verdict()
+            text = f"{now.verdict} ({now.reason})"
+            if text != said and not asked.as_json:
+                print(f"step {now.horizon}: {text}", flush=True)
+            said = text
+    if not fold.losses:
+        raise MistakeError(f"{file}: it holds no rows.")
+    facts = {"path": str(asked.path), **plain(fold.conclude(planned)), "notes": []}
+    print(json.dumps(facts, indent=1) if asked.as_json else "\n  ".join([verdict_line(facts), *details(facts)]))
+    return 0
+
+
+def over(path: Path, fold: Judge, planned: int | None) -> bool:
+    """Whether a followed run can say nothing new: it has ended, or is certain to have diverged."""
+    if fold.over or fold.certain is not None:
+        return fold.verdict().verdict == DIVERGED
+    if planned is not None and fold.losses and fold.steps[-1] + 1 >= planned:
+        return True
+    summary = path / "summary.json"
+    return summary.is_file() and read_object(summary).get("status") in ("complete", "stopped")
+
+
+def grown(file: Path, enough: Callable[[], bool]) -> Iterator[dict[str, Any] | None]:
+    """The rows of a growing file, as they are completed; None where it was cut or replaced and begins anew.
+
+    Ends when `enough()` and all that is there has been read.
+    """
+    handle: IO[bytes] | None = None
+    half = b""
+    while True:
+        if handle is None and file.is_file():
+            handle = open(file, "rb")
+        read = handle.readline() if handle else b""
+        half += read
+        if half.endswith(b"\n"):
+            row, half = parsed(half), b""
+            if row is not None:
+                yield checked_row(row, file)
+            continue
+        if read:
+            continue
+        if handle and replaced(handle, file):
+            handle.close()
+            handle, half = None, b""
+            yield None
+        elif enough():
+            return
+        else:
+            time.sleep(POLL)
+
+
+def replaced(handle: IO[bytes], file: Path) -> bool:
+    """Whether the open file is no longer the one under its name, or has become shorter than what was read."""
+    try:
+        now = os.stat(file)
+    except FileNotFoundError:
+        return True
+    here = os.fstat(handle.fileno())
+    return (now.st_ino, now.st_dev) != (here.st_ino, here.st_dev) or now.st_size < handle.tell()

@@ -1,0 +1,241 @@
+"""Anyone's record of a run as rows that the verdict reads: JSON lines, CSV, `trainer_state.json`, plain logs.
+
+Foreign records lie in known ways, and each of these is undone or said in `notes`: a loss of 0.0 beside a NaN gradient
+norm is a diverged step of Hugging Face's Trainer; a NaN can mean "not recorded"; a step that goes back is a resume,
+or a second run in the same file.
+"""
+
+import bisect
+import csv
+import io
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stabrun.config import MistakeError
+
+STEPS = ("step", "_step", "global_step", "trainer/global_step", "train/global_step", "iteration", "iter")
+LOSSES = ("train/loss", "loss", "train_loss", "train/cross_entropy_loss", "train/ce_loss", "training_loss", "lm_loss")
+EVALUATIONS = ("eval_loss", "eval/loss", "val_loss", "val/loss", "validation_loss")
+GRADIENTS = ("grad/norm", "grad_norm", "train/grad_norm", "gradient_norm", "optim/total_grad_norm")
+NAMED_WITHIN = 10_000  # rows that are looked at for the names of columns
+MISSING = (None, "", "-", "null", "None", "NA", "N/A")
+NUMBER = r"([-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf(?:inity)?))"
+LOG_STEP = re.compile(r"\b(?:global_?)?(?:step|iter(?:ation)?)\b['\"]?\W{0,3}(\d+)", re.IGNORECASE)
+LOG_LOSS = re.compile(
+    rf"\b(val|eval|validation|test|dev)?[ _/]?(?:train(?:ing)?[ _/])?loss\b['\"]?[^\w+-]{{0,3}}{NUMBER}", re.IGNORECASE
+)
+LOG_GRADIENT = re.compile(rf"\bgrad(?:ient)?[ _/]?norm\b['\"]?[^\w+-]{{0,3}}{NUMBER}", re.IGNORECASE)
+
+
+@dataclass
+class Curve:
+    """One run's steps, losses and gradient norms (−1 where none is recorded), and what was found odd about them."""
+
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    gradients: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Rows as those of `metrics.jsonl`."""
+        for step, loss, gradient in zip(self.steps, self.losses, self.gradients, strict=True):
+            row: dict[str, Any] = {"step": step, "train/loss": loss}
+            yield row if gradient < 0 else row | {"grad/norm": gradient}
+
+    def cut(self, rows: int) -> None:
+        """Keep the first `rows`."""
+        for column in (self.steps, self.losses, self.gradients):
+            del column[rows:]
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def read_curves(path: Path, step: str | None = None, loss: str | None = None) -> list[Curve]:
+    """The runs in a foreign file, the first first; `step` and `loss` name its columns where they cannot be guessed.
+
+    Raises MistakeError where it holds no loss, several that could be meant, or numbers that cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MistakeError(f"{path}: it is no text in UTF-8.") from error
+    if not text.strip():
+        raise MistakeError(f"{path}: it is empty.")
+    half = text.lstrip()[0] == "{" and not text.endswith("\n") and parsed_json(text.rpartition("\n")[2]) is None
+    names = _columns(path, _rows(path, text), step, loss)
+    curves = [mended(curve) for curve in parts(numbers(path, _rows(path, text), names))]
+    if not any(curve.steps for curve in curves):
+        raise MistakeError(f"{path}: its column {names['loss']} holds no numbers.")
+    for curve in curves:
+        if half:
+            curve.note("the last line is incomplete and left out")
+        if names["loss"] in EVALUATIONS:
+            curve.note(f"only evaluations are recorded ({names['loss']})")
+        if names["step"] is None:
+            curve.note("no column of steps: rows are counted")
+    return curves
+
+
+def parsed_json(text: str) -> Any:
+    """The value of a JSON text, or None where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    """The file's rows by column name."""
+    first = next(line for line in io.StringIO(text) if line.strip())
+    if first.lstrip()[0] in "[{":
+        alone = isinstance(parsed_json(first), dict) and text.strip() != first.strip()
+        whole = None if alone else parsed_json(text)
+        return _json_lines(path, text) if whole is None else iter(_history(whole))
+    delimiter = _delimiter(first)
+    if delimiter and not (LOG_STEP.search(first) and LOG_LOSS.search(first)):
+        return csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    return _log(text)
+
+
+def _history(whole: Any) -> list[dict[str, Any]]:
+    """The rows of a JSON document: Hugging Face's `log_history`, a list of rows, one row, or lists by column."""
+    if isinstance(whole, dict):
+        whole = whole.get("log_history", whole)
+    if isinstance(whole, dict):
+        columns = {name: values for name, values in whole.items() if isinstance(values, list)}
+        if not columns:
+            return [whole]
+        return [dict(zip(columns, values, strict=False)) for values in zip(*columns.values(), strict=False)]
+    return [row for row in whole if isinstance(row, dict)] if isinstance(whole, list) else []
+
+
+def _json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    for count, line in enumerate(io.StringIO(text), 1):
+        if not line.strip():
+            continue
+        row = parsed_json(line)
+        if row is None and line.endswith("\n"):
+            raise MistakeError(f"{path}, line {count}: it is no JSON.")
+        if isinstance(row, dict):
+            yield row
+
+
+def _delimiter(line: str) -> str | None:
+    """What parts the columns of a header line; a comma stands back, for it may be a decimal sign."""
+    return next((sign for sign in (";", "\t", ",") if sign in line), None)
+
+
+def _log(text: str) -> Iterator[dict[str, Any]]:
+    """Rows of a plain log: lines that name a step and a training loss."""
+    for line in io.StringIO(text):
+        step = LOG_STEP.search(line)
+        if step is None:
+            continue
+        row: dict[str, Any] = {"step": step[1]}
+        for found in LOG_LOSS.finditer(line):
+            row.setdefault("eval_loss" if found[1] else "loss", found[2])
+        if norm := LOG_GRADIENT.search(line):
+            row["grad_norm"] = norm[1]
+        if len(row) > 1:
+            yield row
+
+
+def _columns(path: Path, rows: Iterator[dict[str, Any]], step: str | None, loss: str | None) -> dict[str, str | None]:
+    """The names of the columns for step, loss and gradient norm: as asked for, or as usually named."""
+    there = list(dict.fromkeys(name for row in itertools.islice(rows, NAMED_WITHIN) for name in row if name))
+    for flag, asked in (("--step", step), ("--loss", loss)):
+        if asked is not None and asked not in there:
+            raise MistakeError(f"{flag} {asked}: {path} has no such column; it has {', '.join(there[:20]) or 'none'}.")
+    loss = loss or _guessed(path, there, LOSSES) or _guessed(path, there, EVALUATIONS)
+    if loss is None:
+        raise MistakeError(f"{path}: no loss is found in it; --loss names the column, among {', '.join(there[:20])}.")
+    step = step or _guessed(path, there, STEPS)
+    return {"step": step, "loss": loss, "gradient": _guessed(path, there, GRADIENTS)}
+
+
+def _guessed(path: Path, there: list[str], usual: Iterable[str]) -> str | None:
+    """The column with one of the `usual` names, W&B's `run - name` included; MistakeError where several have it."""
+    plain = {name: name.strip().lower() for name in there if not name.endswith(("__MIN", "__MAX"))}
+    for wanted in usual:
+        found = [name for name, low in plain.items() if low == wanted or low.endswith(f" - {wanted}")]
+        if len(found) > 1:
+            raise MistakeError(f"{path}: several columns could be meant; name one, such as --loss '{found[0]}'.")
+        if found:
+            return found[0]
+    return None
+
+
+def numbers(
+    path: Path, rows: Iterable[dict[str, Any]], names: dict[str, str | None]
+) -> Iterator[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of each row that has a step and a loss."""
+    for index, row in enumerate(rows):
+        loss = _number(path, names["loss"], row.get(names["loss"] or ""))
+        step = float(index) if names["step"] is None else _number(path, names["step"], row.get(names["step"]))
+        if loss is None or step is None or not math.isfinite(step):
+            continue
+        gradient = _number(path, names["gradient"], row.get(names["gradient"] or ""))
+        yield int(step), loss, -1.0 if gradient is None else gradient
+
+
+def _number(path: Path, name: str | None, value: Any) -> float | None:
+    """A cell's number; None for an empty one. A decimal comma is read as such."""
+    if isinstance(value, str):
+        value = value.strip()
+    if value in MISSING:
+        return None
+    try:
+        return float(value.replace(",", ".") if isinstance(value, str) else value)
+    except (TypeError, ValueError) as error:
+        raise MistakeError(f"{path}: {value!r} in column {name} is no number.") from error
+
+
+def parts(rows: Iterable[tuple[int, float, float]]) -> list[Curve]:
+    """The runs in rows that may hold several: a step back to the beginning starts another run, any other is a resume
+    that takes the place of what it repeats.
+    """
+    runs = [Curve()]
+    for step, loss, gradient in rows:
+        run = runs[-1]
+        if run.steps and step <= run.steps[-1]:
+            if step <= run.steps[0] and len(run.steps) > 1:
+                run = Curve()
+                runs.append(run)
+            else:
+                run.note("steps repeat or go back: the later rows are taken")
+                run.cut(bisect.bisect_left(run.steps, step))
+        run.steps.append(step)
+        run.losses.append(loss)
+        run.gradients.append(gradient)
+    if len(runs) > 1:
+        for number, run in enumerate(runs, 1):
+            run.note(f"run {number} of {len(runs)} in one file")
+    return runs
+
+
+def mended(curve: Curve) -> Curve:
+    """The curve without the rows whose loss was not recorded, and with the losses that a Trainer hid as 0.0."""
+    losses, gradients = np.array(curve.losses), np.array(curve.gradients)
+    dead = np.isnan(gradients)
+    hidden = (losses == 0.0) & dead
+    if hidden.any():
+        losses[hidden] = np.nan
+        curve.note("a loss of 0.0 beside a NaN gradient norm is NaN")
+    unknown, last = np.isnan(losses), np.flatnonzero(np.isfinite(losses))[-1:]
+    before = unknown & (np.arange(len(losses)) < (last[0] if len(last) else 0))
+    if before.any() and not (dead & unknown & ~before).any():
+        before = unknown  # where NaN has meant "not recorded" before, it does so at the end as well
+    if before.any():
+        curve.note(f"{int(before.sum())} rows without a recorded loss are left out")
+    kept = np.flatnonzero(~before).tolist()
+    return Curve([curve.steps[i] for i in kept], losses[kept].tolist(), [curve.gradients[i] for i in kept], curve.notes)
