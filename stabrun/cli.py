@@ -17,7 +17,8 @@ commands
                         -m runs several:        stabrun train -m optim.lr=1e-2,1e-1 seed=0,1
   rerun RUN_DIR [OVERRIDE…]
                         one recorded run again, from its own config
-  judge RUN_DIR         the verdict again, from the saved record  (--json)
+  judge PATH            the verdict again, from a run, a study, or anyone's CSV, JSON lines,
+                        trainer_state.json or log  (--json, --follow, --against OTHER, --step, --loss)
   model [OVERRIDE…]     parameters, FLOPs, memory, switches; trains nothing  (--json, --trace)
   variants              each variant, one line, and where it comes from
   data prepare [OVERRIDE…]

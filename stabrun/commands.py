@@ -80,7 +80,7 @@ def rerun(words: list[str], conf: Path) -> int:
     """Train again from a recorded configuration, in a directory of its own unless run_dir says otherwise."""
     from omegaconf import OmegaConf
 
-    from stabrun.train.folder import read_config
+    from stabrun.config import read_config
 
     if not words:
         raise MistakeError("rerun: name a run directory, such as runs/0123456789ab.")

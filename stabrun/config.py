@@ -261,6 +261,25 @@ def check(config: Config) -> None:
             raise MistakeError(sentence)
 
 
+def read_config(file: Path) -> Config:
+    """A recorded `config.yaml`, checked against the schema. MistakeError where it is none, or not whole."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    nothing = object()
+    try:
+        recorded = OmegaConf.load(file)
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), recorded))
+        lost = [path for path in marked(config, RESULT) if OmegaConf.select(recorded, path, default=nothing) is nothing]
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise MistakeError(f"{file}: it is no configuration of a run.") from error
+    if lost:
+        raise MistakeError(f"{file}: it is not whole, for {lost[0]} is missing.")
+    check(config)
+    return config
+
+
 def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
     model, data, train = config.model, config.data, config.train
     yield (

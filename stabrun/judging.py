@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from stabrun.config import MistakeError
+from stabrun.config import MistakeError, read_config
 from stabrun.observe.against import parted
 from stabrun.observe.curve import read_curves
 from stabrun.observe.record import checked_row, parsed, read_metrics, read_object
@@ -105,8 +105,6 @@ def of_directory(directory: Path) -> Record:
 
 
 def planned_steps(directory: Path) -> int:
-    from stabrun.train.folder import read_config
-
     return read_config(directory / "config.yaml").train.steps
 
 
@@ -195,22 +193,24 @@ def follow(asked: Asked) -> int:
     def enough() -> bool:
         return over(asked.path, fold, planned)
 
-    for row in grown(file, enough):
-        if row is None:  # the file was cut or replaced
-            fold, said = Judge(), ""
-            continue
-        fold.add(row)
-        if len(fold.losses) % 10 == 0 or fold.over:
-            now = fold.verdict()
-            text = f"{now.verdict} ({now.reason})"
-            if text != said and not asked.as_json:
-                print(f"step {now.horizon}: {text}", flush=True)
-            said = text
-    if not fold.losses:
-        raise MistakeError(f"{file}: it holds no rows.")
+    try:
+        for row in grown(file, enough):
+            if row is None:  # the file was cut or replaced
+                fold, said = Judge(), ""
+                continue
+            fold.add(row)
+            if len(fold.losses) % 10 == 0 or fold.over:
+                now = fold.verdict()
+                text = f"{now.verdict} ({now.reason})"
+                if text != said and not asked.as_json:
+                    print(f"step {now.horizon}: {text}", flush=True)
+                said = text
+        status = 0
+    except KeyboardInterrupt:
+        status = 130
     facts = {"path": str(asked.path), **plain(fold.conclude(planned)), "notes": []}
     print(json.dumps(facts, indent=1) if asked.as_json else "\n  ".join([verdict_line(facts), *details(facts)]))
-    return 0
+    return status
 
 
 def over(path: Path, fold: Judge, planned: int | None) -> bool:

@@ -29,6 +29,7 @@ class Console:
         self.started, self.drawn = time.monotonic(), 0.0
         self.first_tokens: int | None = None
         self.first_norms: dict[str, float] = {}
+        self.said, self.ask_at = judge(), 0
         self.live: Live | None = None
         if self.rich.is_terminal:
             self.progress = Progress(
@@ -59,7 +60,9 @@ class Console:
     def _facts(self, row: dict[str, Any], now: float) -> dict[str, str]:
         seconds = max(now - self.started, 1e-9)
         rate = (row["tokens"] - (self.first_tokens or 0)) / seconds
-        verdict = self.judge()
+        if row["step"] >= self.ask_at:  # a verdict costs time in proportion to the rows
+            self.said, self.ask_at = self.judge(), round(1.01 * row["step"]) + 1
+        verdict = self.said
         facts = {
             "loss": f"{number(row['train/loss']):.4f}",
             "grad norm": f"{number(row['grad/norm']):.3g}",

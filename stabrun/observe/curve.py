@@ -7,11 +7,10 @@ or a second run in the same file.
 
 import bisect
 import csv
-import io
 import itertools
-import json
 import math
 import re
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from stabrun.config import MistakeError
+from stabrun.observe.record import DECODER
 
 STEPS = ("step", "_step", "global_step", "trainer/global_step", "train/global_step", "iteration", "iter")
 LOSSES = ("train/loss", "loss", "train_loss", "train/cross_entropy_loss", "train/ce_loss", "training_loss", "lm_loss")
@@ -39,21 +39,22 @@ LOG_GRADIENT = re.compile(rf"\bgrad(?:ient)?[ _/]?norm\b['\"]?[^\w+-]{{0,3}}{NUM
 class Curve:
     """One run's steps, losses and gradient norms (−1 where none is recorded), and what was found odd about them."""
 
-    steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    gradients: list[float] = field(default_factory=list)
+    steps: "array[int]" = field(default_factory=lambda: array("q"))
+    losses: "array[float]" = field(default_factory=lambda: array("d"))
+    gradients: "array[float]" = field(default_factory=lambda: array("d"))
     notes: list[str] = field(default_factory=list)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Rows as those of `metrics.jsonl`."""
         for step, loss, gradient in zip(self.steps, self.losses, self.gradients, strict=True):
-            row: dict[str, Any] = {"step": step, "train/loss": loss}
-            yield row if gradient < 0 else row | {"grad/norm": gradient}
+            if gradient < 0:
+                yield {"step": step, "train/loss": loss}
+            else:
+                yield {"step": step, "train/loss": loss, "grad/norm": gradient}
 
     def cut(self, rows: int) -> None:
         """Keep the first `rows`."""
-        for column in (self.steps, self.losses, self.gradients):
-            del column[rows:]
+        del self.steps[rows:], self.losses[rows:], self.gradients[rows:]
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -66,14 +67,11 @@ def read_curves(path: Path, step: str | None = None, loss: str | None = None) ->
     Raises MistakeError where it holds no loss, several that could be meant, or numbers that cannot be read.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        names = _columns(path, _rows(path), step, loss)
+        half = list[bool]()
+        curves = [mended(curve) for curve in parts(numbers(path, _rows(path, half), names))]
     except UnicodeDecodeError as error:
         raise MistakeError(f"{path}: it is no text in UTF-8.") from error
-    if not text.strip():
-        raise MistakeError(f"{path}: it is empty.")
-    half = text.lstrip()[0] == "{" and not text.endswith("\n") and parsed_json(text.rpartition("\n")[2]) is None
-    names = _columns(path, _rows(path, text), step, loss)
-    curves = [mended(curve) for curve in parts(numbers(path, _rows(path, text), names))]
     if not any(curve.steps for curve in curves):
         raise MistakeError(f"{path}: its column {names['loss']} holds no numbers.")
     for curve in curves:
@@ -89,22 +87,39 @@ def read_curves(path: Path, step: str | None = None, loss: str | None = None) ->
 def parsed_json(text: str) -> Any:
     """The value of a JSON text, or None where it is none."""
     try:
-        return json.loads(text)
+        value, end = DECODER.raw_decode(text.lstrip())
     except ValueError:
         return None
+    return None if text.lstrip()[end:].strip() else value
 
 
-def _rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    """The file's rows by column name."""
-    first = next(line for line in io.StringIO(text) if line.strip())
+def lines(path: Path) -> Iterator[str]:
+    """The lines of a text file in UTF-8, with or without a byte-order mark."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        yield from file
+
+
+def _rows(path: Path, half: list[bool] | None = None) -> Iterator[dict[str, Any]]:
+    """The file's rows by column name; `half` gets an entry where the last line of JSON is cut short."""
+    first = next((line for line in lines(path) if line.strip()), None)
+    if first is None:
+        raise MistakeError(f"{path}: it is empty.")
     if first.lstrip()[0] in "[{":
-        alone = isinstance(parsed_json(first), dict) and text.strip() != first.strip()
-        whole = None if alone else parsed_json(text)
-        return _json_lines(path, text) if whole is None else iter(_history(whole))
+        alone = parsed_json(first)
+        if (
+            isinstance(alone, dict)
+            and "log_history" not in alone
+            and any(map(str.strip, itertools.islice(lines(path), 1, 9)))
+        ):
+            return _json_lines(path, half)
+        whole = parsed_json(path.read_text(encoding="utf-8-sig"))
+        if whole is not None:
+            return iter(_history(whole))
+        return _log(path) if alone is None and LOG_LOSS.search(first) else _json_lines(path, half)
     delimiter = _delimiter(first)
     if delimiter and not (LOG_STEP.search(first) and LOG_LOSS.search(first)):
-        return csv.DictReader(io.StringIO(text), delimiter=delimiter)
-    return _log(text)
+        return csv.DictReader(lines(path), delimiter=delimiter)
+    return _log(path)
 
 
 def _history(whole: Any) -> list[dict[str, Any]]:
@@ -119,8 +134,8 @@ def _history(whole: Any) -> list[dict[str, Any]]:
     return [row for row in whole if isinstance(row, dict)] if isinstance(whole, list) else []
 
 
-def _json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    for count, line in enumerate(io.StringIO(text), 1):
+def _json_lines(path: Path, half: list[bool] | None) -> Iterator[dict[str, Any]]:
+    for count, line in enumerate(lines(path), 1):
         if not line.strip():
             continue
         row = parsed_json(line)
@@ -128,6 +143,8 @@ def _json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
             raise MistakeError(f"{path}, line {count}: it is no JSON.")
         if isinstance(row, dict):
             yield row
+        elif half is not None:
+            half.append(True)
 
 
 def _delimiter(line: str) -> str | None:
@@ -135,9 +152,9 @@ def _delimiter(line: str) -> str | None:
     return next((sign for sign in (";", "\t", ",") if sign in line), None)
 
 
-def _log(text: str) -> Iterator[dict[str, Any]]:
+def _log(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a plain log: lines that name a step and a training loss."""
-    for line in io.StringIO(text):
+    for line in lines(path):
         step = LOG_STEP.search(line)
         if step is None:
             continue
@@ -190,6 +207,8 @@ def numbers(
 
 def _number(path: Path, name: str | None, value: Any) -> float | None:
     """A cell's number; None for an empty one. A decimal comma is read as such."""
+    if type(value) is float:
+        return value
     if isinstance(value, str):
         value = value.strip()
     if value in MISSING:
@@ -207,6 +226,9 @@ def parts(rows: Iterable[tuple[int, float, float]]) -> list[Curve]:
     runs = [Curve()]
     for step, loss, gradient in rows:
         run = runs[-1]
+        if run.steps and step == run.steps[-1] and math.isnan(loss) and not math.isnan(gradient):
+            run.note("rows without a recorded loss are left out")
+            continue
         if run.steps and step <= run.steps[-1]:
             if step <= run.steps[0] and len(run.steps) > 1:
                 run = Curve()
@@ -236,6 +258,6 @@ def mended(curve: Curve) -> Curve:
     if before.any() and not (dead & unknown & ~before).any():
         before = unknown  # where NaN has meant "not recorded" before, it does so at the end as well
     if before.any():
-        curve.note(f"{int(before.sum())} rows without a recorded loss are left out")
-    kept = np.flatnonzero(~before).tolist()
-    return Curve([curve.steps[i] for i in kept], losses[kept].tolist(), [curve.gradients[i] for i in kept], curve.notes)
+        curve.note("rows without a recorded loss are left out")
+    steps = np.array(curve.steps, dtype=np.int64)
+    return Curve(array("q", steps[~before]), array("d", losses[~before]), array("d", gradients[~before]), curve.notes)

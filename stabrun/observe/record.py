@@ -11,6 +11,8 @@ from typing import IO, Any
 
 from stabrun.config import MistakeError
 
+DECODER = json.JSONDecoder()
+
 
 def dumps(row: dict[str, Any]) -> str:
     """A row as one line of valid JSON: numbers that are not finite become "nan", "inf" and "-inf"."""
@@ -92,10 +94,11 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def parsed(line: bytes) -> dict[str, Any] | None:
     """The object on a whole line, or None where it is none."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
+        text = line.decode()
+        row, end = DECODER.raw_decode(text) if text.endswith("\n") else (None, 0)
     except ValueError:
         return None
-    return row if isinstance(row, dict) else None
+    return row if isinstance(row, dict) and not text[end:].strip() else None
 
 
 class Record:

@@ -3,6 +3,7 @@
 No torch here. The rule, its reasons, its measured error rates and its blind spots are in `docs/verdict.md`.
 """
 
+import math
 from array import array
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -76,9 +77,9 @@ class Judge:
         self.losses.append(loss)
         self.rates.append(number(row.get("train/lr")))
         self.signals.add(len(self.losses) - 1, row)
-        if self.broken is None and not np.isfinite(loss):
+        if self.broken is None and not math.isfinite(loss):
             self.broken = len(self.losses) - 1, "nonfinite_loss", first_nonfinite(row, "norm/out/")
-        elif self.broken is None and not np.isfinite(gradient):
+        elif self.broken is None and not math.isfinite(gradient):
             self.broken = len(self.losses) - 1, "nonfinite_grad", first_nonfinite(row, "norm/grad/")
         count = len(self.losses)
         if self.certain is None and self.broken is None and count >= self.next_check:

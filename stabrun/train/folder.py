@@ -8,15 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from stabrun.config import RESULT, Config, MistakeError, check, marked
+from stabrun.config import RESULT, Config, MistakeError, marked, read_config
 from stabrun.observe.record import Record, read_events, read_object, write_whole
 from stabrun.train import checkpoint
 
-LOST = object()
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # faults of the disk, not of a name
 COMPLETE, STOPPED, INTERRUPTED, FAILED = "complete", "stopped", "interrupted", "failed"
 
@@ -67,20 +64,6 @@ def named(key: str, directory: Path) -> Iterator[None]:
             raise
         why = "it is not a folder" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
         raise MistakeError(f"{key}={directory}: {why}.") from error
-
-
-def read_config(file: Path) -> Config:
-    """A recorded `config.yaml`, checked against the schema. MistakeError where it is none, or not whole."""
-    try:
-        recorded = OmegaConf.load(file)
-        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), recorded))
-        lost = [path for path in marked(config, RESULT) if OmegaConf.select(recorded, path, default=LOST) is LOST]
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise MistakeError(f"{file}: it is no configuration of a run.") from error
-    if lost:
-        raise MistakeError(f"{file}: it is not whole, for {lost[0]} is missing.")
-    check(config)
-    return config
 
 
 def finished(directory: Path) -> dict[str, Any] | None:
