@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import tiny
 from omegaconf import OmegaConf
+from test_cli import run
 
-from stabrun.cli import main
 from stabrun.judging import plain
 from stabrun.observe.record import Record, dumps
 from stabrun.observe.verdict import STRICTNESS, Judge
@@ -83,19 +83,19 @@ def test_list_of_the_corpus_is_up_to_date():
 
 def test_the_layer_at_fault_is_named(faults):
     named = {}
-    for run in faults:
-        verdict = judged(run["rows"]).conclude()
-        if run["name"].startswith("h"):  # healthy, or a fault that does no harm
-            assert (verdict.verdict, verdict.first_bad_site) == ("converged", None), run["name"]
+    for fault in faults:
+        verdict = judged(fault["rows"]).conclude()
+        if fault["name"].startswith("h"):  # healthy, or a fault that does no harm
+            assert (verdict.verdict, verdict.first_bad_site) == ("converged", None), fault["name"]
         else:
-            assert verdict.first_bad_step >= run["at"], run["name"]
-            named[run["name"]] = (verdict.first_bad_site or "").startswith(f"layer_{run['layer']:02d}/")
+            assert verdict.first_bad_step >= fault["at"], fault["name"]
+            named[fault["name"]] = (verdict.first_bad_site or "").startswith(f"layer_{fault['layer']:02d}/")
     assert len(named) == 20
     assert sum(named.values()) >= 18, named
 
 
-def test_live_resumed_and_judged_afterwards_are_the_same_bytes(curves, faults, tmp_path, monkeypatch, capsys):
-    records = [run["rows"] for run in faults[:30]] + [rows for _, rows, _ in curves[:300:15]]
+def test_live_resumed_and_judged_afterwards_are_the_same_bytes(curves, faults, tmp_path, capsys):
+    records = [fault["rows"] for fault in faults[:30]] + [rows for _, rows, _ in curves[:300:15]]
     assert len(records) == 50
     config = tiny()
     for index, rows in enumerate(records):
@@ -109,8 +109,6 @@ def test_live_resumed_and_judged_afterwards_are_the_same_bytes(curves, faults, t
         half, _ = Record(directory).cut(len(rows) * index // 50)
         resumed = judged(half + rows[len(half) :]).conclude(len(rows))
         (directory / "metrics.jsonl").write_text(text)
-        with pytest.raises(SystemExit):
-            main(["judge", str(directory), "--json"])
-        afterwards = json.loads(capsys.readouterr().out)
+        afterwards = json.loads(run(capsys, "judge", directory, "--json")[1])
         del afterwards["path"], afterwards["notes"]
         assert json.dumps(afterwards) == json.dumps(plain(live)) == json.dumps(plain(resumed))
