@@ -50,6 +50,20 @@ def test_state_of_a_real_trainer(capsys):
     assert any("0.0 beside a NaN" in note for note in bad["notes"])
 
 
+def test_history_of_a_real_wandb_run(capsys):
+    """What `wandb leet inspect --json` (0.31) prints of an offline run whose loss rises by 1 at step 350."""
+    facts = judged(capsys, FOREIGN / "wandb_history.jsonl")
+    assert (facts["verdict"], facts["horizon"]) == ("diverged", 595)
+    assert 350 <= facts["first_bad_step"] <= 400
+
+
+def test_table_of_a_real_spreadsheet(capsys):
+    """Written by Gnumeric (ssconvert, de_DE: semicolons, decimal commas), with Excel's byte-order mark before it."""
+    facts = judged(capsys, FOREIGN / "spreadsheet_de.csv")
+    assert (facts["verdict"], facts["horizon"]) == ("diverged", 299)
+    assert 150 <= facts["first_bad_step"] <= 165
+
+
 def csv_of(values, header="step,loss", sign=",", point="."):
     rows = [f"{i}{sign}{f'{value:.5f}'.replace('.', point)}" for i, value in enumerate(values)]
     return "\n".join([header, *rows]) + "\n"

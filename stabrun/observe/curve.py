@@ -142,7 +142,8 @@ def _json_lines(path: Path, half: list[bool] | None) -> Iterator[dict[str, Any]]
         if row is None and line.endswith("\n"):
             raise MistakeError(f"{path}, line {count}: it is no JSON.")
         if isinstance(row, dict):
-            yield row
+            history = row.get("history")  # of a W&B run, as `wandb leet inspect --json` prints it
+            yield history["item"] if isinstance(history, dict) and "item" in history else row
         elif half is not None:
             half.append(True)
 
