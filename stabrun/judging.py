@@ -188,29 +188,44 @@ def follow(asked: Asked) -> int:
     if not asked.path.is_dir() and file.suffix != ".jsonl":
         raise MistakeError(f"--follow {file}: it follows a run directory or a file of JSON lines.")
     planned = planned_steps(asked.path) if (asked.path / "config.yaml").is_file() else None
-    said, fold = "", Judge()
+    said, fold, look_at = set[str](), Judge(), 0
 
     def enough() -> bool:
         return over(asked.path, fold, planned)
 
+    status = 0
     try:
         for row in grown(file, enough):
             if row is None:  # the file was cut or replaced
-                fold, said = Judge(), ""
+                said, fold, look_at = set(), Judge(), 0
                 continue
             fold.add(row)
-            if len(fold.losses) % 10 == 0 or fold.over:
-                now = fold.verdict()
-                text = f"{now.verdict} ({now.reason})"
-                if text != said and not asked.as_json:
-                    print(f"step {now.horizon}: {text}", flush=True)
-                said = text
-        status = 0
+            if len(fold.losses) >= look_at or fold.over:
+                look_at = len(fold.losses) + max(10, len(fold.losses) // 100)
+                for what, line in alarmed(fold.conclude()):
+                    if what not in said and not asked.as_json:
+                        print(line, flush=True)
+                    said.add(what)
     except KeyboardInterrupt:
         status = 130
     facts = {"path": str(asked.path), **plain(fold.conclude(planned)), "notes": []}
     print(json.dumps(facts, indent=1) if asked.as_json else "\n  ".join([verdict_line(facts), *details(facts)]))
     return status
+
+
+def alarmed(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    """The alarms that a verdict holds: what each is about, and a line that says it."""
+    for step, height in (verdict.spikes or {"list": []})["list"]:
+        yield f"spike {step}", f"step {step}: a spike of {height:.3f}"
+    for name, signal in verdict.signals.items():
+        yield name, f"step {signal['step']}: {name} broke away" + (f" in {signal['site']}" if signal["site"] else "")
+    if verdict.reason == "rising":
+        yield "rising", f"step {verdict.horizon}: the loss is rising"
+    elif verdict.first_bad_step is not None:
+        first = f", first in {verdict.first_bad_site}" if verdict.first_bad_site else ""
+        yield verdict.verdict, f"step {verdict.first_bad_step}: {verdict.verdict} ({verdict.reason}){first}"
+    if verdict.certain_step is not None:
+        yield "certain", f"step {verdict.certain_step}: the divergence is certain"
 
 
 def over(path: Path, fold: Judge, planned: int | None) -> bool:

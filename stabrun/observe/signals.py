@@ -54,9 +54,12 @@ class Series:
         self.rows, self.values, self.seen, self.stride = list[int](), list[list[float]](), 0, 1
 
     def add(self, row: int, value: Any) -> None:
+        layers = value if isinstance(value, list) else [value]
+        if self.values and len(layers) != len(self.values[0]):
+            return  # no record of one model's
         if self.seen % self.stride == 0:
             self.rows.append(row)
-            self.values.append(value if isinstance(value, list) else [value])
+            self.values.append(layers)
             if len(self.rows) > KEPT:
                 self.rows, self.values, self.stride = self.rows[::2], self.values[::2], 2 * self.stride
         self.seen += 1

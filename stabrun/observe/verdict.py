@@ -166,13 +166,12 @@ class Judge:
         charts = [level(losses, window, strictness)]
         if count >= 4 * SLOW * window:
             charts.append(level(losses, SLOW * window, strictness))
-        for chart in charts:
-            rises = chart.rises()
-            if rises and rises[-1][1] == count:
-                start = rises[-1][0]
-                if count - start < window and self.certain is None:
-                    return replace(known, reason="rising"), None
+        standing = [(chart, rises[-1][0]) for chart in charts if (rises := chart.rises()) and rises[-1][1] == count]
+        for chart, start in standing:
+            if count - start >= window or self.certain is not None:
                 return bad(DIVERGED, "creep" if chart.creeps(start) else "runaway", chart, start)
+        if standing:
+            return replace(known, reason="rising"), None
         chart = charts[0]
         rises = [rise for rise in chart.rises() if not overshoot(chart, rise[0])]
         if self.certain is not None:
