@@ -48,8 +48,8 @@ def spike_score(losses: Floats) -> float | None:
 
 
 def spike_rate(losses: Floats) -> float | None:
-    """Rows above the median of 201 rows around them plus 0.1, in 10,000 rows."""
+    """Rows above the median of the last 201, their own included, plus 0.1, in 10,000 rows; from the 201st row on."""
     if len(losses) < RATE_ROWS:
         return None
     median = median_filter(losses, RATE_ROWS, mode="nearest", origin=RATE_ROWS // 2)
-    return 1e4 * float(np.mean(losses > median + RATE_RISE))
+    return 1e4 * float(np.mean((losses > median + RATE_RISE)[RATE_ROWS - 1 :]))
