@@ -141,7 +141,11 @@ def verdict_line(facts: dict[str, Any]) -> str:
     if facts["first_bad_site"]:
         text += f", first in {facts['first_bad_site']}"
     losses = [(name, facts[f"{name}_loss"]) for name in ("init", "best", "final")]
-    return text + "; loss " + " → ".join(f"{name} {float(value):.3f}" for name, value in losses if value is not None)
+    return text + "; loss " + " → ".join(f"{name} {short(float(value))}" for name, value in losses if value is not None)
+
+
+def short(loss: float) -> str:
+    return f"{loss:.3f}" if abs(loss) < 1e5 or not math.isfinite(loss) else f"{loss:.4g}"
 
 
 def details(facts: dict[str, Any]) -> Iterator[str]:

@@ -128,7 +128,12 @@ def test_columns_are_named_where_they_cannot_be_guessed(capsys, tmp_path):
         (b'{"step": 1, "loss": 2}\nrubbish\n{"step": 2, "loss": 2}\n', "line 2: it is no JSON"),
         (b"Step,a - train/loss,b - train/loss\n1,2,3\n", "several columns"),
         (b"step,loss\n1,\n2,\n", "holds no numbers"),
-        (b"[1, 2]", "no loss is found"),
+        (b"[1, 2]", "it has no columns"),
+        (b"step,loss\n1e30,2\n", "1e+30 in column step"),
+        (b'{"step": 99999999999999999999, "loss": 2}', "1e+20 in column step"),
+        (b'{"step": 1, "loss": true}', "True in column loss"),
+        (b'{"step": 1, "loss": {"a": 1}}', "in column loss is no number"),
+        (b"\0\0\0", "no loss is found"),
     ],
 )
 def test_what_is_no_curve_is_refused(capsys, tmp_path, content, said):
@@ -138,6 +143,15 @@ def test_what_is_no_curve_is_refused(capsys, tmp_path, content, said):
 
 def rows_of(steps, values):
     return "".join(json.dumps({"step": s, "loss": v}) + "\n" for s, v in zip(steps, values, strict=True))
+
+
+def test_statistics_that_are_none_harm_nothing(capsys, tmp_path):
+    train(tiny(f"run_dir={tmp_path / 'run'}", "train.steps=50"))
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    rows[3]["norm/out/fc2"], rows[4]["norm/out/qkv"], rows[5]["attn/entropy"] = ["x", 1.0], [1.0], {"a": 1}
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    assert judged(capsys, tmp_path / "run")["horizon"] == 49
 
 
 def test_two_runs_in_one_file(capsys, tmp_path):

@@ -25,6 +25,7 @@ STEPS = ("step", "_step", "global_step", "trainer/global_step", "train/global_st
 LOSSES = ("train/loss", "loss", "train_loss", "train/cross_entropy_loss", "train/ce_loss", "training_loss", "lm_loss")
 EVALUATIONS = ("eval_loss", "eval/loss", "val_loss", "val/loss", "validation_loss")
 GRADIENTS = ("grad/norm", "grad_norm", "train/grad_norm", "gradient_norm", "optim/total_grad_norm")
+LARGEST_STEP = 2**53  # beyond it not every whole number is one of floating point
 NAMED_WITHIN = 10_000  # rows that are looked at for the names of columns
 MISSING = (None, "", "-", "null", "None", "NA", "N/A")
 NUMBER = r"([-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf(?:inity)?))"
@@ -176,7 +177,8 @@ def _columns(path: Path, rows: Iterator[dict[str, Any]], step: str | None, loss:
             raise MistakeError(f"{flag} {asked}: {path} has no such column; it has {', '.join(there[:20]) or 'none'}.")
     loss = loss or _guessed(path, there, LOSSES) or _guessed(path, there, EVALUATIONS)
     if loss is None:
-        raise MistakeError(f"{path}: no loss is found in it; --loss names the column, among {', '.join(there[:20])}.")
+        have = f"--loss names the column, among {', '.join(there[:20])}" if there else "it has no columns"
+        raise MistakeError(f"{path}: no loss is found in it; {have}.")
     step = step or _guessed(path, there, STEPS)
     return {"step": step, "loss": loss, "gradient": _guessed(path, there, GRADIENTS)}
 
@@ -202,6 +204,8 @@ def numbers(
         step = float(index) if names["step"] is None else _number(path, names["step"], row.get(names["step"]))
         if loss is None or step is None or not math.isfinite(step):
             continue
+        if abs(step) >= LARGEST_STEP:
+            raise MistakeError(f"{path}: {step:g} in column {names['step']} is no number of a step.")
         gradient = _number(path, names["gradient"], row.get(names["gradient"] or ""))
         yield int(step), loss, -1.0 if gradient is None else gradient
 
@@ -210,6 +214,8 @@ def _number(path: Path, name: str | None, value: Any) -> float | None:
     """A cell's number; None for an empty one. A decimal comma is read as such."""
     if type(value) is float:
         return value
+    if isinstance(value, bool):
+        raise MistakeError(f"{path}: {value} in column {name} is no number.")
     if isinstance(value, str):
         value = value.strip()
     if value in MISSING:

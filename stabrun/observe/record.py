@@ -64,7 +64,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 def checked_row(row: dict[str, Any], path: Path) -> dict[str, Any]:
     """The row; MistakeError where it has no step or no training loss."""
-    if not isinstance(row.get("step"), int) or not is_number(row.get("train/loss")):
+    if not isinstance(row.get("step"), int) or abs(row["step"]) >= 2**53 or not is_number(row.get("train/loss")):
         raise MistakeError(f"{path}: step or train/loss is missing in the row {json.dumps(row)[:60]}.")
     return row
 

@@ -112,8 +112,14 @@ class Signals:
                 self.series[key].add(row, value)
 
     def breaks(self) -> dict[str, Break]:
-        """The chart of each key."""
-        return {key: chart(key, series) for key, series in self.series.items()}
+        """The chart of each key; one that holds no numbers is dropped."""
+        found = dict[str, Break]()
+        for key, series in list(self.series.items()):
+            try:
+                found[key] = chart(key, series)
+            except (TypeError, ValueError):
+                del self.series[key]
+        return found
 
 
 def alarms(breaks: dict[str, Break], since: int) -> dict[str, tuple[int, str | None]]:
