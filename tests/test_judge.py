@@ -134,6 +134,8 @@ def test_columns_are_named_where_they_cannot_be_guessed(capsys, tmp_path):
         (b'{"step": 1, "loss": true}', "True in column loss"),
         (b'{"step": 1, "loss": {"a": 1}}', "in column loss is no number"),
         (b"\0\0\0", "no loss is found"),
+        (b'step,loss\n"1,' + b"2" * 200_000 + b"\n", "cannot be read"),
+        (b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", "cannot be read"),
     ],
 )
 def test_what_is_no_curve_is_refused(capsys, tmp_path, content, said):
@@ -143,6 +145,17 @@ def test_what_is_no_curve_is_refused(capsys, tmp_path, content, said):
 
 def rows_of(steps, values):
     return "".join(json.dumps({"step": s, "loss": v}) + "\n" for s, v in zip(steps, values, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["Infinity", "NaN"])
+def test_a_gradient_norm_that_is_not_finite_before_finite_losses_decides_nothing(capsys, tmp_path, norm):
+    rows = [
+        f'{{"step": {i}, "loss": {v}, "grad_norm": {norm if i % 10 == 0 else 1.0}}}' for i, v in enumerate(losses())
+    ]
+    (tmp_path / "amp.jsonl").write_text("\n".join(rows) + "\n")
+    facts = judged(capsys, tmp_path / "amp.jsonl")
+    assert facts["verdict"] == "converged"
+    assert len(facts["notes"]) == 1
 
 
 def test_statistics_that_are_none_harm_nothing(capsys, tmp_path):

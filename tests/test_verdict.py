@@ -195,6 +195,16 @@ def test_spikes_are_counted_dated_and_sized():
     assert all(1.3 < size < 1.7 for _, size in spikes["list"])
 
 
+@pytest.mark.parametrize(("rows", "height"), [(1, 50.0), (5, 7.0), (10, 5.0)])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_late_spike_that_came_straight_back_decides_nothing(seed, rows, height):
+    losses = falling(1000, seed=seed)
+    losses[880 : 880 + rows] = [loss + height for loss in losses[880 : 880 + rows]]
+    verdict = judged(losses)
+    assert verdict.verdict in ("converged", "recovered")
+    assert verdict.spikes["count"] == 1
+
+
 def test_a_creep_is_called_one():
     losses = [value + max(0, i - 500) * 2e-4 for i, value in enumerate(falling(2000))]
     verdict = judged(losses)

@@ -73,6 +73,8 @@ def read_curves(path: Path, step: str | None = None, loss: str | None = None) ->
         curves = [mended(curve) for curve in parts(numbers(path, _rows(path, half), names))]
     except UnicodeDecodeError as error:
         raise MistakeError(f"{path}: it is no text in UTF-8.") from error
+    except (csv.Error, OverflowError, RecursionError) as error:
+        raise MistakeError(f"{path}: it cannot be read ({error}).") from error
     if not any(curve.steps for curve in curves):
         raise MistakeError(f"{path}: its column {names['loss']} holds no numbers.")
     for curve in curves:
@@ -144,7 +146,7 @@ def _json_lines(path: Path, half: list[bool] | None) -> Iterator[dict[str, Any]]
             raise MistakeError(f"{path}, line {count}: it is no JSON.")
         if isinstance(row, dict):
             history = row.get("history")  # of a W&B run, as `wandb leet inspect --json` prints it
-            yield history["item"] if isinstance(history, dict) and "item" in history else row
+            yield history["item"] if isinstance(history, dict) and isinstance(history.get("item"), dict) else row
         elif half is not None:
             half.append(True)
 
@@ -255,6 +257,11 @@ def parts(rows: Iterable[tuple[int, float, float]]) -> list[Curve]:
 def mended(curve: Curve) -> Curve:
     """The curve without the rows whose loss was not recorded, and with the losses that a Trainer hid as 0.0."""
     losses, gradients = np.array(curve.losses), np.array(curve.gradients)
+    last_finite = np.flatnonzero(np.isfinite(losses) & (losses != 0.0))[-1:]
+    early = ~np.isfinite(gradients) & (np.arange(len(losses)) < (last_finite[0] if len(last_finite) else 0))
+    if early.any():  # a loss scale being sought, or norms that are logged now and then: the run went on
+        gradients[early] = -1.0
+        curve.note("gradient norms that are not finite, before losses that are, are left out")
     dead = np.isnan(gradients)
     hidden = (losses == 0.0) & dead
     if hidden.any():

@@ -66,6 +66,9 @@ def checked_row(row: dict[str, Any], path: Path) -> dict[str, Any]:
     """The row; MistakeError where it has no step or no training loss."""
     if not isinstance(row.get("step"), int) or abs(row["step"]) >= 2**53 or not is_number(row.get("train/loss")):
         raise MistakeError(f"{path}: step or train/loss is missing in the row {json.dumps(row)[:60]}.")
+    for key in ("grad/norm", "train/lr"):
+        if not is_number(row.get(key, 0.0)):
+            raise MistakeError(f"{path}: {key} is no number at step {row['step']}.")
     return row
 
 

@@ -151,7 +151,7 @@ def first_to_break(series: dict[str, Series], breaks: dict[str, Break], low: int
             own = of(f"norm/out/{site}", True)
             if own is None:
                 continue
-            onward = [layers for key in fed if (layers := of(key, False)) is not None]
+            onward = [there for key in fed if (there := of(key, False)) is not None and len(there) == len(own)]
             harm = np.minimum(own, np.max(onward, axis=0)) if onward else own
             if harm.max() > best:
                 best, named = float(harm.max()), site_name(site, int(harm.argmax()))
@@ -205,7 +205,7 @@ def by_site(row: dict[str, Any], prefix: str) -> dict[str, float]:
         site_name(key.removeprefix(prefix), layer): number(value)
         for key, values in row.items()
         if key.startswith(prefix)
-        for layer, value in enumerate(values)
+        for layer, value in enumerate(values if isinstance(values, list) else [values])
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stabrun.observe.chart import Floats, Level, Strictness, level, trailing_means, window_of
+from stabrun.observe.chart import BACK, Floats, Level, Strictness, level, trailing_means, window_of
 from stabrun.observe.record import number
 from stabrun.observe.signals import Signals, alarms, first_nonfinite, first_to_break
 from stabrun.observe.spikes import spikes
@@ -166,7 +166,12 @@ class Judge:
         charts = [level(losses, window, strictness)]
         if count >= 4 * SLOW * window:
             charts.append(level(losses, SLOW * window, strictness))
-        standing = [(chart, rises[-1][0]) for chart in charts if (rises := chart.rises()) and rises[-1][1] == count]
+        # A spike keeps a long mean up long after the loss is back: the short level must stand up there as well.
+        standing = [
+            (chart, rises[-1][0])
+            for chart in charts
+            if (rises := chart.rises()) and rises[-1][1] == count and charts[0].excess[-1] > BACK * chart.threshold[-1]
+        ]
         for chart, start in standing:
             if count - start >= window or self.certain is not None:
                 return bad(DIVERGED, "creep" if chart.creeps(start) else "runaway", chart, start)
