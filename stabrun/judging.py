@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from stabrun.config import MistakeError, read_config
 from stabrun.observe.against import parted
+from stabrun.observe.chart import LEAST_WINDOW
 from stabrun.observe.curve import read_curves
 from stabrun.observe.record import checked_row, parsed, read_metrics, read_object
 from stabrun.observe.verdict import DIVERGED, Judge, Verdict
@@ -66,8 +67,6 @@ class Record:
         judge = Judge()
         for row in self.rows():
             judge.add(row)
-        if not judge.losses:
-            raise MistakeError(f"{self.name}: metrics.jsonl holds no rows yet, or is no record.")
         return judge.conclude(self.planned)
 
 
@@ -77,6 +76,8 @@ def judge(words: list[str]) -> int:
     if asked.follow:
         return follow(asked)
     records = read(asked.path, asked)
+    if len(records) == 1 and next(iter(records[0].rows()), None) is None:
+        raise MistakeError(f"{records[0].name}: metrics.jsonl holds no rows yet, or is no record.")
     told = [tell(record, asked) for record in records]
     if asked.as_json:
         print(json.dumps(told[0] if len(told) == 1 else told, indent=1))
@@ -141,7 +142,8 @@ def verdict_line(facts: dict[str, Any]) -> str:
     if facts["first_bad_site"]:
         text += f", first in {facts['first_bad_site']}"
     losses = [(name, facts[f"{name}_loss"]) for name in ("init", "best", "final")]
-    return text + "; loss " + " → ".join(f"{name} {short(float(value))}" for name, value in losses if value is not None)
+    told = [f"{name} {short(float(value))}" for name, value in losses if value is not None]
+    return f"{text}; loss {' → '.join(told)}" if told else text
 
 
 def short(loss: float) -> str:
@@ -171,7 +173,9 @@ def details(facts: dict[str, Any]) -> Iterator[str]:
 
 def compared(other: dict[str, Any]) -> Iterator[str]:
     yield f"against: {other['steps']} steps in common; the other run is {other['verdict']}"
-    if other["loss_step"] is None:
+    if other["loss_step"] is None and other["steps"] < LEAST_WINDOW:
+        yield "these are too few to tell whether the losses part"
+    elif other["loss_step"] is None:
         yield "the losses do not part"
     elif other["difference"] is None:
         yield f"the losses part at step {other['loss_step']}, where one is not finite"
@@ -189,6 +193,8 @@ def follow(asked: Asked) -> int:
     file = asked.path / "metrics.jsonl" if asked.path.is_dir() else asked.path
     if asked.against or asked.step or asked.loss:
         raise MistakeError("--follow goes with --json alone.")
+    if asked.path.is_dir() and not (file.is_file() or (asked.path / "config.yaml").is_file()):
+        raise MistakeError(f"--follow {asked.path}: it is no run directory.")
     if not asked.path.is_dir() and file.suffix != ".jsonl":
         raise MistakeError(f"--follow {file}: it follows a run directory or a file of JSON lines.")
     planned = planned_steps(asked.path) if (asked.path / "config.yaml").is_file() else None

@@ -90,6 +90,7 @@ FORMATS = {
     "rows.json": lambda v: json.dumps([{"step": i, "loss": x} for i, x in enumerate(v)], indent=1),
     "nanogpt.log": as_log("iter {}: loss {:.4f}, time 12.50ms, mfu 3.1%"),
     "ours.log": as_log("step {}/300  loss {:.4f}  grad norm 0.52  lr 1e-2"),
+    "megatron.log": as_log(" iteration {:8d}/     300 | lm loss: {:.6E} | z-loss: 1.0E-02 | grad norm: 0.5 |"),
     "lightning.txt": as_log("global_step={}, train/loss={:.3f}, val_loss=9.0"),
     "python.log": lambda v: "".join(f"{{'loss': {x:.4f}, 'grad_norm': 1.2, 'step': {i}}}\n" for i, x in enumerate(v)),
 }
@@ -130,6 +131,7 @@ def test_columns_are_named_where_they_cannot_be_guessed(capsys, tmp_path):
         (b"step,loss\n1,\n2,\n", "holds no numbers"),
         (b"[1, 2]", "it has no columns"),
         (b"step,loss\n1e30,2\n", "1e+30 in column step"),
+        (b"step,loss\n0.5,2\n", "0.5 in column step"),
         (b'{"step": 99999999999999999999, "loss": 2}', "1e+20 in column step"),
         (b'{"step": 1, "loss": true}', "True in column loss"),
         (b'{"step": 1, "loss": {"a": 1}}', "in column loss is no number"),
@@ -228,6 +230,10 @@ def test_a_study_has_a_verdict_for_each_run(capsys, tmp_path):
     assert status == 0
     assert sum("converged (fell)" in line or "undecided" in line for line in out.splitlines()) == 2
     assert "runs/0: " in out
+    (tmp_path / "study" / "runs" / "0" / "metrics.jsonl").write_text("")  # planned, and not begun
+    facts = judged(capsys, tmp_path / "study")
+    assert [(fact["reason"] == "too_short", fact["horizon"]) for fact in facts] == [(True, -1), (False, 49)]
+    assert "no run directory" in refused(capsys, tmp_path / "study", "--follow")
     assert "no run or study" in refused(capsys, tmp_path)
 
 
@@ -262,6 +268,9 @@ def test_against_another_run(capsys, tmp_path):
     assert status == 0
     assert "the losses part at step" in out
     assert "there is no such file" in refused(capsys, tmp_path / "a", "--against", tmp_path / "nothing")
+    (tmp_path / "gone.jsonl").write_text(rows_of(range(120), [math.nan] * 120))
+    gone = judged(capsys, tmp_path / "a", "--against", tmp_path / "gone.jsonl")["against"]
+    assert (gone["loss_step"], gone["difference"]) == (0, None)
 
 
 def following(path, *words):

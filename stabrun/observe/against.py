@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from stabrun.observe.chart import NORMAL_MEAN, trailing_means, window_of
+from stabrun.observe.chart import NORMAL_MAD, trailing_means, window_of
 from stabrun.observe.signals import by_site
 
 SIGMAS = 6.0  # of the difference's own noise, that make two losses part
@@ -27,15 +27,18 @@ def parted(here: Rows, there: Rows) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(("loss_step", "difference", "site", "site_step", "site_factor"))
     losses = np.array([[float(a["train/loss"]), float(b["train/loss"])] for a, b in pairs], dtype=float).reshape(-1, 2)
     finite = int(np.argmin(np.append(np.isfinite(losses).all(axis=1), False)))
-    window = min(window_of(len(pairs)), finite)
-    if window > 2:
+    window = window_of(len(pairs))
+    if finite < len(pairs):
+        found["loss_step"] = steps[finite]
+    if finite >= window:
         gap = losses[:finite, 0] - losses[:finite, 1]
         means = trailing_means(gap, window)
-        jumps = np.abs(np.diff(gap)) * NORMAL_MEAN / 2**0.5
-        error = float(np.median(jumps)) / window**0.5
+        # The quieter run's noise, twice: a diverged one must not hide in its own.
+        spread = NORMAL_MAD * float(np.median(np.abs(np.diff(losses[:finite], axis=0)), axis=0).min()) / 2**0.5
+        error = spread * (2 / window) ** 0.5
         index = since(np.abs(means) > max(SIGMAS * error, 1e-12))
-        if finite < len(pairs) or index is not None:
-            found["loss_step"] = steps[finite if index is None else index + window - 1]
+        if index is not None:
+            found["loss_step"] = steps[index + window - 1]
             found["difference"] = float(means[-1]) if finite == len(pairs) else None
     observed = [
         (step, by_site(a, "norm/out/"), by_site(b, "norm/out/")) for step, (a, b) in zip(steps, pairs, strict=True)

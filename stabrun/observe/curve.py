@@ -29,9 +29,10 @@ LARGEST_STEP = 2**53  # beyond it not every whole number is one of floating poin
 NAMED_WITHIN = 10_000  # rows that are looked at for the names of columns
 MISSING = (None, "", "-", "null", "None", "NA", "N/A")
 NUMBER = r"([-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf(?:inity)?))"
-LOG_STEP = re.compile(r"\b(?:global_?)?(?:step|iter(?:ation)?)\b['\"]?\W{0,3}(\d+)", re.IGNORECASE)
+LOG_STEP = re.compile(r"\b(?:global_?)?(?:step|iter(?:ation)?)\b['\"]?\W{0,12}(\d+)", re.IGNORECASE)
 LOG_LOSS = re.compile(
-    rf"\b(val|eval|validation|test|dev)?[ _/]?(?:train(?:ing)?[ _/])?loss\b['\"]?[^\w+-]{{0,3}}{NUMBER}", re.IGNORECASE
+    rf"\b(val|eval|validation|test|dev)?[ _/]?(?:train(?:ing)?[ _/])?(?<!-)loss\b['\"]?[^\w+-]{{0,12}}{NUMBER}",
+    re.IGNORECASE,
 )
 LOG_GRADIENT = re.compile(rf"\bgrad(?:ient)?[ _/]?norm\b['\"]?[^\w+-]{{0,3}}{NUMBER}", re.IGNORECASE)
 
@@ -147,7 +148,7 @@ def _json_lines(path: Path, half: list[bool] | None) -> Iterator[dict[str, Any]]
         if isinstance(row, dict):
             history = row.get("history")  # of a W&B run, as `wandb leet inspect --json` prints it
             yield history["item"] if isinstance(history, dict) and isinstance(history.get("item"), dict) else row
-        elif half is not None:
+        elif row is None and half is not None:
             half.append(True)
 
 
@@ -206,7 +207,7 @@ def numbers(
         step = float(index) if names["step"] is None else _number(path, names["step"], row.get(names["step"]))
         if loss is None or step is None or not math.isfinite(step):
             continue
-        if abs(step) >= LARGEST_STEP:
+        if abs(step) >= LARGEST_STEP or step != int(step):
             raise MistakeError(f"{path}: {step:g} in column {names['step']} is no number of a step.")
         gradient = _number(path, names["gradient"], row.get(names["gradient"] or ""))
         yield int(step), loss, -1.0 if gradient is None else gradient
