@@ -67,8 +67,8 @@ def test_same_data_whatever_the_learning_rate(tmp_path):
     assert first[0] == first[1]
 
 
-@pytest.mark.parametrize("at", range(30))
-def test_interrupted_at_any_step_and_started_again(tmp_path, whole, monkeypatch, at):
+def train_interrupted(config, monkeypatch, at):
+    """Train, with Ctrl-C in step `at`. Returns the summary."""
     launch = Run.launch
 
     def interrupted(self, step):
@@ -76,10 +76,15 @@ def test_interrupted_at_any_step_and_started_again(tmp_path, whole, monkeypatch,
             signal.raise_signal(signal.SIGINT)
         return launch(self, step)
 
-    config = tiny(*RICH, f"run_dir={tmp_path / 'run'}")
     with monkeypatch.context() as patch:
         patch.setattr(Run, "launch", interrupted)
-        first = train(config)
+        return train(config)
+
+
+@pytest.mark.parametrize("at", range(30))
+def test_interrupted_at_any_step_and_started_again(tmp_path, whole, monkeypatch, at):
+    config = tiny(*RICH, f"run_dir={tmp_path / 'run'}")
+    first = train_interrupted(config, monkeypatch, at)
     last = at == 29
     assert first["status"] == ("complete" if last else "interrupted")
     assert first["steps"] == at + 1
@@ -256,15 +261,7 @@ def test_data_that_changed_under_a_run_are_noticed(tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("in the beginning " * 1000)
     config = tiny("data=local", f"data.path={text}", f"run_dir={tmp_path / 'run'}")
-    launch = Run.launch
-
-    def interrupted(self, step):
-        signal.raise_signal(signal.SIGINT)
-        return launch(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "launch", interrupted)
-        train(config)
+    train_interrupted(config, monkeypatch, at=0)
     for finish in (False, True):
         if finish:
             text.write_text("in the beginning " * 1000)
@@ -309,18 +306,9 @@ def test_a_run_that_is_lost_leaves_the_same_bytes_whatever_its_checkpoints(tmp_p
 
 @pytest.mark.parametrize("at", range(5))
 def test_a_run_that_is_lost_and_interrupted_leaves_the_same_bytes(tmp_path, monkeypatch, at):
-    launch = Run.launch
-
-    def interrupted(self, step):
-        if step == at:
-            signal.raise_signal(signal.SIGINT)
-        return launch(self, step)
-
     train(tiny(*GONE, f"run_dir={tmp_path / 'whole'}"))
     config = tiny(*GONE, f"run_dir={tmp_path / 'run'}")
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "launch", interrupted)
-        train(config)
+    train_interrupted(config, monkeypatch, at)
     train(config)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
@@ -342,17 +330,8 @@ def test_a_run_that_another_process_finishes_meanwhile_is_not_trained_again(tmp_
 
 def interrupted_run(tmp_path, monkeypatch, at):
     """A run of these tests' `RICH` configuration that was stopped after step `at`; returns its configuration."""
-    launch = Run.launch
-
-    def interrupted(self, step):
-        if step == at:
-            signal.raise_signal(signal.SIGINT)
-        return launch(self, step)
-
     config = tiny(*RICH, f"run_dir={tmp_path / 'run'}")
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "launch", interrupted)
-        train(config)
+    train_interrupted(config, monkeypatch, at)
     return config
 
 
