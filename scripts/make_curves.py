@@ -11,8 +11,9 @@ import argparse
 import json
 import lzma
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -90,16 +91,21 @@ def pack(runs: Path, target: Path) -> int:
     return len(facts)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(doc: str, jobs: list[Any], train_one: Callable[[Any], str], pack: Callable[[Path, Path], int]) -> None:
+    """Train `jobs`, each given to `train_one` with the folder of runs, by several processes; then pack them."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--pack", type=Path)
     arguments = parser.parse_args()
     if arguments.workers:
-        jobs = [(words, str(arguments.runs)) for words in plan()]
+        given = [(job, str(arguments.runs)) for job in jobs]
         with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=20) as pool:
-            for number_done, line in enumerate(pool.imap(train_one, jobs), 1):
-                print(f"[{number_done}/{len(jobs)}] {line}", flush=True)
+            for number_done, line in enumerate(pool.imap(train_one, given), 1):
+                print(f"[{number_done}/{len(given)}] {line}", flush=True)
     if arguments.pack:
         print(f"{pack(arguments.runs, arguments.pack)} runs in {arguments.pack}")
+
+
+if __name__ == "__main__":
+    main(__doc__, list(plan()), train_one, pack)

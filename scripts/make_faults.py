@@ -6,15 +6,14 @@ step. A fault is planted from outside, into the trainer of an otherwise ordinary
     python scripts/make_faults.py --runs /tmp/faults --workers 2 --pack tests/data/faults.jsonl.xz
 """
 
-import argparse
 import json
 import lzma
-import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from make_curves import main
 from torch import nn
 
 from stabrun.compose import Words, composed
@@ -101,7 +100,7 @@ def train_one(job: tuple[tuple[str, list[str], str, int], str]) -> str:
     return f"{name} layer {layer}: {summary['verdict']} {summary['first_bad_step']} {summary['first_bad_site']}"
 
 
-def pack(runs: Path, target: Path) -> None:
+def pack(runs: Path, target: Path) -> int:
     """One line a run: its name, the layer at fault (−1 for none), and what the verdict reads of its rows."""
 
     def short(value: Any) -> Any:
@@ -116,18 +115,8 @@ def pack(runs: Path, target: Path) -> None:
                 for row in read_rows(runs / name / "metrics.jsonl")
             ]
             file.write(json.dumps({"name": name, "layer": layer, "at": AT, "rows": rows}) + "\n")
+    return len(list(plan()))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--pack", type=Path)
-    arguments = parser.parse_args()
-    if arguments.workers:
-        jobs = [(job, str(arguments.runs)) for job in plan()]
-        with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
-            for line in pool.imap(train_one, jobs):
-                print(line, flush=True)
-    if arguments.pack:
-        pack(arguments.runs, arguments.pack)
+    main(__doc__, list(plan()), train_one, pack)
