@@ -1,8 +1,12 @@
 """Judge the corpus of own runs at the three strictnesses, and list what became of each: `docs/curves.md`.
 
-python scripts/judge_curves.py > docs/curves.md
+    python scripts/judge_curves.py > docs/curves.md
+
+With `--signals RUNS` it tells instead how often each signal raised an alarm, and how long before the loss, in the run
+directories that `scripts/make_curves.py --runs RUNS` left: the packed losses hold no statistics.
 """
 
+import argparse
 import json
 import lzma
 from collections import Counter
@@ -13,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from stabrun.observe.record import read_metrics
+from stabrun.observe.signals import SIGNALS
 from stabrun.observe.verdict import STRICTNESS, Judge
 
 CORPUS = Path(__file__).parent.parent / "tests" / "data" / "curves.npz.xz"
@@ -89,7 +95,43 @@ def bound(events: int, trials: int) -> float:
     return float(beta.ppf(0.95, events + 1, trials - events)) if trials > events else 1.0
 
 
+def tell_signals(folder: Path) -> None:
+    """Print, by signal, the alarms in converged runs below `folder`, and those in diverged ones with their leads."""
+    alarms: Counter[str] = Counter()
+    leads: dict[str, list[int]] = {name: [] for name in SIGNALS}
+    ended: Counter[str] = Counter()
+    named: Counter[str] = Counter()
+    for file in sorted(folder.glob("*/metrics.jsonl")):
+        judge = Judge()
+        for row in read_metrics(file):
+            judge.add(row)
+        verdict = judge.conclude()
+        ended[verdict.verdict] += 1
+        if verdict.verdict == "converged":
+            alarms.update(verdict.signals.keys())
+        if verdict.verdict == "diverged":
+            named[(verdict.first_bad_site or "none").rpartition("/")[2]] += 1
+            for name, signal in verdict.signals.items():
+                leads[name].append(signal["lead"])
+    print(f"{dict(ended)}; site of the diverged: {dict(named)}\n")
+    print("| signal | alarms, converged | alarms, diverged | of these before the loss | median lead |")
+    print("|---|---|---|---|---|")
+    for name, found in leads.items():
+        median = f"{np.median(found):.0f}" if found else ""
+        print(f"| {name} | {alarms[name]} | {len(found)} | {sum(lead > 0 for lead in found)} | {median} |")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--signals", type=Path, metavar="RUNS")
+    folder = parser.parse_args().signals
+    if folder:
+        tell_signals(folder)
+    else:
+        list_curves()
+
+
+def list_curves() -> None:
     runs = list(corpus())
     judges = [judged(run) for run in runs]
     best: dict[tuple[Any, ...], float] = {}
