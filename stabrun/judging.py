@@ -13,7 +13,7 @@ from stabrun.config import MistakeError, read_config
 from stabrun.observe.against import parted
 from stabrun.observe.chart import LEAST_WINDOW
 from stabrun.observe.curve import read_curves
-from stabrun.observe.record import checked_row, parsed, read_metrics, read_object
+from stabrun.observe.record import checked_row, parsed, read_metrics, read_object, worded
 from stabrun.observe.verdict import DIVERGED, Judge, Verdict
 
 USAGE = "judge: name one PATH; flags are --json, --follow, --against PATH, --step COLUMN and --loss COLUMN."
@@ -55,7 +55,7 @@ class Asked:
 
 
 @dataclass
-class Record:
+class Saved:
     """One run's rows, read anew each time, and how many steps it was planned for where that is known."""
 
     name: str
@@ -84,7 +84,7 @@ def judge(words: list[str]) -> int:
     return 0
 
 
-def read(path: Path, asked: Asked) -> list[Record]:
+def read(path: Path, asked: Asked) -> list[Saved]:
     """The runs at `path`: a run directory, a study's, or a foreign file. MistakeError where it is none of these."""
     if path.is_dir():
         if (path / "metrics.jsonl").is_file():
@@ -97,22 +97,22 @@ def read(path: Path, asked: Asked) -> list[Record]:
         raise MistakeError(f"{path}: there is no such file, run or study.")
     if path.name == "metrics.jsonl" and (path.parent / "config.yaml").is_file():
         return [of_directory(path.parent)]
-    return [Record(str(path), curve.rows, None, curve.notes) for curve in read_curves(path, asked.step, asked.loss)]
+    return [Saved(str(path), curve.rows, None, curve.notes) for curve in read_curves(path, asked.step, asked.loss)]
 
 
-def of_directory(directory: Path) -> Record:
+def of_directory(directory: Path) -> Saved:
     file = directory / "metrics.jsonl"
-    return Record(str(directory), lambda: read_metrics(file), planned_steps(directory))
+    return Saved(str(directory), lambda: read_metrics(file), planned_steps(directory))
 
 
 def planned_steps(directory: Path) -> int:
     return read_config(directory / "config.yaml").train.steps
 
 
-def tell(record: Record, asked: Asked) -> dict[str, Any]:
+def tell(record: Saved, asked: Asked) -> dict[str, Any]:
     """The verdict on one run as plain data; in words on standard output unless JSON was asked for."""
     verdict = record.verdict()
-    facts = {"path": record.name, **plain(verdict), "notes": record.notes}
+    facts = {"path": record.name, **worded(asdict(verdict)), "notes": record.notes}
     if asked.against is not None:
         others = read(asked.against, asked)
         if len(others) != 1:
@@ -122,16 +122,11 @@ def tell(record: Record, asked: Asked) -> dict[str, Any]:
             **parted(list(record.rows()), list(others[0].rows())),
         }
     if not asked.as_json:
-        several = f"{record.name}: " if len(record.name) and asked.path != Path(record.name) else ""
-        print(several + verdict_line(facts))
+        name = "" if asked.path == Path(record.name) else f"{record.name}: "
+        print(name + verdict_line(facts))
         for line in details(facts):
             print(f"  {line}")
     return facts
-
-
-def plain(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as JSON takes it: numbers that are not finite by their names."""
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(verdict).items()}
 
 
 def verdict_line(facts: dict[str, Any]) -> str:
@@ -189,7 +184,7 @@ def compared(other: dict[str, Any]) -> Iterator[str]:
 
 
 def follow(asked: Asked) -> int:
-    """Watch a run that grows: say each change of its verdict, and end when the run does, or can only have diverged."""
+    """Watch a run that grows: say each alarm once, and end when the run does, or is certain to have diverged."""
     file = asked.path / "metrics.jsonl" if asked.path.is_dir() else asked.path
     if asked.against or asked.step or asked.loss:
         raise MistakeError("--follow goes with --json alone.")
@@ -218,7 +213,7 @@ def follow(asked: Asked) -> int:
                     said.add(what)
     except KeyboardInterrupt:
         status = 130
-    facts = {"path": str(asked.path), **plain(fold.conclude(planned)), "notes": []}
+    facts = {"path": str(asked.path), **worded(asdict(fold.conclude(planned))), "notes": []}
     print(json.dumps(facts, indent=1) if asked.as_json else "\n  ".join([verdict_line(facts), *details(facts)]))
     return status
 
@@ -258,14 +253,14 @@ def grown(file: Path, enough: Callable[[], bool]) -> Iterator[dict[str, Any] | N
     while True:
         if handle is None and file.is_file():
             handle = open(file, "rb")
-        read = handle.readline() if handle else b""
-        half += read
+        piece = handle.readline() if handle else b""
+        half += piece
         if half.endswith(b"\n"):
             row, half = parsed(half), b""
             if row is not None:
                 yield checked_row(row, file)
             continue
-        if read:
+        if piece:
             continue
         if handle and replaced(handle, file):
             handle.close()

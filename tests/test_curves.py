@@ -5,6 +5,7 @@ import lzma
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,7 @@ from conftest import tiny
 from omegaconf import OmegaConf
 from test_cli import run
 
-from stabrun.judging import plain
-from stabrun.observe.record import Record, dumps
+from stabrun.observe.record import Record, dumps, worded
 from stabrun.observe.verdict import STRICTNESS, Judge
 
 DATA = Path(__file__).parent / "data"
@@ -111,4 +111,4 @@ def test_live_resumed_and_judged_afterwards_are_the_same_bytes(curves, faults, t
         (directory / "metrics.jsonl").write_text(text)
         afterwards = json.loads(run(capsys, "judge", directory, "--json")[1])
         del afterwards["path"], afterwards["notes"]
-        assert json.dumps(afterwards) == json.dumps(plain(live)) == json.dumps(plain(resumed))
+        assert json.dumps(afterwards) == json.dumps(worded(asdict(live))) == json.dumps(worded(asdict(resumed)))

@@ -52,7 +52,7 @@ def test_clipping_is_torchs_bit_for_bit(limit):
 
 
 def test_micro_batches_add_up_to_the_batch():
-    """In fp64, for fp32 sums of different order part after some steps (GROUND: 4e-13 against 5e-7)."""
+    """In fp64, for fp32 sums of different order part after some steps (4e-13 against 5e-7)."""
     gradients = {}
     for micro in (1, 2, 4):
         trainer = a_trainer(tiny(f"train.micro_batch_size={micro}", "observe.every=0"))

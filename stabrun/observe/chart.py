@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-LEAST_WINDOW, WINDOW_SHARE = 20, 0.05  # DESIGN's window of best_loss and final_loss: 5 % of the steps, at least 20
+LEAST_WINDOW, WINDOW_SHARE = 20, 0.05  # of best_loss and final_loss too: 5 % of the rows, at least 20
 NORMAL_MAD = 1.4826  # standard deviation of a normal variable over its median absolute deviation
 NORMAL_MEAN = 1.2533  # and over its mean absolute deviation
 BACK = 0.5  # a rise is over when half of what raised the alarm is left

@@ -15,19 +15,20 @@ DECODER = json.JSONDecoder()
 
 
 def dumps(row: dict[str, Any]) -> str:
-    """A row as one line of valid JSON: numbers that are not finite become "nan", "inf" and "-inf"."""
+    """A row as one line of valid JSON."""
     try:
         return json.dumps(row, allow_nan=False)
     except ValueError:
-        return json.dumps(_named(row), allow_nan=False)
+        return json.dumps(worded(row), allow_nan=False)
 
 
-def _named(value: Any) -> Any:
+def worded(value: Any) -> Any:
+    """A value for JSON: numbers in it that are not finite become "nan", "inf" and "-inf"."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _named(item) for key, item in value.items()}
-    return [_named(item) for item in value] if isinstance(value, list) else value
+        return {key: worded(item) for key, item in value.items()}
+    return [worded(item) for item in value] if isinstance(value, list) else value
 
 
 def is_number(value: Any) -> bool:

@@ -35,7 +35,7 @@ SIGNALS = {
 }
 """Signal → the key, or the beginning of the keys of its sites."""
 
-FACTORS = {"norm/adam_m/": 3.0, "norm/adam_v/": 10.0}  # moments jump so far in healthy runs, once in ten of them
+FACTORS = {"norm/adam_m/": 3.0, "norm/adam_v/": 10.0}  # at 1.5 they alarm in healthy runs too often
 FALLING = ("attn/entropy",)  # keys whose collapse is the alarm, not their growth
 CARRIES = {
     "qkv": ("norm/in/proj", "attn/max_logit"),

@@ -12,7 +12,7 @@ import numpy as np
 
 from stabrun.observe.chart import BACK, Floats, Level, Strictness, level, trailing_means, window_of
 from stabrun.observe.record import number
-from stabrun.observe.signals import Signals, alarms, first_nonfinite, first_to_break
+from stabrun.observe.signals import LONGEST, Signals, alarms, first_nonfinite, first_to_break
 from stabrun.observe.spikes import spikes
 
 RULE = 2
@@ -20,7 +20,7 @@ RULE = 2
 
 STRICTNESS = {
     "lenient": Strictness(share=0.1, sigmas=8.0),
-    "standard": Strictness(share=0.03, sigmas=6.0),  # at nano 3 % of what is learned are the 0.1 nats of GROUND's edge
+    "standard": Strictness(share=0.03, sigmas=6.0),  # at nano 3 % of what is learned are 0.1 nats
     "strict": Strictness(share=0.015, sigmas=5.0),
 }
 STANDARD, LENIENT = "standard", "lenient"
@@ -113,19 +113,19 @@ class Judge:
         """The verdict on the rows so far, at one of the rule's three strictnesses, without what `conclude` adds."""
         return self._judged(STRICTNESS[strictness])[0]
 
-    def conclude(self, planned: int | None = None, strictness: str = STANDARD) -> Verdict:
+    def conclude(self, planned: int | None = None) -> Verdict:
         """The verdict with the site that broke first, the signals' alarms and the spikes.
 
         A run of `planned` steps that ended before them is not called stable.
         """
-        verdict, span = self._judged(STRICTNESS[strictness])
+        verdict, span = self._judged(STRICTNESS[STANDARD])
         if planned is not None and verdict.stable and verdict.horizon + 1 < planned:
             verdict = replace(verdict, verdict=UNDECIDED, reason="interrupted")
         breaks = self.signals.breaks()
         site = verdict.first_bad_site or (first_to_break(self.signals.series, breaks, *span) if span else None)
         told = {
             name: {"step": self.steps[row], "site": where, "lead": span and self.steps[span[1]] - self.steps[row]}
-            for name, (row, where) in alarms(breaks, since=max(0, span[0] - window_of(0)) if span else 0).items()
+            for name, (row, where) in alarms(breaks, since=span[0] - LONGEST if span else 0).items()
         }
         return replace(verdict, first_bad_site=site, signals=told, spikes=spikes(self._finite(), self.steps))
 

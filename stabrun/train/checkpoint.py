@@ -83,7 +83,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         raise OSError(errno.EIO, f"the checkpoint cannot be read ({error})", str(path)) from error
     here = _model_state(model)
     if {name: tensor.shape for name, tensor in here.items()} != {name: tensor.shape for name, tensor in state.items()}:
-        raise MistakeError(f"{path} holds the weights of another model; remove it to go on from an earlier state.")
+        raise MistakeError(f"{path} holds the weights of another model; remove it to train anew.")
     for name, tensor in here.items():
         tensor.copy_(state[name])
     for name, parameter in model.named_parameters():

@@ -10,7 +10,7 @@ from typing import Any
 from stabrun.config import Config, check, run_dir, run_id
 from stabrun.data.shards import prepare
 from stabrun.observe.console import Console, warn
-from stabrun.observe.record import Record, write_whole
+from stabrun.observe.record import Record, worded, write_whole
 from stabrun.observe.tracker import Tracker
 from stabrun.observe.verdict import Judge
 from stabrun.train import checkpoint
@@ -171,7 +171,8 @@ class Run:
             "seconds": round(seconds_spent(self.record.directory), 3),
             "tokens_per_second": rate,
         }
-        return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
+        told: dict[str, Any] = worded(summary)
+        return told
 
 
 class Stop:
