@@ -38,7 +38,7 @@ class Asked:
         rest = iter(words)
         for word in rest:
             flag, joined, value = word.partition("=")
-            if flag in ("--json", "--follow"):
+            if word in ("--json", "--follow"):
                 flags["as_json" if flag == "--json" else "follow"] = True
             elif flag in ("--against", "--step", "--loss"):
                 given = value if joined else next(rest, "")
@@ -105,8 +105,10 @@ def of_directory(directory: Path) -> Saved:
     return Saved(str(directory), lambda: read_metrics(file), planned_steps(directory))
 
 
-def planned_steps(directory: Path) -> int:
-    return read_config(directory / "config.yaml").train.steps
+def planned_steps(directory: Path) -> int | None:
+    """How many steps a run was planned for; None where its configuration is not beside its record."""
+    file = directory / "config.yaml"
+    return read_config(file).train.steps if file.is_file() else None
 
 
 def tell(record: Saved, asked: Asked) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def verdict_line(facts: dict[str, Any]) -> str:
 
 
 def short(loss: float) -> str:
-    return f"{loss:.3f}" if abs(loss) < 1e5 or not math.isfinite(loss) else f"{loss:.4g}"
+    return f"{loss:.3f}" if loss == 0 or 0.05 <= abs(loss) < 1e5 or not math.isfinite(loss) else f"{loss:.4g}"
 
 
 def details(facts: dict[str, Any]) -> Iterator[str]:
@@ -151,10 +153,10 @@ def details(facts: dict[str, Any]) -> Iterator[str]:
     if facts["certain_step"] is not None:
         yield f"certain from step {facts['certain_step']}"
     if facts["scar"]:
-        yield f"scar: the last level lies {facts['scar']:.3f} above the lowest"
+        yield f"scar: the last level lies {short(facts['scar'])} above the lowest"
     if spikes := facts["spikes"] and facts["spikes"]["list"]:
         step, height = max(spikes, key=lambda spike: spike[1])
-        yield f"spikes: {facts['spikes']['count']}, the largest {height:.3f} at step {step}"
+        yield f"spikes: {facts['spikes']['count']}, the largest {short(height)} at step {step}"
     if facts["first_bad_step"] is not None:
         for name, signal in sorted(facts["signals"].items(), key=lambda item: item[1]["step"]):
             where = f" in {signal['site']}" if signal["site"] else ""
@@ -167,7 +169,7 @@ def details(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def compared(other: dict[str, Any]) -> Iterator[str]:
-    yield f"against: {other['steps']} steps in common; the other run is {other['verdict']}"
+    yield f"against: {other['steps']} step{'s' * (other['steps'] != 1)} in common; the other run is {other['verdict']}"
     if other["loss_step"] is None and other["steps"] < LEAST_WINDOW:
         yield "these are too few to tell whether the losses part"
     elif other["loss_step"] is None:
@@ -176,7 +178,7 @@ def compared(other: dict[str, Any]) -> Iterator[str]:
         yield f"the losses part at step {other['loss_step']}, where one is not finite"
     else:
         side = "above" if other["difference"] > 0 else "below"
-        far = f"{abs(other['difference']):.3f} {side}"
+        far = f"{short(abs(other['difference']))} {side}"
         yield f"the losses part at step {other['loss_step']}; at the end this one is {far}"
     if other["site"]:
         factor, step = other["site_factor"], other["site_step"]
@@ -192,7 +194,7 @@ def follow(asked: Asked) -> int:
         raise MistakeError(f"--follow {asked.path}: it is no run directory.")
     if not asked.path.is_dir() and file.suffix != ".jsonl":
         raise MistakeError(f"--follow {file}: it follows a run directory or a file of JSON lines.")
-    planned = planned_steps(asked.path) if (asked.path / "config.yaml").is_file() else None
+    planned = planned_steps(asked.path)
     said, fold, look_at = set[str](), Judge(), 0
 
     def enough() -> bool:
@@ -221,7 +223,7 @@ def follow(asked: Asked) -> int:
 def alarmed(verdict: Verdict) -> Iterator[tuple[str, str]]:
     """The alarms that a verdict holds: what each is about, and a line that says it."""
     for step, height in (verdict.spikes or {"list": []})["list"]:
-        yield f"spike {step}", f"step {step}: a spike of {height:.3f}"
+        yield f"spike {step}", f"step {step}: a spike of {short(height)}"
     for name, signal in verdict.signals.items():
         yield name, f"step {signal['step']}: {name} broke away" + (f" in {signal['site']}" if signal["site"] else "")
     if verdict.reason == "rising":
@@ -257,8 +259,9 @@ def grown(file: Path, enough: Callable[[], bool]) -> Iterator[dict[str, Any] | N
         half += piece
         if half.endswith(b"\n"):
             row, half = parsed(half), b""
-            if row is not None:
-                yield checked_row(row, file)
+            if row is None:
+                raise MistakeError(f"{file} is damaged: a line of it is no JSON object.")
+            yield checked_row(row, file)
             continue
         if piece:
             continue

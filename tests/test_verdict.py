@@ -228,6 +228,45 @@ def test_overshoot_of_the_warm_up_is_no_recovery():
     assert judged(overshot).verdict == "converged"
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("times", [1, 2, 3, 4])
+def test_rises_that_come_back_again_and_again_do_not_pass_for_noise(seed, times):
+    losses = falling(400, seed=seed)
+    for start in (100 + 240 * i // times for i in range(times)):
+        losses = rising(losses, start, 0.3, over=1, until=start + 32)
+    assert judged(losses).verdict == "recovered"
+
+
+@pytest.mark.parametrize("count", [300, 1000])
+def test_a_first_loss_of_hundreds_of_nats_does_not_hide_a_rise(count):
+    high = [loss + 200 * math.exp(-i / 5) for i, loss in enumerate(falling(count))]
+    assert judged(high).verdict == "converged"
+    assert judged(rising(high, 2 * count // 3, 0.5)).verdict == "diverged"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_spike_within_the_last_window_is_no_rise(seed):
+    losses = falling(400, seed=seed)
+    losses[387] += 20.0
+    verdict = judged(losses)
+    assert (verdict.verdict, verdict.spikes["count"]) == ("recovered", 1)
+
+
+def test_strongly_autocorrelated_noise_is_rarely_called_diverged():
+    """An AR(1) of ρ = 0.9 has a memory as long as half a window: 240 healthy runs, of 100 to 600 rows."""
+    wrong = 0
+    for count in (100, 300, 600):
+        for seed in range(80):
+            noise = {"seed": seed, "size": 0.05 * (1 - 0.9**2) ** 0.5, "ρ": 0.9, "count": count}
+            wrong += judged(drawn(noise)).verdict == "diverged"
+    assert wrong <= 0.05 * 240
+
+
+@pytest.mark.filterwarnings("error")
+def test_losses_near_the_largest_number_warn_of_nothing():
+    assert judged([*falling(150), *[1.7e308] * 50]).verdict == "diverged"
+
+
 def growing(count, start, rate, layers=4, layer=2):
     """Norms of `layers` near 1 with a slow common growth; one grows by `rate` a row from row `start` on."""
     source = random.Random(5)

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 LEAST_WINDOW, WINDOW_SHARE = 20, 0.05  # of best_loss and final_loss too: 5 % of the rows, at least 20
 NORMAL_MAD = 1.4826  # standard deviation of a normal variable over its median absolute deviation
+NORMAL_QUARTILE = 3.1383  # standard deviation of a normal variable over the lower quartile of its absolute deviation
 NORMAL_MEAN = 1.2533  # and over its mean absolute deviation
+LATER, LEAST_SHARE = 3.0, 0.1  # of what is learned after the first rows, and of all that is learned: see `first_level`
 BACK = 0.5  # a rise is over when half of what raised the alarm is left
 CREEPING = (
     2.0  # windows that a rise takes from half of the threshold to the whole: a step or a ramp takes less than one
@@ -33,7 +35,7 @@ class Level:
     window: int
     means: Floats
     floor: Floats  # the lowest mean so far
-    init: float  # the loss before learning
+    init: float  # the loss before learning, in the measure of `first_level`
     noise: Floats  # standard deviation of a row's loss when the level stood at its floor
     error: Floats  # standard error of a window's mean there, its colour reckoned with
     threshold: Floats
@@ -77,16 +79,17 @@ def level(losses: Floats, window: int, strictness: Strictness) -> Level:
     """
     means = trailing_means(losses, window)
     floor = np.minimum.accumulate(means)
-    init = float(np.median(losses[:5]))
+    init = first_level(losses, float(floor[-1]))
     at_floor = np.maximum.accumulate(np.where(means <= floor, np.arange(len(means)), 0))
     spread = noise(losses, 2 * window)[at_floor + window - 1]
-    error = spread * colour(losses, means, window) / window**0.5
+    error = spread * colour(losses[: int(np.argmin(means)) + window], window) / window**0.5
     learned = np.maximum(0.0, init - floor)
     smallest = 1e-9 * float(np.abs(losses).max())  # below it a difference is rounding
     threshold = np.maximum(np.maximum(strictness.share * learned, strictness.sigmas * error), smallest)
     return Level(window, means, floor, init, spread, error, threshold)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def noise(losses: Floats, span: int) -> Floats:
     """Standard deviation of a series around its trend, over the `span` rows up to each row: `[n, …]` → `[n, …]`.
 
@@ -97,21 +100,43 @@ def noise(losses: Floats, span: int) -> Floats:
     return np.concatenate([np.repeat(trailing[:1], len(losses) - len(trailing), axis=0), trailing])
 
 
-def colour(losses: Floats, means: Floats, window: int) -> float:
+def first_level(losses: Floats, floor: float) -> float:
+    """The loss before learning: the median of five rows, or less where these lie far above all that follow.
+
+    An initialisation that begins at hundreds of nats loses them in a few steps, and a share of those would hide any
+    rise. So no more counts than what is learned after the first rows and a few times that, or a tenth of all.
+    """
+    first, early = float(np.median(losses[:5])), float(np.median(losses[LEAST_WINDOW : 2 * LEAST_WINDOW]))
+    later = early + LATER * max(0.0, early - floor)
+    return min(first, max(later, floor + LEAST_SHARE * (first - floor)))
+
+
+def colour(losses: Floats, window: int) -> float:
     """How much larger the error of a window's mean is than white noise would make it: at least 1.
 
-    The means' own third differences at a distance of one window measure it, autocorrelation and all, while a bent trend
-    hardly touches them; over the rows up to the lowest level, where there are enough of them.
+    The variance of a mean over white noise's, at a quarter and at half of a window, carried on to the whole: linearly,
+    as that of noise with a long memory grows. `losses` end at the lowest level.
     """
-    low = int(np.argmin(means))
-    if low < 6 * window:
+    white = float(np.median(noise(losses, 2 * window)))
+    half, quarter = (excess_variance(losses, white, window // parts) for parts in (2, 4))
+    return max(1.0, half + 2 * max(0.0, half - quarter)) ** 0.5
+
+
+def excess_variance(losses: Floats, white: float, width: int) -> float:
+    """Variance of a mean of `width` rows over that of white noise of spread `white`; 1 where there are too few rows.
+
+    Third differences of neighbouring means, which a bent trend hardly touches; their lower quartile, because a rise
+    that came back disturbs eight widths of them.
+    """
+    if white == 0 or len(losses) < 6 * width:
         return 1.0
-    first, second, third, fourth = (means[start : low + 1 - 3 * window + start] for start in np.arange(4) * window)
+    means = trailing_means(losses, width)
+    first, second, third, fourth = (means[start : len(means) - 3 * width + start] for start in np.arange(4) * width)
     differences = np.abs(fourth - 3 * third + 3 * second - first) / 20**0.5
-    white = float(np.median(noise(losses[: low + window], 2 * window))) / window**0.5
-    return max(1.0, NORMAL_MAD * float(np.median(differences)) / white) if white > 0 else 1.0
+    return float(NORMAL_QUARTILE * np.quantile(differences, 0.25) / white) ** 2 * width
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a sum of huge finite losses is infinite, and stands as such
 def trailing_means(values: Floats, window: int) -> Floats:
     """Mean of each `window` values in a row: `[n, …]` → `[n − window + 1, …]`.
 

@@ -26,10 +26,15 @@ LOSSES = ("train/loss", "loss", "train_loss", "train/cross_entropy_loss", "train
 EVALUATIONS = ("eval_loss", "eval/loss", "val_loss", "val/loss", "validation_loss")
 GRADIENTS = ("grad/norm", "grad_norm", "train/grad_norm", "gradient_norm", "optim/total_grad_norm")
 LARGEST_STEP = 2**53  # beyond it not every whole number is one of floating point
+DESCENDING = 20  # first rows: where all their steps fall, the table was sorted the other way round
 NAMED_WITHIN = 10_000  # rows that are looked at for the names of columns
+LOG_WITHIN = 200  # lines that are looked at to tell a log from a table
 MISSING = (None, "", "-", "null", "None", "NA", "N/A")
 NUMBER = r"([-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf(?:inity)?))"
-LOG_STEP = re.compile(r"\b(?:global_?)?(?:step|iter(?:ation)?)\b['\"]?\W{0,12}(\d+)", re.IGNORECASE)
+COUNT = r"(\d{1,3}(?:,\d{3})+\b|\d+)"
+LOG_STEP = re.compile(
+    rf"\b(?:global_?)?(?:step|iter(?:ation)?)\b['\"]?\W{{0,12}}{COUNT}|\b(?P<tqdm>\d+)/\d+ \[", re.IGNORECASE
+)
 LOG_LOSS = re.compile(
     rf"\b(val|eval|validation|test|dev)?[ _/]?(?:train(?:ing)?[ _/])?(?<!-)loss\b['\"]?[^\w+-]{{0,12}}{NUMBER}",
     re.IGNORECASE,
@@ -71,7 +76,7 @@ def read_curves(path: Path, step: str | None = None, loss: str | None = None) ->
     try:
         names = _columns(path, _rows(path), step, loss)
         half = list[bool]()
-        curves = [mended(curve) for curve in parts(numbers(path, _rows(path, half), names))]
+        curves = [mended(curve) for curve in parts(ascending(path, numbers(path, _rows(path, half), names)))]
     except UnicodeDecodeError as error:
         raise MistakeError(f"{path}: it is no text in UTF-8.") from error
     except (csv.Error, OverflowError, RecursionError) as error:
@@ -121,9 +126,13 @@ def _rows(path: Path, half: list[bool] | None = None) -> Iterator[dict[str, Any]
             return iter(_history(whole))
         return _log(path) if alone is None and LOG_LOSS.search(first) else _json_lines(path, half)
     delimiter = _delimiter(first)
-    if delimiter and not (LOG_STEP.search(first) and LOG_LOSS.search(first)):
+    if delimiter and not any(map(is_log, itertools.islice(lines(path), LOG_WITHIN))):
         return csv.DictReader(lines(path), delimiter=delimiter)
     return _log(path)
+
+
+def is_log(line: str) -> bool:
+    return LOG_STEP.search(line) is not None and LOG_LOSS.search(line) is not None
 
 
 def _history(whole: Any) -> list[dict[str, Any]]:
@@ -163,7 +172,7 @@ def _log(path: Path) -> Iterator[dict[str, Any]]:
         step = LOG_STEP.search(line)
         if step is None:
             continue
-        row: dict[str, Any] = {"step": step[1]}
+        row: dict[str, Any] = {"step": step["tqdm"] or step[1].replace(",", "")}
         for found in LOG_LOSS.finditer(line):
             row.setdefault("eval_loss" if found[1] else "loss", found[2])
         if norm := LOG_GRADIENT.search(line):
@@ -227,6 +236,14 @@ def _number(path: Path, name: str | None, value: Any) -> float | None:
         return float(value.replace(",", ".") if isinstance(value, str) else value)
     except (TypeError, ValueError) as error:
         raise MistakeError(f"{path}: {value!r} in column {name} is no number.") from error
+
+
+def ascending(path: Path, rows: Iterator[tuple[int, float, float]]) -> Iterator[tuple[int, float, float]]:
+    """The rows; MistakeError where the table was sorted the other way round."""
+    begin = list(itertools.islice(rows, DESCENDING))
+    if len(begin) > 2 and all(later < step for (step, _, _), (later, _, _) in itertools.pairwise(begin)):
+        raise MistakeError(f"{path}: its steps descend; sort the rows so that the first step comes first.")
+    return itertools.chain(begin, rows)
 
 
 def parts(rows: Iterable[tuple[int, float, float]]) -> list[Curve]:

@@ -59,8 +59,17 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of `metrics.jsonl`. Raises MistakeError at one without a step and a training loss."""
-    return (checked_row(row, path) for row in read_rows(path))
+    """The rows of `metrics.jsonl`; a last line that is still being written is left out.
+
+    Raises MistakeError at a whole line that is no object, or has no step and no training loss.
+    """
+    end = 0
+    for end, row in _lines(path):  # noqa: B007
+        yield checked_row(row, path)
+    with open(path, "rb") as file:
+        file.seek(end)
+        if file.readline().endswith(b"\n"):
+            raise MistakeError(f"{path} is damaged: the line at byte {end} is no JSON object.")
 
 
 def checked_row(row: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from stabrun.observe.record import number
 from stabrun.observe.signals import LONGEST, Signals, alarms, first_nonfinite, first_to_break
 from stabrun.observe.spikes import spikes
 
-RULE = 2
+RULE = 3
 """Version of the rule: it changes with every change of what a record is called."""
 
 STRICTNESS = {
@@ -175,7 +175,7 @@ class Judge:
         for chart, start in standing:
             if count - start >= window or self.certain is not None:
                 return bad(DIVERGED, "creep" if chart.creeps(start) else "runaway", chart, start)
-        if standing:
+        if standing and not back_at_last(losses, standing[0][0]):
             return replace(known, reason="rising"), None
         chart = charts[0]
         rises = [rise for rise in chart.rises() if not overshoot(chart, rise[0])]
@@ -188,6 +188,11 @@ class Judge:
             said, span = bad(RECOVERED, "came_back", chart, rises[0][0])
             return replace(said, scar=scar), span
         return replace(known, verdict=CONVERGED, reason="fell"), None
+
+
+def back_at_last(losses: Floats, chart: Level) -> bool:
+    """Whether the last half window's median is near the floor: the mean still remembers a spike."""
+    return bool(np.median(losses[-(chart.window // 2) :]) - chart.floor[-1] < BACK * chart.threshold[-1])
 
 
 def overshoot(chart: Level, row: int) -> bool:
