@@ -132,15 +132,35 @@ class OptimConfig:
     beta1: float = key(0.9, RESULT, "decay of Adam's first moment", at_least=0, below=1)
     beta2: float = key(0.95, RESULT, "decay of Adam's second moment", at_least=0, below=1)
     eps: float = key(1e-8, RESULT, "Adam's ε", above=0)
-    weight_decay: float = key(0.1, RESULT, "decoupled, times the learning rate; matrices only", at_least=0)
-    clip: float | None = key(1.0, RESULT, "global gradient norm clipped to; null for none", above=0)
+    weight_decay: float = key(0.1, RESULT, "λ, of matrices only", at_least=0)
+    decay: str = key(
+        "decoupled",
+        RESULT,
+        "decoupled: AdamW; l2: λ·w is added to the gradient, after clipping, and passes through Adam",
+        allowed=("decoupled", "l2"),
+    )
+    decay_independent: bool = key(
+        False, RESULT, "decoupled decay follows the schedule, but is not multiplied by the peak learning rate"
+    )
+    clip: float | None = key(1.0, RESULT, "limit of the gradient; null for none", above=0)
+    clip_by: str = key("norm", RESULT, "what is limited: the global norm, or each value", allowed=("norm", "value"))
+    z_loss: float = key(0.0, RESULT, "weight of (log Z)² in what is minimised; 1e-4 in PaLM", at_least=0)
 
 
 @dataclass
 class ScheduleConfig:
-    kind: str = key("cosine", RESULT, "shape after the warm-up", allowed=("constant", "cosine"))
+    kind: str = key(
+        "cosine",
+        RESULT,
+        "shape after the warm-up; wsd is warm-up, stable, decay",
+        allowed=("constant", "cosine", "linear", "inverse_sqrt", "wsd"),
+    )
     warmup_steps: int = key(75, RESULT, "steps of linear warm-up", at_least=0)
-    min_lr: float = key(0.0, RESULT, "where the cosine ends", at_least=0)
+    warmup_share: float | None = key(
+        None, RESULT, "the warm-up as a share of train.steps; null for warmup_steps", at_least=0, at_most=1
+    )
+    decay_share: float = key(0.2, RESULT, "share of train.steps in which wsd falls, at the end", above=0, at_most=1)
+    min_lr: float = key(0.0, RESULT, "what the shape falls to", at_least=0)
 
 
 @dataclass
@@ -149,7 +169,14 @@ class TrainConfig:
     batch_size: int = key(16, RESULT, "sequences a step", at_least=1)
     micro_batch_size: int | None = key(None, RESOURCE, "sequences a forward pass; null for the whole batch", at_least=1)
     device: str = key("auto", RESOURCE, "where to train", allowed=("auto", "cpu", "cuda", "mps"))
-    precision: str = key("fp32", RESULT, "bf16: autocast over fp32 master weights", allowed=("fp32", "bf16"))
+    precision: str = key(
+        "fp32",
+        RESULT,
+        "of matrix products: weights, moments and norms are fp32 in each; fp16 scales the loss",
+        allowed=("fp32", "tf32", "bf16", "fp16"),
+    )
+    loss_scale: float = key(65536.0, RESULT, "fp16: the first scale of the loss", above=0)
+    loss_scale_growth: int = key(2000, RESULT, "fp16: steps without overflow after which the scale doubles", at_least=1)
     compile: bool | None = key(None, RESOURCE, "torch.compile; null for on with CUDA alone")
     threads: int | None = key(None, RESOURCE, "CPU threads; null for torch's choice", at_least=1, at_most=1024)
     deterministic: bool = key(False, RESOURCE, "bit-identical on CUDA too, at a cost in speed")
@@ -300,11 +327,17 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
         config.schedule.min_lr > config.optim.lr,
         f"schedule.min_lr={config.schedule.min_lr}: it must be at most optim.lr={config.optim.lr}.",
     )
-    decay = config.optim.lr * config.optim.weight_decay
+    optim = config.optim
     yield (
-        decay >= 1,
-        f"optim.weight_decay={config.optim.weight_decay}: times optim.lr={config.optim.lr} it is {decay:g}, "
-        "which would erase the weights at each step; the product must be below 1.",
+        optim.decay == "l2" and optim.decay_independent,
+        "optim.decay_independent=true: it belongs to optim.decay=decoupled, and optim.decay=l2 was given.",
+    )
+    decay = optim.weight_decay * (1 if optim.decay_independent else optim.lr)
+    yield (
+        optim.decay == "decoupled" and decay >= 1,
+        f"optim.weight_decay={optim.weight_decay}: "
+        + ("" if optim.decay_independent else f"times optim.lr={optim.lr} it is {decay:g}, and ")
+        + "it would erase the weights at each step; it must be below 1.",
     )
     yield (
         data.name == "local" and not data.path,

@@ -4,7 +4,10 @@ from conftest import a_trainer, tiny
 from torch import nn
 
 from stabrun.model.gpt import GPT
-from stabrun.train.optimizer import clip, make_optimizer, set_rate
+from stabrun.observe.record import read_rows
+from stabrun.train.objective import cross_entropy, z_loss
+from stabrun.train.optimizer import clip_by_norm, clip_by_value, gradient_norms, make_optimizer, set_rate
+from stabrun.train.run import train
 
 
 def test_matrices_decay_and_nothing_else():
@@ -17,38 +20,91 @@ def test_matrices_decay_and_nothing_else():
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
-def test_update_equals_the_formula_of_adamw():
-    config = tiny("optim.lr=0.01", "optim.eps=1e-6").optim
+# (optim.decay, optim.decay_independent) → what the decay λ adds to the gradient, and takes from the weight, at rate r
+DECAYS = {
+    "decoupled": (("optim.decay=decoupled",), lambda w, λ, r: 0.0, lambda w, λ, r: r * λ * w),
+    "independent": (("optim.decay_independent=true",), lambda w, λ, r: 0.0, lambda w, λ, r: r / 0.01 * λ * w),
+    "l2": (("optim.decay=l2",), lambda w, λ, r: λ * w, lambda w, λ, r: 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", DECAYS)
+@pytest.mark.parametrize(("beta1", "beta2", "eps"), [(0.9, 0.95, 1e-6), (0.0, 0.999, 1e-15), (0.5, 0.0, 1e-3)])
+def test_update_equals_the_formula(kind, beta1, beta2, eps):
+    words, into_gradient, off_weight = DECAYS[kind]
+    betas = f"optim.beta1={beta1}", f"optim.beta2={beta2}", f"optim.eps={eps}"
+    config = tiny("optim.lr=0.01", "optim.weight_decay=0.03", *betas, *words).optim
     torch.manual_seed(0)
     layer = nn.Linear(5, 3).double()
     optimizer = make_optimizer(layer, config)
     weight, m, v = layer.weight.detach().clone(), 0.0, 0.0
     for t in range(1, 6):
-        rate = 0.01 * t
+        rate = 0.01 * t / 5
         gradient = torch.randn(3, 5, dtype=torch.float64)
         layer.weight.grad, layer.bias.grad = gradient.clone(), torch.zeros(3, dtype=torch.float64)
         set_rate(optimizer, rate)
         optimizer.step()
-        m = 0.9 * m + 0.1 * gradient
-        v = 0.95 * v + 0.05 * gradient**2
-        weight = weight * (1 - rate * 0.1) - rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-6)
+        gradient = gradient + into_gradient(weight, 0.03, rate)
+        m = beta1 * m + (1 - beta1) * gradient
+        v = beta2 * v + (1 - beta2) * gradient**2
+        step = rate * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+        weight = weight - off_weight(weight, 0.03, rate) - step
         torch.testing.assert_close(layer.weight.detach(), weight, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e3, None])
-def test_clipping_is_torchs_bit_for_bit(limit):
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("by", ["norm", "value"])
+def test_clipping_is_torchs_bit_for_bit(limit, by):
     torch.manual_seed(0)
     ours = [torch.randn(n, 3) for n in (4, 7, 1)]
     theirs = [nn.Parameter(torch.zeros_like(g)) for g in ours]
     for parameter, gradient in zip(theirs, ours, strict=True):
         parameter.grad = gradient.clone()
     each = [float(g.double().norm()) for g in ours]
-    total, norms = clip(ours, limit)
-    expected = nn.utils.clip_grad_norm_(theirs, limit if limit is not None else float("inf"))
-    assert total.equal(expected)
+    large = sum(int((g.abs() > limit).sum()) for g in ours)
+    total, norms = gradient_norms(ours)
     assert norms.tolist() == pytest.approx(each, rel=1e-6)
+    if by == "norm":
+        changed = clip_by_norm(ours, limit, total)
+        assert total.equal(nn.utils.clip_grad_norm_(theirs, limit))
+        assert changed == (float(total) > limit)
+    else:
+        changed = clip_by_value(ours, limit)
+        nn.utils.clip_grad_value_(theirs, limit)
+        assert float(changed) == pytest.approx(large / 36)
     for gradient, parameter in zip(ours, theirs, strict=True):
         assert gradient.equal(parameter.grad)
+
+
+@pytest.mark.parametrize(
+    ("word", "share"), [("optim.clip=null", None), ("optim.clip=1e9", 0.0), ("optim.clip=1e-9", 1.0)]
+)
+def test_share_of_clipped_steps_is_told(tmp_path, word, share):
+    summary = train(tiny(f"run_dir={tmp_path / 'run'}", word, "train.steps=8"))
+    assert summary["clipped_share"] == share
+    rows = [row.get("grad/clipped") for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert rows == [share] * 8
+
+
+def test_objective_equals_its_formula():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(2, 5, 7, dtype=torch.float64), torch.randint(7, (2, 5))
+    z = logits.exp().sum(-1)
+    p = logits.exp() / z[..., None]
+    picked = torch.tensor([[float(p[b, t, targets[b, t]]) for t in range(5)] for b in range(2)])
+    assert float(cross_entropy(logits, targets)) == pytest.approx(float(-picked.log().mean()), rel=1e-6)
+    assert float(z_loss(logits, 1e-4)) == pytest.approx(1e-4 * float(z.log().square().mean()), rel=1e-12)
+
+
+def test_z_loss_is_minimised_and_is_no_part_of_the_loss():
+    rows = {}
+    for weight in (0.0, 0.5):
+        trainer = a_trainer(tiny(f"optim.z_loss={weight}", "observe.every=0", "train.micro_batch_size=2"))
+        rows[weight] = [dict(trainer.step(step).read()) for step in range(12)]
+    assert rows[0.5][0]["train/loss"] == rows[0.0][0]["train/loss"], "the same before the first update"
+    assert rows[0.5][0]["grad/norm"] != rows[0.0][0]["grad/norm"]
+    assert "train/z_loss" not in rows[0.0][0]
+    assert rows[0.5][-1]["train/z_loss"] < 0.75 * rows[0.5][0]["train/z_loss"]
 
 
 def test_micro_batches_add_up_to_the_batch():

@@ -12,16 +12,34 @@ def test_warm_up_is_linear_and_reaches_the_peak():
     assert {learning_rate(config, step) for step in range(10, 30)} == {0.5}
 
 
-def test_cosine_falls_to_min_lr_at_the_last_step():
-    config = tiny("optim.lr=0.5", "schedule.warmup_steps=10", "schedule.min_lr=0.1", "train.steps=50")
-    rates = [learning_rate(config, step) for step in range(50)]
-    for step in range(10, 50):
-        angle = math.pi * (step - 9) / 40
-        assert rates[step] == pytest.approx(0.1 + 0.4 * (1 + math.cos(angle)) / 2, abs=1e-15)
-    assert rates[-1] == pytest.approx(0.1)
-    assert rates == [*sorted(rates[:10]), *sorted(rates[10:], reverse=True)]
-
-
 def test_warm_up_may_outlast_the_run():
     config = tiny("optim.lr=1.0", "schedule.warmup_steps=60", "train.steps=30")
     assert learning_rate(config, 29) == 0.5
+
+
+STEPS, WARMUP, PEAK, LOW = 50, 10, 0.5, 0.1
+AFTER = {  # the factor of update t (from 1) after the warm-up, written out
+    "constant": lambda t: 1.0,
+    "cosine": lambda t: (1 + math.cos(math.pi * (t - WARMUP) / (STEPS - WARMUP))) / 2,
+    "linear": lambda t: (STEPS - t) / (STEPS - WARMUP),
+    "inverse_sqrt": lambda t: (WARMUP / t) ** 0.5,
+    "wsd": lambda t: 1.0 if t <= 30 else (STEPS - t) / 20,
+}
+
+
+@pytest.mark.parametrize("kind", AFTER)
+@pytest.mark.parametrize("warmup", ["schedule.warmup_steps=10", "schedule.warmup_share=0.2"])
+def test_each_schedule_is_its_formula(kind, warmup):
+    words = f"schedule={kind}", f"schedule.min_lr={LOW}", f"optim.lr={PEAK}", f"train.steps={STEPS}"
+    config = tiny(*words, warmup, "schedule.decay_share=0.4")
+    for t in range(1, STEPS + 1):
+        expected = PEAK * t / WARMUP if t <= WARMUP else LOW + (PEAK - LOW) * AFTER[kind](t)
+        assert learning_rate(config, t - 1) == pytest.approx(expected, rel=1e-12), t
+
+
+@pytest.mark.parametrize("kind", AFTER)
+def test_no_warm_up_starts_at_the_peak_or_below(kind):
+    config = tiny(f"schedule={kind}", "schedule.warmup_steps=0", "optim.lr=0.5", "train.steps=30")
+    rates = [learning_rate(config, step) for step in range(30)]
+    assert 0.45 < rates[0] <= 0.5
+    assert rates == sorted(rates, reverse=True)

@@ -4,6 +4,8 @@ from typing import Any
 
 from stabrun.config import Config, ModelConfig, keys, rotated, value_of
 
+LOW = ("bf16", "fp16")  # precisions of two bytes
+
 
 def norm_parameters(model: ModelConfig, width: int, present: bool = True) -> int:
     """Gain, and bias where there is one."""
@@ -64,7 +66,7 @@ def memory(config: Config) -> dict[str, int]:
     tokens = sequences * seq_len
     logits = 4 * tokens * model.vocab_size
     activations = tokens * model.n_layer * activation_bytes(config)
-    low_copies = 2 * count if train.precision == "bf16" else 0  # autocast's cast weights, kept for the backward
+    low_copies = 2 * count if train.precision in LOW else 0  # autocast's cast weights, kept for the backward
     steady = {
         "weights_bytes": 4 * count,
         "gradients_bytes": 4 * count,
@@ -82,7 +84,7 @@ def activation_bytes(config: Config) -> int:
     """
     model, seq_len = config.model, config.data.seq_len
     attn, mlp, d = model.attn, model.mlp, model.d_model
-    low = 2 if config.train.precision == "bf16" else 4
+    low = 2 if config.train.precision in LOW else 4
     cast = 0 if low == 4 else 1  # an fp32 norm's output is kept once more as its bf16 copy
     width = mlp.width or 4 * d
     normed = model.norm.kind != "none"

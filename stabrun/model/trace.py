@@ -12,7 +12,7 @@ from stabrun.model.gpt import GPT
 def traced_memory(config: Config) -> int:
     """Bytes at the peak of the second step of a micro-batch, when Adam's moments are there; nothing is allocated."""
     sequences = config.train.micro_batch_size or config.train.batch_size
-    low = config.train.precision == "bf16"
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
     with FakeTensorMode():
         model = GPT(config.model, config.data.seq_len)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -23,7 +23,7 @@ def traced_memory(config: Config) -> int:
             for step in range(2):
                 if step:
                     tracker.reset_mod_stats()
-                with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                with torch.autocast("cpu", low, enabled=low is not None):
                     loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
                 loss.backward()
                 optimizer.step()

@@ -40,8 +40,43 @@ METRICS = (
         "mean",
         "cross-entropy on held-out text after the update",
     ),
+    Metric(
+        "train/z_loss",
+        "number",
+        "nats²",
+        "each step, where optim.z_loss > 0",
+        "mean",
+        "optim.z_loss · mean (log Z)²: minimised beside the cross-entropy, and not part of train/loss",
+    ),
     Metric("train/lr", "number", "1", "each step", "same", "learning rate of the update"),
     Metric("grad/norm", "number", "1", "each step", "once", "global L2 norm of the gradient before clipping"),
+    Metric(
+        "grad/clipped",
+        "number",
+        "share",
+        "each step, where optim.clip is set",
+        "once",
+        "share of the gradient's values that clipping changed: 0 or 1 by norm",
+    ),
+    Metric(
+        "scale/loss_scale", "number", "1", "each step of fp16", "same", "what the loss was multiplied by in this step"
+    ),
+    Metric(
+        "scale/skipped",
+        "number",
+        "0 or 1",
+        "each step of fp16",
+        "same",
+        "1 where a gradient was not finite, so that the update was left out and the scale halved",
+    ),
+    Metric(
+        "scale/underflow",
+        "number",
+        "share",
+        "each step of fp16",
+        "once",
+        "zeros among the gradients of the linear layers' weights: below fp16's smallest number, or dead",
+    ),
     Metric(
         "grad/norm_by_layer",
         "list",
@@ -129,7 +164,7 @@ METRICS = (
         "1",
         "observe.slow_every",
         "once",
-        "mean g² (as Adam sees it, clipped) over mean bias-corrected v after the step: 1 when the gradient is as "
+        "mean g² (clipped, before L2 decay) over mean bias-corrected v after the step: 1 when the gradient is as "
         "large as usual",
     ),
     Metric(

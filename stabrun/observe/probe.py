@@ -16,7 +16,6 @@ from stabrun.config import ObserveConfig
 
 SCORES_AT_ONCE = 1 << 27  # attention logits held at a time, so that long contexts fit
 
-FIRST = 2  # slots 0 and 1 of the buffer hold the loss and the gradient norm
 FAR_BELOW = -1e30  # stands for the future in a row's maximum; finite, for 0 · −∞ is no entropy
 
 
@@ -89,18 +88,20 @@ class Probe:
         shape: tuple[int, int],
         blocks: Sequence[nn.Module] = (),
         cores: Sequence[Any] = (),
+        scalars: Sequence[str] = ("train/loss", "grad/norm"),
     ) -> None:
-        self.config = config
+        self.config, self.scalars = config, tuple(scalars)
+        self.first = len(self.scalars)  # they take the first slots of the buffer
         self.fast = self.slow = False
         self.spans: list[Span] = []
-        self.size = FIRST
+        self.size = self.first
         parameters = dict(model.named_parameters())
         self.device = next(iter(parameters.values())).device
         self.sites = find_sites(model) if config.every else {}
         blocks, cores = (blocks, cores) if config.every else ((), ())
         self._lay_out(len(blocks), len(cores))
         self.now = torch.zeros(self.size, device=self.device)  # this micro-batch
-        self.norms = torch.zeros(self.by_token.stop - FIRST, *shape, device=self.device)
+        self.norms = torch.zeros(self.by_token.stop - self.first, *shape, device=self.device)
         self.rows = self.norms.unbind(0)
         self.values = torch.zeros(self.size, device=self.device)  # the step
         self.hosts = [self._host() for _ in range(2)]
@@ -138,9 +139,9 @@ class Probe:
         by_site("norm/out/{site}", slow=False)
         by_site("norm/in/{site}", slow=False)
         self._add("residual/norm", n_blocks, slow=False)
-        self.by_token = slice(FIRST, self.size)
+        self.by_token = slice(self.first, self.size)
         self._add("attn/entropy", n_cores, slow=True)
-        self.means = slice(FIRST, self.size)
+        self.means = slice(self.first, self.size)
         self._add("attn/max_logit", n_cores, slow=True)
         self.maxima = slice(self.means.stop, self.size)
         by_site("norm/in_grad/{site}", slow=True)
@@ -183,8 +184,8 @@ class Probe:
 
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.fast:
-                token_norms(output, self.rows[out_slot - FIRST])
-                token_norms(args[0], self.rows[in_slot - FIRST])
+                token_norms(output, self.rows[out_slot - self.first])
+                token_norms(args[0], self.rows[in_slot - self.first])
 
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)
@@ -192,7 +193,7 @@ class Probe:
     def _watch_block(self, block: nn.Module, slot: int) -> None:
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.fast:
-                token_norms(output, self.rows[slot - FIRST])
+                token_norms(output, self.rows[slot - self.first])
 
         block.register_forward_hook(after)
 
@@ -237,8 +238,13 @@ class Probe:
         self.values[roots] = torch.hypot(self.values[roots], self.now[roots])
 
     @torch.no_grad()
-    def before_update(self, gradient_norms: Tensor) -> None:
-        """`gradient_norms`, `[parameters]`: of each parameter's gradient before clipping, in the model's order."""
+    def before_update(self, gradient_norms: Tensor, loss_scale: Tensor | None = None) -> None:
+        """`gradient_norms`, `[parameters]`: of each parameter's gradient before clipping, in the model's order.
+
+        `loss_scale`, 0-dim, is what the loss was multiplied by in the backward pass; `gradient_norms` are free of it.
+        """
+        if loss_scale is not None and self.slow:
+            self.values[self.roots] /= loss_scale
         if self.fast and self.weights:
             self.values[self.weight_norms] = torch.stack(torch._foreach_norm(self.weights))
             self.values[self.gradient_norms] = gradient_norms[self.weight_index]
@@ -268,9 +274,10 @@ class Probe:
         self.values[self.update_values] = torch.cat(groups)
         self.before = []
 
-    def snapshot(self, loss: Tensor, gradient_norm: Tensor) -> "Snapshot":
-        """Start the copy of the step's values to the host; nothing waits until `Snapshot.read`."""
-        self.values[0], self.values[1] = loss, gradient_norm
+    def snapshot(self, *scalars: Tensor) -> "Snapshot":
+        """Start the copy of the step's values, `scalars` first, to the host; nothing waits until `Snapshot.read`."""
+        for slot, value in enumerate(scalars):
+            self.values[slot] = value
         self.hosts.reverse()
         host = self.hosts[0]
         host.copy_(self.values, non_blocking=True)
@@ -279,7 +286,7 @@ class Probe:
             event = torch.cuda.Event()
             event.record()
         spans = [span for span in self.spans if (self.slow if span.slow else self.fast)]
-        return Snapshot(host, event, spans)
+        return Snapshot(self.scalars, host, event, spans)
 
 
 FORWARD = ("out", "in", "in_grad")
@@ -290,15 +297,16 @@ UPDATE = ("norm/update/{site}", "norm/adam_m/{site}", "norm/adam_v/{site}", "ada
 class Snapshot:
     """A step's values on their way to the host; good until the snapshot after next is taken."""
 
+    scalars: tuple[str, ...]
     host: Tensor
     event: "torch.cuda.Event | None"
     spans: list[Span]
 
     def read(self) -> dict[str, Any]:
-        """`train/loss`, `grad/norm`, and a list over layers for each key measured in this step."""
+        """The scalars by name, and a list over layers for each key measured in this step."""
         if self.event is not None:
             self.event.synchronize()
         values = self.host.tolist()
-        row = {"train/loss": values[0], "grad/norm": values[1]}
+        row: dict[str, Any] = dict(zip(self.scalars, values, strict=False))
         row.update({span.key: values[span.start : span.stop] for span in self.spans if span.stop > span.start})
         return row

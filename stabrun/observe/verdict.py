@@ -76,10 +76,12 @@ class Judge:
         self.steps.append(row["step"])
         self.losses.append(loss)
         self.rates.append(number(row.get("train/lr")))
-        self.signals.add(len(self.losses) - 1, row)
+        overflow = row.get("scale/skipped") == 1 and number(row.get("scale/loss_scale")) > 1
+        if not overflow:  # of fp16 by its loss scale: the step was left out, and tells nothing of the model
+            self.signals.add(len(self.losses) - 1, row)
         if self.broken is None and not math.isfinite(loss):
             self.broken = len(self.losses) - 1, "nonfinite_loss", first_nonfinite(row, "norm/out/")
-        elif self.broken is None and not math.isfinite(gradient):
+        elif self.broken is None and not math.isfinite(gradient) and not overflow:
             self.broken = len(self.losses) - 1, "nonfinite_grad", first_nonfinite(row, "norm/grad/")
         count = len(self.losses)
         if self.certain is None and self.broken is None and count >= self.next_check:

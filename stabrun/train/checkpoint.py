@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON, so that loading one can run no code.
 
 `checkpoints/step_00000200/` holds `model.safetensors` (parameters and buffers by name, tied weights once),
-`optimizer.safetensors` (Adam's state as `name/part`) and `meta.json`, and means: 200 updates are done. It appears
-under its name only when whole, and replaces the one before.
+`optimizer.safetensors` (Adam's state as `name/part`) and `meta.json` (the step, and the loss scale of
+fp16), and means: 200 updates are done. It appears under its name only when whole, and replaces the one before.
 """
 
 import errno
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,12 +23,15 @@ from stabrun.observe.record import read_object
 META = "meta.json"
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+Scaler = dict[str, Any]  # of `LossScale.state`; empty but in fp16
+
+
+def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Scaler) -> Path:
     """Write the state after `step` updates below `folder`; older checkpoints go. Returns the new one's path."""
     target, scratch = folder / f"step_{step:08d}", folder / "incomplete"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        _write(scratch, step, model, optimizer)
+        _write(scratch, {"step": step, "scaler": scaler}, model, optimizer)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(scratch, target)
         sync(folder)
@@ -39,14 +43,14 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     return target
 
 
-def _write(scratch: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _write(scratch: Path, meta: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     scratch.mkdir(parents=True)
     try:
         save_file(_model_state(model), scratch / "model.safetensors")
         save_file(_optimizer_state(model, optimizer), scratch / "optimizer.safetensors")
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(errno.EIO, str(error), str(scratch)) from error
-    (scratch / META).write_text(json.dumps({"step": step}) + "\n")
+    (scratch / META).write_text(json.dumps(meta) + "\n")
     for file in scratch.iterdir():
         sync(file)
 
@@ -72,8 +76,8 @@ def latest(folder: Path) -> tuple[int, Path] | None:
 
 
 @torch.no_grad()
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the state below `path` into a model and optimizer made from the same configuration.
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Scaler:
+    """Put the state below `path` into a model and optimizer made from the same configuration; returns the scaler's.
 
     Raises OSError where the files cannot be read, MistakeError where they hold another model.
     """
@@ -89,6 +93,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     for name, parameter in model.named_parameters():
         parts = {key.split("/")[1]: value for key, value in moments.items() if key.split("/")[0] == name}
         optimizer.state[parameter] = {part: value.to(parameter.device) for part, value in parts.items()}
+    scaler = read_object(path / META).get("scaler")
+    return scaler if isinstance(scaler, dict) else {}
 
 
 def _model_state(model: nn.Module) -> dict[str, Tensor]:

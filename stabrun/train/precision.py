@@ -10,30 +10,32 @@ import torch
 from stabrun.config import Config, MistakeError, TrainConfig
 from stabrun.model.describe import human, memory
 
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def pick_device(config: TrainConfig) -> torch.device:
     """`auto` takes CUDA, then MPS, then the CPU. MistakeError where the named one is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if config.device == "auto":
-        return torch.device(next(name for name, present in there.items() if present))
-    if not there[config.device]:
+    name = next(name for name, present in there.items() if present) if config.device == "auto" else config.device
+    if not there[name]:
         present = ", ".join(name for name, has in there.items() if has)
-        raise MistakeError(f"train.device={config.device}: this machine has none; it has {present}.")
-    return torch.device(config.device)
+        raise MistakeError(f"train.device={name}: this machine has none; it has {present}.")
+    if config.precision == "tf32" and name != "cuda":
+        raise MistakeError(f"train.precision=tf32: it needs CUDA, and this run is on {name}.")
+    return torch.device(name)
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
-    """Matrix products in bf16 where asked for; norms, softmax and logits stay in fp32 by the model's own hand."""
-    if config.precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
+    """Matrix products in bf16 or fp16 where asked for; norms, softmax and logits stay in fp32 by the model's hand."""
+    kind = LOW.get(config.precision)
+    return torch.autocast(device.type, dtype=kind) if kind else nullcontext()
 
 
 def prepare_backend(config: TrainConfig) -> None:
     """Threads, determinism and the allocator, for the whole process."""
     keep_freed_memory()
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:

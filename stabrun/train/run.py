@@ -11,6 +11,7 @@ from stabrun.config import Config, check, run_dir, run_id
 from stabrun.data.shards import prepare
 from stabrun.observe.console import Console, warn
 from stabrun.observe.record import Record, worded, write_whole
+from stabrun.observe.tally import Tally
 from stabrun.observe.tracker import Tracker
 from stabrun.observe.verdict import Judge
 from stabrun.train import checkpoint
@@ -64,10 +65,12 @@ class Run:
                 f"{record.directory}: {later} of {self.done + later} recorded steps have no checkpoint; trained again."
             )
         if path:
-            checkpoint.load(path, trainer.model, trainer.optimizer)
+            trainer.scaling.load(checkpoint.load(path, trainer.model, trainer.optimizer))
         self.judge = Judge()
+        self.tally = Tally()
         for row in earlier:
             self.judge.add(row)
+            self.tally.add(row)
         self.last = earlier[-1] if earlier else {"tokens": 0}
         self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
         self.tracker = Tracker(self.config, run_id(self.config), record.directory, earlier)
@@ -141,13 +144,14 @@ class Run:
             return
         row |= row.pop("snapshot").read()
         self.last, self.val_loss = row, row.get("val/loss", self.val_loss)
-        for watch in (self.record.write, self.judge.add, self.console.row, self.tracker.row):
+        for watch in (self.record.write, self.judge.add, self.tally.add, self.console.row, self.tracker.row):
             watch(row)
 
     def save(self) -> None:
         self.record.sync()
         folder = self.record.directory / "checkpoints"
-        path = checkpoint.save(folder, self.done, self.trainer.model, self.trainer.optimizer)
+        trainer = self.trainer
+        path = checkpoint.save(folder, self.done, trainer.model, trainer.optimizer, trainer.scaling.state())
         self.record.event("checkpoint", step=self.done, path=path.name)
 
     def summary(self, status: str, seconds: float) -> dict[str, Any]:
@@ -164,6 +168,7 @@ class Run:
             "seed": config.seed,
             "status": status,
             **asdict(verdict),
+            **self.tally.facts(),
             "val_loss": val,
             "val_perplexity": None if val is None else math.exp(min(val, 700.0)),
             "steps": verdict.horizon + 1,

@@ -6,21 +6,44 @@ from stabrun.config import Config
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """The rate of update `step` (from 0): linear warm-up to `optim.lr`, then constant, or a cosine to `min_lr`."""
-    peak, schedule = config.optim.lr, config.schedule
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    after = config.train.steps - schedule.warmup_steps
-    share = (step + 1 - schedule.warmup_steps) / after
-    return schedule.min_lr + (peak - schedule.min_lr) * SHAPES[schedule.kind](share)
+    """The rate of update `step` (from 0): linear warm-up to `optim.lr`, then a shape that falls towards `min_lr`."""
+    peak, low, warmup = config.optim.lr, config.schedule.min_lr, warmup_steps(config)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return low + (peak - low) * SHAPES[config.schedule.kind](config, step + 1)
 
 
-def constant(share: float) -> float:
+def warmup_steps(config: Config) -> int:
+    share = config.schedule.warmup_share
+    return config.schedule.warmup_steps if share is None else round(share * config.train.steps)
+
+
+def passed(config: Config, done: int) -> float:
+    """The share of the steps after the warm-up that `done` updates have passed: 1 at the last one."""
+    warmup = warmup_steps(config)
+    return (done - warmup) / (config.train.steps - warmup)
+
+
+def constant(config: Config, done: int) -> float:
     return 1.0
 
 
-def cosine(share: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * share))
+def cosine(config: Config, done: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * passed(config, done)))
 
 
-SHAPES = {"constant": constant, "cosine": cosine}
+def linear(config: Config, done: int) -> float:
+    return 1 - passed(config, done)
+
+
+def inverse_sqrt(config: Config, done: int) -> float:
+    """√(warm-up / t), 1 where the warm-up ends (arXiv 1706.03762, section 5.3)."""
+    return math.sqrt(max(1, warmup_steps(config)) / done)
+
+
+def wsd(config: Config, done: int) -> float:
+    """Warm-up, stable, decay (arXiv 2404.06395); here the decay is linear, over the last `decay_share` of the steps."""
+    return min(1.0, (config.train.steps - done) / (config.schedule.decay_share * config.train.steps))
+
+
+SHAPES = {"constant": constant, "cosine": cosine, "linear": linear, "inverse_sqrt": inverse_sqrt, "wsd": wsd}

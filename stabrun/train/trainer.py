@@ -1,18 +1,19 @@
-"""One update: batch, gradients, clipping, AdamW."""
+"""One update: batch, gradients, clipping, Adam."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from stabrun.config import Config
 from stabrun.data.batches import training_batch, validation_batch
 from stabrun.data.shards import Prepared
 from stabrun.model.gpt import GPT
 from stabrun.observe.probe import Probe, Snapshot
-from stabrun.train.optimizer import clip, make_optimizer, set_rate
+from stabrun.train.objective import cross_entropy, z_loss
+from stabrun.train.optimizer import clip_by_norm, clip_by_value, gradient_norms, make_optimizer, set_rate
 from stabrun.train.precision import autocast, compiles, pick_device, prepare_backend, refuse_too_large
+from stabrun.train.scaling import LossScale
 from stabrun.train.schedule import learning_rate
 
 
@@ -26,52 +27,72 @@ class Trainer:
         self.model = GPT(config.model, config.data.seq_len, config.seed).to(self.device)
         self.parameters = list(self.model.parameters())
         self.optimizer = make_optimizer(self.model, config.optim)
+        self.scaling = LossScale(config.train, self.device)
+        clipped = ("grad/clipped",) * (config.optim.clip is not None)
+        beside = ("train/z_loss",) * (config.optim.z_loss > 0)
+        scalars = ("train/loss", *beside, "grad/norm", *clipped, *self.scaling.keys)
         blocks: list[Any] = list(self.model.blocks)
         shape = config.train.micro_batch_size or config.train.batch_size, config.data.seq_len
-        self.probe = Probe(self.model, config.observe, shape, blocks, [b.attn.layer.core for b in blocks])
+        self.probe = Probe(self.model, config.observe, shape, blocks, [b.attn.layer.core for b in blocks], scalars)
         self.compiled = compiles(config.train, self.device)
         self.forward = torch.compile(self.model) if self.compiled else self.model
 
     def step(self, step: int) -> Snapshot:
-        """Update `step` (from 0), queued on the device; the snapshot holds its loss, gradient norm and statistics."""
+        """Update `step` (from 0), queued on the device; the snapshot holds its losses, gradient norm and statistics."""
         self.probe.arm(step)
         self.model.before_step()
         if self.config.model.dropout:
             torch.manual_seed((self.config.seed << 32) + step)
-        loss = self.backward(step)
-        norm, norms = clip([p.grad for p in self.parameters if p.grad is not None], self.config.optim.clip)
-        self.probe.before_update(norms)
+        losses = self.backward(step)
+        scale = self.scaling.unscale(self.optimizer, self.probe.weights)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm, norms = gradient_norms(gradients)
+        clipped = self.clip(gradients, norm)
+        self.probe.before_update(norms, scale)
         set_rate(self.optimizer, learning_rate(self.config, step))
-        self.optimizer.step()
+        self.scaling.step(self.optimizer)
         self.probe.after_update(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        return self.probe.snapshot(loss, norm)
+        return self.probe.snapshot(*losses, norm, *clipped, *self.scaling.values())
 
-    def backward(self, step: int) -> Tensor:
-        """The gradient of the batch's mean loss, summed over micro-batches; returns that loss, 0-dim, in nats."""
+    def clip(self, gradients: list[Tensor], norm: Tensor) -> tuple[Tensor, ...]:
+        """Clip as configured; returns the share of the gradient that it changed, where there is a limit."""
+        limit = self.config.optim.clip
+        if limit is None:
+            return ()
+        if self.config.optim.clip_by == "value":
+            return (clip_by_value(gradients, limit),)
+        return (clip_by_norm(gradients, limit, norm),)
+
+    def backward(self, step: int) -> tuple[Tensor, ...]:
+        """The gradient of the batch's mean objective, summed over micro-batches, times the loss scale.
+
+        Returns the terms of the objective, 0-dim: the cross-entropy in nats, and the z-loss where it has a weight.
+        """
         config = self.config
         batch = training_batch(self.data.train, config.seed, step, config.train.batch_size, config.data.seq_len)
         parts = self.split(batch)
-        total = torch.zeros((), device=self.device)
+        totals = [torch.zeros((), device=self.device)] * (1 + (config.optim.z_loss > 0))
         for index, part in enumerate(parts):
-            loss = self.loss(part) / len(parts)
-            loss.backward()
-            total += loss.detach()
+            terms = [term / len(parts) for term in self.terms(part)]
+            self.scaling.scaled(sum(terms[1:], terms[0])).backward()
+            totals = [total + term.detach() for total, term in zip(totals, terms, strict=True)]
             self.probe.merge(index, len(parts))
-        return total
+        return tuple(totals)
 
     def split(self, batch: Tensor) -> tuple[Tensor, ...]:
         """The batch in micro-batches."""
         return batch.split(self.config.train.micro_batch_size or self.config.train.batch_size)
 
-    def loss(self, batch: Tensor) -> Tensor:
-        """Mean cross-entropy of `[B, T + 1]` tokens, each predicted from those before it; 0-dim, in nats."""
+    def terms(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """The objective's terms on `[B, T + 1]` tokens, each predicted from those before it; 0-dim."""
         if self.device.type == "cuda":
             batch = batch.pin_memory()
         batch = batch.to(self.device, non_blocking=True)
         with autocast(self.config.train, self.device):
             logits = self.forward(batch[:, :-1])
-            return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            loss, weight = cross_entropy(logits, batch[:, 1:]), self.config.optim.z_loss
+            return (loss, z_loss(logits, weight)) if weight else (loss,)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -79,6 +100,6 @@ class Trainer:
         self.probe.rest()
         self.model.eval()
         batch = validation_batch(self.data.val, self.config.train.val_sequences, self.config.data.seq_len)
-        total = sum(float(self.loss(part)) * len(part) for part in self.split(batch))
+        total = sum(float(self.terms(part)[0]) * len(part) for part in self.split(batch))
         self.model.train()
         return total / len(batch)
