@@ -20,6 +20,7 @@ commands
   judge PATH            the verdict again, from a run, a study, or anyone's CSV, JSON lines,
                         trainer_state.json or log  (--json, --follow, --against OTHER, --step, --loss)
   model [OVERRIDE…]     parameters, FLOPs, memory, switches; trains nothing  (--json, --trace)
+                        +check=init: variance and gradient by layer at the first weights
   variants              each variant, one line, and where it comes from
   data prepare [OVERRIDE…]
                         tokenizes the corpus into memory-mapped shards

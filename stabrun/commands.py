@@ -117,6 +117,7 @@ def judge(words: list[str], conf: Path) -> int:
 
 def model(words: list[str], conf: Path) -> int:
     from stabrun.model.describe import describe, report
+    from stabrun.observe.record import worded
 
     flags = {flag: flag in words for flag in ("--json", "--trace")}
     config = composed(conf, Words.parse([word for word in words if word not in flags], MODEL_FLAGS))
@@ -125,7 +126,13 @@ def model(words: list[str], conf: Path) -> int:
         from stabrun.model.trace import traced_memory
 
         facts["memory"]["traced_peak_bytes"] = traced_memory(config)
-    print(json.dumps(facts, indent=1) if flags["--json"] else report(facts, config))
+    lines = [report(facts, config)]
+    if config.check == "init":
+        from stabrun.checking import check_initial, told
+
+        facts["init"] = check_initial(config)
+        lines += ["", *told(facts["init"])]
+    print(json.dumps(worded(facts), indent=1) if flags["--json"] else "\n".join(lines))
     return 0
 
 

@@ -108,9 +108,16 @@ class ModelConfig:
     init: str = key(
         "fan_in",
         RESULT,
-        "fan_in: normal, 1/√fan_in; gpt2: normal 0.02, residual outputs scaled by 1/√(2·n_layer)",
-        allowed=("fan_in", "gpt2"),
+        "standard deviation of the first weights, scheme by scheme in stabrun/model/init.py",
+        allowed=("fan_in", "trunc_fan_in", "gpt2", "xavier", "kaiming", "small", "zero_out", "zero"),
     )
+    embedding: str = key(
+        "plain",
+        RESULT,
+        "what becomes of a token's vector: nothing, × √d_model, or a norm",
+        allowed=("plain", "scaled", "norm"),
+    )
+    residual: bool = key(True, RESULT, "whether a branch is added to what it came from, or takes its place")
 
 
 @dataclass
@@ -212,6 +219,9 @@ class Config:
     tracker: TrackerConfig = group(TrackerConfig)
     seed: int = key(0, RESULT, "of the initial weights and of the order of the data", at_least=0, at_most=2**31 - 1)
     variant: str = key("baseline", VIEW, "the variant's name; chosen by +variant=NAME")
+    check: str = key(
+        "none", VIEW, "chosen by +check=init: `stabrun model` looks at one pass too", allowed=("none", "init")
+    )
     run_dir: str | None = key(None, RESOURCE, "where the record goes; null for runs/<run_id>")
 
 
@@ -317,6 +327,10 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
         model.position.kind == "rope" and rotated(model) < 2,
         f"model.position.rope_fraction={model.position.rope_fraction}: of a head of "
         f"{model.d_model // model.n_head} channels it rotates less than one pair.",
+    )
+    yield (
+        model.sigma_reparam != "none" and model.init in ("zero", "zero_out"),
+        f"model.init={model.init}: model.sigma_reparam={model.sigma_reparam} divides by the spectral norm, here 0.",
     )
     micro = train.micro_batch_size or train.batch_size
     yield (

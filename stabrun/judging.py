@@ -138,6 +138,8 @@ def verdict_line(facts: dict[str, Any]) -> str:
         text += f" at step {facts['first_bad_step']}"
     if facts["first_bad_site"]:
         text += f", first in {facts['first_bad_site']}"
+    if facts.get("overfit"):
+        text += f", overfits from step {facts['overfit']['step']}"
     losses = [(name, facts[f"{name}_loss"]) for name in ("init", "best", "final")]
     told = [f"{name} {short(float(value))}" for name, value in losses if value is not None]
     return f"{text}; loss {' → '.join(told)}" if told else text
@@ -154,6 +156,9 @@ def details(facts: dict[str, Any]) -> Iterator[str]:
         yield f"certain from step {facts['certain_step']}"
     if facts["scar"]:
         yield f"scar: the last level lies {short(facts['scar'])} above the lowest"
+    if over := facts.get("overfit"):
+        rise = f"the validation loss lies {short(over['rise'])} above its lowest, of step {over['best_step']}"
+        yield f"overfits: {rise}, while the training loss fell; their gap is {short(facts['val_gap'])}"
     if spikes := facts["spikes"] and facts["spikes"]["list"]:
         step, height = max(spikes, key=lambda spike: spike[1])
         yield f"spikes: {facts['spikes']['count']}, the largest {short(height)} at step {step}"

@@ -25,6 +25,10 @@ def logits(tensors, config, tokens):
     """Name → tensor of a model's parameters and buffers, its ModelConfig, tokens `[B, T]` → logits `[B, T, vocab]`."""
     embed = tensors["embed.weight"]
     x = embed[tokens]
+    if config.embedding == "norm":
+        x = norm(tensors, config, "embed_norm", x)
+    elif config.embedding == "scaled":
+        x = math.sqrt(config.d_model) * x
     if config.position.kind == "learned":
         x = x + tensors["position.weight"][: tokens.shape[1]]
     for layer in range(config.n_layer):
@@ -35,7 +39,7 @@ def logits(tensors, config, tokens):
             branch = norm(tensors, config, at + "out_norm", branch) if switches.out_norm else branch
             if config.layer_scale is not None:
                 branch = branch * tensors[at + "scale.weight"]
-            x = x + branch
+            x = x + branch if config.residual else branch
             x = norm(tensors, config, at + "post_norm", x) if switches.post_norm else x
     head = embed if config.tied else tensors["head.weight"]
     return norm(tensors, config, "norm", x) @ head.T

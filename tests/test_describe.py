@@ -23,6 +23,7 @@ EXTRA = {
     "full": ["model.attn.qk_norm=full", "model.attn.v_norm=full", "model.bias=true"],
     "post": ["model.attn.post_norm=true", "model.mlp.post_norm=true", "model.mlp.pre_norm=false"],
     "swiglu": ["model.mlp.activation=swiglu", "model.mlp.width=100", "model.bias=true"],
+    "embedding_norm": ["model.embedding=norm", "model.bias=true"],
     "learned_tied": ["model.position.kind=learned", "model.tied=true"],
 }
 SETTINGS = {

@@ -79,10 +79,11 @@ class Residual(nn.Module):
         self.scale = nn.Identity() if start is None else LayerScale(config.d_model, start)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.post_norm = norm(norms.post_norm)
+        self.residual = config.residual
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.scale(self.out_norm(self.layer(self.pre_norm(x))))
-        return self.post_norm(x + self.dropout(branch))
+        branch = self.dropout(self.scale(self.out_norm(self.layer(self.pre_norm(x)))))
+        return self.post_norm(x + branch if self.residual else branch)
 
 
 class Block(nn.Module):

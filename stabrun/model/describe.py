@@ -39,7 +39,8 @@ def parameters(model: ModelConfig, seq_len: int) -> dict[str, int]:
         "proj": layers * linear(d, d),
         "fc1": layers * linear(d, fan_out),
         "fc2": layers * linear(width, d),
-        "norms_and_scales": layers * (around + inside + scales) + norm_parameters(model, d),
+        "norms_and_scales": layers * (around + inside + scales)
+        + norm_parameters(model, d) * (1 + (model.embedding == "norm")),
         "head": 0 if model.tied else model.vocab_size * d,
     }
     return {"total": sum(parts.values()), **parts}

@@ -21,6 +21,8 @@ class GPT(nn.Module):
         super().__init__()
         learned = config.position.kind == "learned"
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_norm = make_norm(config.norm, config.d_model, config.bias, present=config.embedding == "norm")
+        self.embed_scale = config.d_model**0.5 if config.embedding == "scaled" else None
         self.position = nn.Embedding(seq_len, config.d_model) if learned else None
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, seq_len) for _ in range(config.n_layer))
@@ -33,7 +35,9 @@ class GPT(nn.Module):
             initialise(self, config, seed)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
+        x = self.embed_norm(self.embed(tokens))
+        if self.embed_scale is not None:
+            x = x * self.embed_scale
         if self.position is not None:
             x = x + self.position.weight[: tokens.shape[1]]
         x = self.dropout(x)

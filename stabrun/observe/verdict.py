@@ -5,12 +5,13 @@ No torch here. The rule, its reasons, its measured error rates and its blind spo
 
 import math
 from array import array
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from stabrun.observe.chart import BACK, Floats, Level, Strictness, level, trailing_means, window_of
+from stabrun.observe.overfit import overfit
 from stabrun.observe.record import number
 from stabrun.observe.signals import LONGEST, Signals, alarms, first_nonfinite, first_to_break
 from stabrun.observe.spikes import spikes
@@ -40,6 +41,8 @@ class Verdict:
 
     `certain_step` is the step from which `diverged` could no longer change; `scar` is how far a recovered run's last
     level lies above its lowest, in units of the loss; `signals` names for each signal its first alarm and lead.
+    `val_gap` is the last validation loss less the last level of the training loss; `overfit` says since when the former
+    rises while the latter falls.
     """
 
     verdict: str
@@ -54,6 +57,9 @@ class Verdict:
     final_loss: float | None = None
     signals: dict[str, Any] = field(default_factory=dict)
     spikes: dict[str, Any] | None = None
+    best_val_loss: float | None = None
+    val_gap: float | None = None
+    overfit: dict[str, Any] | None = None
     rule: int = RULE
 
     @property
@@ -66,6 +72,7 @@ class Judge:
 
     def __init__(self) -> None:
         self.steps, self.losses, self.rates = array("q"), array("d"), array("d")
+        self.validations: list[tuple[int, float]] = []  # (row, loss)
         self.signals = Signals()
         self.broken: tuple[int, str, str | None] | None = None  # (row, reason, site) of the first non-finite
         self.certain: int | None = None  # the row from which `diverged` is certain
@@ -76,6 +83,8 @@ class Judge:
         self.steps.append(row["step"])
         self.losses.append(loss)
         self.rates.append(number(row.get("train/lr")))
+        if "val/loss" in row:
+            self.validations.append((len(self.losses) - 1, number(row["val/loss"])))
         overflow = row.get("scale/skipped") == 1 and number(row.get("scale/loss_scale")) > 1
         if not overflow:  # of fp16 by its loss scale: the step was left out, and tells nothing of the model
             self.signals.add(len(self.losses) - 1, row)
@@ -129,7 +138,25 @@ class Judge:
             name: {"step": self.steps[row], "site": where, "lead": span and self.steps[span[1]] - self.steps[row]}
             for name, (row, where) in alarms(breaks, since=span[0] - LONGEST if span else 0).items()
         }
-        return replace(verdict, first_bad_site=site, signals=told, spikes=spikes(self._finite(), self.steps))
+        known = replace(verdict, first_bad_site=site, signals=told, spikes=spikes(self._finite(), self.steps))
+        return replace(known, **self._validated(known.verdict))
+
+    def _validated(self, verdict: str) -> dict[str, Any]:
+        """The fields that the validations fill; a run that diverged does not overfit."""
+        losses, window = self._finite(), window_of(len(self.losses))
+        seen = [(row, loss) for row, loss in self.validations if window - 1 <= row < len(losses)]
+        if not seen:
+            return {}
+        means = trailing_means(losses, window)
+        rows, val = [row for row, _ in seen], [loss for _, loss in seen]
+        levels = [float(means[row - window + 1]) for row in rows]
+        init = float(np.median(losses[:5]))
+        found = overfit([self.steps[row] for row in rows], val, levels, init) if verdict != DIVERGED else None
+        return {
+            "best_val_loss": min(val),
+            "val_gap": val[-1] - levels[-1],
+            "overfit": None if found is None else asdict(found),
+        }
 
     def _finite(self) -> Floats:
         """The losses before the first that is not finite."""

@@ -10,6 +10,7 @@ from typing import Any
 from stabrun.config import Config, check, run_dir, run_id
 from stabrun.data.shards import prepare
 from stabrun.observe.console import Console, warn
+from stabrun.observe.initial import findings
 from stabrun.observe.record import Record, worded, write_whole
 from stabrun.observe.tally import Tally
 from stabrun.observe.tracker import Tracker
@@ -144,6 +145,10 @@ class Run:
             return
         row |= row.pop("snapshot").read()
         self.last, self.val_loss = row, row.get("val/loss", self.val_loss)
+        if row["step"] == 0 and "grad/norm_by_layer" in row:
+            for text in findings(row, self.config.model.vocab_size):
+                self.console.say(text)
+                self.record.event("init", finding=text)
         for watch in (self.record.write, self.judge.add, self.tally.add, self.console.row, self.tracker.row):
             watch(row)
 

@@ -1,0 +1,56 @@
+"""`stabrun model +check=init`: one pass forward and back at the first weights."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from stabrun.config import Config, ObserveConfig
+from stabrun.model.gpt import GPT
+from stabrun.observe.initial import findings, variances
+from stabrun.observe.probe import Probe
+from stabrun.train.objective import cross_entropy
+from stabrun.train.optimizer import gradient_norms
+from stabrun.train.precision import pick_device
+
+TOKENS = 1024  # of the pass, at most: so that a model of 830M parameters fits on a laptop
+
+
+def check_initial(config: Config) -> dict[str, Any]:
+    """`loss`, `ln_vocab`, `variances` by layer and `findings`, on tokens drawn evenly: no training, no data."""
+    time = min(config.data.seq_len, TOKENS)
+    batch = max(1, min(config.train.batch_size, TOKENS // time))
+    device = pick_device(config.train)
+    model = GPT(config.model, config.data.seq_len, config.seed).to(device)
+    blocks: list[Any] = list(model.blocks)
+    cores = [block.attn.layer.core for block in blocks]
+    probe = Probe(model, ObserveConfig(every=1, slow_every=1), (batch, time), blocks, cores)
+    probe.arm(0)
+    model.before_step()
+    generator = torch.Generator().manual_seed(config.seed)
+    tokens = torch.randint(config.model.vocab_size, (batch, time + 1), generator=generator).to(device)
+    loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
+    loss.backward()
+    probe.merge(0, 1)
+    norm, norms = gradient_norms([p.grad for p in model.parameters() if p.grad is not None])
+    probe.before_update(norms)
+    row = probe.snapshot(loss.detach(), norm).read()
+    layers = {site: found[0][1] for site, found in probe.sites.items() if site != "head"}
+    widths = {site: (layer.in_features, layer.out_features) for site, layer in layers.items()}
+    return {
+        "loss": row["train/loss"],
+        "ln_vocab": math.log(config.model.vocab_size),
+        "variances": variances(row, widths, batch * time),
+        "findings": findings(row, config.model.vocab_size),
+    }
+
+
+def told(facts: dict[str, Any]) -> Iterator[str]:
+    """The check in lines for a reader: a row a layer, and what is off."""
+    columns = facts["variances"]
+    yield f"first loss {facts['loss']:.3f}, ln(vocab) {facts['ln_vocab']:.3f}; variance by layer:"
+    yield "  layer" + "".join(f"{name:>14}" for name in columns)
+    for layer, values in enumerate(zip(*columns.values(), strict=True)):
+        yield f"  {layer:>5}" + "".join(f"{value:>14.2e}" for value in values)
+    yield from facts["findings"] or ["Nothing is off."]

@@ -1,0 +1,34 @@
+"""Overfitting: the validation loss rises while the training loss still falls. No divergence, and said apart from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SHARE = 0.03  # of what validation has seen learned: as large a rise as the standard verdict asks for
+
+
+@dataclass(frozen=True)
+class Overfit:
+    """`step` of the validation from which on the loss stayed above its lowest, in `best_step`, by `rise`, in nats."""
+
+    step: int
+    best_step: int
+    rise: float
+
+
+def overfit(steps: Sequence[int], val: Sequence[float], train: Sequence[float], init: float) -> Overfit | None:
+    """Whether a run overfits, from its validations: `val` and the training loss's level `train`, at each of `steps`.
+
+    `init` is the loss before learning. Two validations at least must lie above the lowest one by a share of what was
+    learned, up to the last; and the training loss must not have risen since: else the run got worse at both.
+    """
+    losses, levels = np.asarray(val, dtype=float), np.asarray(train, dtype=float)
+    if len(losses) < 3 or not (np.isfinite(losses).all() and np.isfinite(levels).all()):
+        return None
+    best = int(np.argmin(losses))
+    limit = losses[best] + SHARE * max(0.0, init - float(losses[best]))
+    above = int(np.flatnonzero(losses <= limit)[-1]) + 1
+    if len(losses) - above < 2 or levels[-1] > levels[best]:
+        return None
+    return Overfit(steps[above], steps[best], float(losses[-1] - losses[best]))
