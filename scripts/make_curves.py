@@ -21,7 +21,10 @@ from stabrun.compose import Words, composed
 from stabrun.config import conf_dir, run_id
 from stabrun.observe.record import number, read_rows
 
-VARIANTS = sorted(file.stem for file in (conf_dir() / "variant").glob("*.yaml"))
+VARIANTS = (  # those that there were when the corpus was trained
+    "baseline", "fc_norm", "layer_scale", "qk_fc_norm", "qk_norm", "qk_norm_cap", "qkv_norm", "sigma_reparam",
+    "soft_cap", "soft_clip", "soft_temp",
+)  # fmt: skip
 RATES = (1e-3, 1e-2, 0.05, 0.14, 0.3, 0.8, 2.0)
 EDGE = (0.1, 0.2, 0.4, 0.56)
 FIXED = ["tracker=none", "train.threads=1", "train.val_every=0", "train.checkpoint_every=0", "observe.every=10"]

@@ -1,0 +1,276 @@
+"""Train the runs of `docs/lessons.md` and write it: what each switch of the background reading shows at nano.
+
+    python scripts/lessons.py --runs /tmp/lessons --workers 2 > docs/lessons.md
+
+Some sixty runs, ten minutes on two cores; what is finished is not trained again.
+"""
+
+import argparse
+import contextlib
+import json
+import lzma
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stabrun.checking import check_initial
+from stabrun.compose import Words, composed
+from stabrun.config import conf_dir, run_id
+from stabrun.data.corpus import EMBEDDED
+
+FIXED = ("tracker=none", "train.threads=1", "train.checkpoint_every=0", "train.steps=300")
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+TEXT = "bible20k.txt"
+
+HEAD = """# What the switches show
+
+Written by `python scripts/lessons.py --runs RUNS > docs/lessons.md`. Each section says what the reading leads one to
+expect, how to see it, and what was seen at nano (0.2M parameters, the shipped text, 300 steps where nothing else is
+said, one thread): a small model's results, of one to three seeds, without an interval. Losses are in nats.
+"""
+
+Summary = dict[str, Any]
+Row = list[str]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A section: its runs as rows of (label, overrides), and what to make of their summaries."""
+
+    title: str
+    expected: str
+    command: str
+    columns: tuple[str, ...]
+    runs: dict[tuple[str, ...], tuple[str, ...]]
+    table: Callable[[dict[tuple[str, ...], Summary]], tuple[list[Row], str]]
+
+
+def zero_init() -> Lesson:
+    def table(by: dict[tuple[str, ...], Summary]) -> tuple[list[Row], str]:
+        rows = [[name, f"{s['init_loss']:.3f}", f"{s['final_loss']:.3f}", s["verdict"]] for (name,), s in by.items()]
+        zero = by["zero",]
+        still = zero["final_loss"] == zero["init_loss"]
+        return rows, f"With `zero` the loss {'never moves' if still else 'moves'}; with `zero_out` it falls."
+
+    inits = ("zero", "zero_out", "fan_in")
+    return Lesson(
+        "Zero initialisation does not learn",
+        "With every matrix at zero no gradient reaches any of them; zeros in the layers that write to the residual "
+        "stream alone do no harm.",
+        "stabrun train -m model.init=zero,zero_out,fan_in train.steps=300",
+        ("model.init", "first loss", "last loss", "verdict"),
+        {(name,): (f"model.init={name}",) for name in inits},
+        table,
+    )
+
+
+def no_warmup() -> Lesson:
+    def table(by: dict[tuple[str, ...], Summary]) -> tuple[list[Row], str]:
+        rows, sensitivity = [], {}
+        for variant in ("baseline", "qk_norm"):
+            for warmup in ("0", "75"):
+                ends = [mean(by[variant, warmup, str(rate), seed]["final_loss"] for seed in "01") for rate in RATES]
+                first = mean(by[variant, warmup, str(RATES[0]), seed]["init_loss"] for seed in "01")
+                value = mean(min(end, first) - min(ends) for end in ends)
+                sensitivity[variant, warmup] = value
+                rows.append([variant, warmup, *(f"{end:.3f}" for end in ends), f"{value:.3f}"])
+        said = [
+            f"for {v} it is {sensitivity[v, '0'] / sensitivity[v, '75']:.2f} times that with it"
+            for v in ("baseline", "qk_norm")
+        ]
+        return rows, "LR sensitivity without warm-up: " + ", ".join(said) + "."
+
+    return Lesson(
+        "Without warm-up the loss is more sensitive to the learning rate",
+        "A longer warm-up lowers LR sensitivity (arXiv 2309.14322, section 3.1.3). LR sensitivity is the mean over the "
+        "learning rates of min(loss, first loss) less the lowest loss; two seeds averaged, cosine.",
+        "stabrun train -m +variant=baseline,qk_norm schedule.warmup_steps=0,75 "
+        f"optim.lr={','.join(map(str, RATES))} seed=0,1 train.steps=300",
+        ("variant", "warm-up", *(f"lr {rate:g}" for rate in RATES), "LR sensitivity"),
+        {
+            (variant, warmup, str(rate), seed): (
+                f"+variant={variant}", f"schedule.warmup_steps={warmup}", f"optim.lr={rate}", f"seed={seed}"
+            )
+            for variant in ("baseline", "qk_norm")
+            for warmup in ("0", "75")
+            for rate in RATES
+            for seed in "01"
+        },
+        table,
+    )  # fmt: skip
+
+
+def no_clipping() -> Lesson:
+    def table(by: dict[tuple[str, ...], Summary]) -> tuple[list[Row], str]:
+        rows, spikes = [], {}
+        for rate in ("0.03", "0.1", "0.2"):
+            for clip in ("1.0", "null"):
+                runs = [by[rate, clip, seed] for seed in "012"]
+                count = sum(run["spikes"]["count"] for run in runs)
+                spikes[rate, clip] = count
+                shares = [run["clipped_share"] for run in runs if run["clipped_share"] is not None]
+                rows.append([
+                    rate, clip, str(count), f"{mean(run['final_loss'] for run in runs):.3f}",
+                    ", ".join(run["verdict"] for run in runs), f"{mean(shares):.0%}" if shares else "",
+                ])  # fmt: skip
+        said = [f"{spikes[rate, 'null']} against {spikes[rate, '1.0']} at {rate}" for rate in ("0.03", "0.1", "0.2")]
+        return rows, f"Spikes without clipping and with it: {'; '.join(said)}."
+
+    return Lesson(
+        "Without clipping there are more spikes",
+        "Clipping the global norm to 1 keeps a large gradient from becoming a large step. Adam divides by its own "
+        "estimate of the gradient's size, so that less is to be expected than of plain gradient descent. Constant "
+        "learning rate after 50 steps, three seeds, spikes summed.",
+        "stabrun train -m optim.clip=1.0,null optim.lr=0.03,0.1,0.2 seed=0,1,2 "
+        "schedule=constant schedule.warmup_steps=50 train.steps=300",
+        ("lr", "optim.clip", "spikes", "last loss", "verdicts", "steps clipped"),
+        {
+            (rate, clip, seed): (
+                f"optim.clip={clip}", f"optim.lr={rate}", f"seed={seed}",
+                "schedule=constant", "schedule.warmup_steps=50",
+            )
+            for rate in ("0.03", "0.1", "0.2")
+            for clip in ("1.0", "null")
+            for seed in "012"
+        },
+        table,
+    )  # fmt: skip
+
+
+def decay_kinds() -> Lesson:
+    lambdas = ("0.0", "0.001", "0.01", "0.1", "1.0")
+
+    def table(by: dict[tuple[str, ...], Summary]) -> tuple[list[Row], str]:
+        rows = [[kind, λ, f"{s['final_loss']:.3f}", f"{s['val_loss']:.3f}"] for (kind, λ), s in by.items()]
+        worst = {kind: by[kind, "0.1"]["final_loss"] - by[kind, "0.0"]["final_loss"] for kind in ("decoupled", "l2")}
+        told = ", ".join(f"{by_how:+.3f} with {kind}" for kind, by_how in worst.items())
+        return rows, f"What λ = 0.1 does to the last loss: {told}."
+
+    return Lesson(
+        "L2 is not decoupled decay",
+        "As L2 the decay passes through Adam's division by the gradient's size: where gradients are small it is no "
+        "longer small, and the same λ does far more (arXiv 1711.05101). Seed 0, lr 0.01.",
+        f"stabrun train -m optim.decay=decoupled,l2 optim.weight_decay={','.join(lambdas)} train.steps=300",
+        ("optim.decay", "λ", "last loss", "validation loss"),
+        {
+            (kind, λ): (f"optim.decay={kind}", f"optim.weight_decay={λ}")
+            for kind in ("decoupled", "l2")
+            for λ in lambdas
+        },
+        table,
+    )
+
+
+def dropout_gap(text: Path) -> Lesson:
+    rates = ("0.0", "0.1", "0.2", "0.4")
+
+    def table(by: dict[tuple[str, ...], Summary]) -> tuple[list[Row], str]:
+        rows = []
+        for (rate,), s in by.items():
+            since = f"from step {s['overfit']['step']}" if s["overfit"] else "no"
+            numbers = (s["final_loss"], s["val_loss"], s["best_val_loss"], s["val_gap"])
+            rows.append([rate, *(f"{value:.3f}" for value in numbers), since, s["verdict"]])
+        gap = {rate: by[rate,]["val_gap"] for rate in rates}
+        return rows, f"The gap is {gap['0.0']:.2f} without dropout and {gap['0.2']:.2f} with 0.2."
+
+    return Lesson(
+        "Dropout closes the gap on a corpus of 20 kB",
+        "A small corpus is learned by heart: the training loss falls while the validation loss rises. 1,000 steps, "
+        "seed 0.",
+        f"xz -dc stabrun/data/text/kjv.txt.xz | head -c 20000 > {TEXT}\n"
+        f"stabrun train -m data=local data.path={TEXT} model.dropout={','.join(rates)} "
+        "train.steps=1000 train.val_every=25",
+        ("model.dropout", "last training loss", "validation", "lowest validation", "gap", "overfits", "verdict"),
+        {
+            (rate,): (
+                f"model.dropout={rate}", "data=local", f"data.path={text}", "train.steps=1000", "train.val_every=25"
+            )
+            for rate in rates
+        },
+        table,
+    )  # fmt: skip
+
+
+def depth_and_init() -> Iterable[str]:
+    """The section on vanishing gradients: no training, one pass at the first weights."""
+    yield "\n## Gradients fade or blow up with depth where nothing holds them\n"
+    yield (
+        "Kaiming's scheme keeps the variance through a ReLU network; without norm and residual the first layer's "
+        "gradient depends on every layer above it. Squared ReLU is no ReLU, and attention averages, so that the factor "
+        "a layer is not 1 here. Norm of the gradient at FC1's input, in the last and in the first of 8 layers:\n"
+    )
+    words = "model.n_layer=8 model.init=kaiming model.norm.kind=none model.residual=false"
+    yield f"```\nstabrun model +check=init {words}\n```\n"
+    yield "| model.init | activation | norm and residual | last layer | first layer | first over last | said |"
+    yield "|---|---|---|---|---|---|---|"
+    for init in ("kaiming", "xavier", "fan_in", "gpt2"):
+        for activation in ("gelu", "relu2"):
+            for bare in (("model.norm.kind=none", "model.residual=false"), ()):
+                shape = f"model.init={init}", f"model.mlp.activation={activation}", "model.n_layer=8"
+                config = configured(*shape, *bare)
+                facts = check_initial(config)
+                first, last = (facts["variances"]["fc1 in grad"][i] ** 0.5 for i in (0, -1))
+                ratio = f"{first / last:.2g}" if last else ""
+                said = " ".join(text.split(":")[0] + "." for text in facts["findings"]) or "Nothing is off."
+                have = "neither" if bare else "both"
+                yield f"| {init} | {activation} | {have} | {last:.2g} | {first:.2g} | {ratio} | {said} |"
+
+
+def mean(values: Iterable[float]) -> float:
+    return statistics.fmean(float(value) for value in values)
+
+
+def configured(*words: str) -> Any:
+    return composed(conf_dir(), Words.parse([*FIXED, *words]))
+
+
+def train_one(job: tuple[tuple[str, ...], str]) -> str:
+    from stabrun.train.run import train
+
+    words, runs = job
+    config = configured(*words)
+    config.run_dir = str(Path(runs) / run_id(config))
+    with contextlib.redirect_stdout(sys.stderr):
+        return f"{train(config)['verdict']}: {' '.join(words)}"
+
+
+def summary(words: tuple[str, ...], runs: Path) -> Summary:
+    told: Summary = json.loads((runs / run_id(configured(*words)) / "summary.json").read_text())
+    return told
+
+
+def section(lesson: Lesson, runs: Path) -> Iterable[str]:
+    rows, seen = lesson.table({label: summary(words, runs) for label, words in lesson.runs.items()})
+    yield f"\n## {lesson.title}\n\n{lesson.expected}\n\n```\n{lesson.command}\n```\n"
+    yield f"| {' | '.join(lesson.columns)} |"
+    yield "|---" * len(lesson.columns) + "|"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+    yield f"\nSeen: {seen}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    text = arguments.runs / TEXT
+    if not text.exists():
+        text.write_bytes(lzma.open(EMBEDDED).read()[:20_000])
+    lessons = [zero_init(), no_warmup(), no_clipping(), decay_kinds(), dropout_gap(text)]
+    jobs = [(words, str(arguments.runs)) for lesson in lessons for words in lesson.runs.values()]
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
+        for done, verdict in enumerate(pool.imap(train_one, jobs), 1):
+            print(f"[{done}/{len(jobs)}] {verdict}", file=sys.stderr, flush=True)
+    print(HEAD.rstrip())
+    for lesson in lessons:
+        print("\n".join(section(lesson, arguments.runs)))
+    print("\n".join(depth_and_init()))
+
+
+if __name__ == "__main__":
+    main()
