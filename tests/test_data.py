@@ -9,10 +9,10 @@ import pytest
 from conftest import configured, tiny
 
 from stabrun.config import DataConfig, MistakeError, ModelConfig
-from stabrun.data import shards
+from stabrun.data import parts, shards
 from stabrun.data.batches import training_batch, validation_batch
-from stabrun.data.corpus import EMBEDDED
-from stabrun.data.shards import Tokens, prepare, split_blocks
+from stabrun.data.corpus import EMBEDDED, split_blocks
+from stabrun.data.shards import Tokens, prepare
 
 
 def test_shipped_text_is_the_one_described():
@@ -46,7 +46,7 @@ def test_bpe_learns_from_training_text_alone_and_decodes_back(tmp_path):
     folder = tmp_path / "c" / shards.name(data, ModelConfig(vocab_size=512))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     decoded = tokenizer.decode(prepared.val.read(0, len(prepared.val)).tolist())
-    assert decoded == "".join(block for split, block in split_blocks(data) if split == "val")
+    assert decoded == "".join(piece.text for piece in split_blocks(data) if piece.split == "val")
 
 
 def test_short_text_is_split_too(tmp_path):
@@ -65,7 +65,7 @@ def test_windows_across_shards():
 
 
 def test_shards_are_cut_at_their_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 1 << 17)
+    monkeypatch.setattr(parts, "SHARD_TOKENS", 1 << 17)
     prepared = prepare(DataConfig(cache_dir=str(tmp_path)), ModelConfig())
     whole = prepare(DataConfig(), ModelConfig())
     assert len(prepared.train.shards) > 10
@@ -124,7 +124,7 @@ def test_texts_that_cannot_be_used(tmp_path, content, said):
     data = DataConfig(name="local", path=str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "c"))
     with pytest.raises(MistakeError, match=said):
         prepare(data, ModelConfig())
-    assert not [f for f in (tmp_path / "c").glob("*") if f.is_dir() and "tmp" in f.name]
+    assert not list((tmp_path / "c").glob("*.part"))
 
 
 def test_a_pipe_is_no_text(tmp_path):
