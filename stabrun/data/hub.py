@@ -1,5 +1,6 @@
 """The Hugging Face hub: datasets streamed, tokenizers fetched; its libraries' many errors become sentences."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ REASONS = {
 
 def commit(config: DataConfig) -> str:
     """The commit that the hub's dataset stands at. MistakeError where the hub cannot tell."""
-    with _plainly(f"data.path={config.path}"):
+    with _plainly(f"data.path={config.path}:"):
         from huggingface_hub import HfApi
 
         return str(HfApi().dataset_info(str(config.path), revision=config.revision).sha)
@@ -35,7 +36,7 @@ def commit(config: DataConfig) -> str:
 
 def documents(config: DataConfig, revision: str | None) -> Iterator[Document]:
     """The documents of `config.split` at `revision`, streamed; code that comes with a dataset is never run."""
-    with _plainly(f"data.path={config.path}"):
+    with _plainly(f"data.path={config.path}:"):
         try:
             import datasets
         except ImportError as error:
@@ -63,7 +64,7 @@ def _text(row: dict, config: DataConfig) -> str:
 
 def tokenizer(name: str, revision: str | None) -> "Tokenizer":
     """The hub's tokenizer of that name. MistakeError where it is not to be had."""
-    with _plainly(f"data.tokenizer={name}"):
+    with _plainly(f"data.tokenizer={name}: it is neither bytes, bpe nor a file, and"):
         from tokenizers import Tokenizer
 
         return Tokenizer.from_pretrained(name, revision=revision or "main")
@@ -76,6 +77,7 @@ def is_local(config: DataConfig) -> bool:
 
 @contextmanager
 def _plainly(what: str) -> Iterator[None]:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of each attempt
     try:
         yield
     except (MistakeError, MemoryError, GeneratorExit):
@@ -86,4 +88,4 @@ def _plainly(what: str) -> Iterator[None]:
         if reason is None:
             first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             reason = f"it cannot be read ({type(error).__name__}: {first[:160]})"
-        raise MistakeError(f"{what}: {reason}.") from error
+        raise MistakeError(f"{what} {reason}.") from error

@@ -59,7 +59,8 @@ def make(
 ) -> list[Part]:
     """Tokenize the pieces into part files in `folder`; what each holds, in order.
 
-    `tokenizer` is its saved file; `tell`: print the speed however short it takes. Raises ChildProcessError where a worker is killed from outside.
+    `tokenizer` is its saved file; `tell`: print the speed, however little time it took.
+    Raises ChildProcessError where a worker is killed from outside.
     """
     parts: dict[int, Part] = {}
     pending: dict[Future[Part], int] = {}

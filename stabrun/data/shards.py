@@ -141,7 +141,7 @@ def _write(data: DataConfig, model: ModelConfig, scratch: Path, folder: Path, te
         if not sum(part["tokens"]["train"] for part in made):
             raise MistakeError(f"data.path={data.path}: it holds no text.")
     except MistakeError:
-        if data.name != "hub":  # a corpus that is mended has another name; the hub may just be out of reach
+        if data.name != "hub" or not parts.finished(scratch):  # mended files have another name; the hub may be away
             shutil.rmtree(scratch, ignore_errors=True)
         raise
     whole = scratch / "whole"
