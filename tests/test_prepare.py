@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import stabrun
@@ -21,7 +22,7 @@ from stabrun.data.shards import opened, prepare
 MODEL = ModelConfig(vocab_size=2000)
 KEYS = {"tokenizer": "bpe", "separator": "|"}
 DEADLINE = 60
-# The command with small chunks, so that a small text has many; it waits for a word after each, where it is told to.
+# The command with small chunks, so that a small text has many.
 COMMAND = """
 import sys
 from stabrun.data import parts
@@ -132,9 +133,11 @@ def test_a_killed_worker_is_a_sentence_and_status_1(corpus, tmp_path):
     cache = tmp_path / "cache"
     process = start(corpus, cache, 2)
     until(lambda: finished(cache) >= 3, process)
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    worker = next(line.split()[0] for line in children.stdout.splitlines() if "spawn_main" in line)
+    process.send_signal(signal.SIGSTOP)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    worker = next(child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
     os.kill(int(worker), signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
     _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1
     assert err.startswith("stabrun: data.workers=2: a worker was killed")
@@ -264,7 +267,7 @@ def test_training_verifies_the_first_shards_and_prepare_all(folder, monkeypatch)
     monkeypatch.setattr(shards, "CHECKED_BYTES", 1_000_000)
     flip(folder / "val-00000.bin")
     prepare(DataConfig(cache_dir=str(folder.parent)), ModelConfig())
-    with pytest.raises(MistakeError, match="val-00000.bin is missing or damaged"):
+    with pytest.raises(MistakeError, match=r"val-00000.bin is missing or damaged"):
         opened(folder, float("inf"))
     done = stabrun("data", "prepare", f"data.cache_dir={folder.parent}", cwd=folder.parent)
     assert done.returncode == 2

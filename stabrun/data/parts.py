@@ -97,7 +97,7 @@ def _pool(folder: Path, tokenizer: Path, separator: str | None, workers: int) ->
     read_end, write_end = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (read_end, folder, tokenizer, separator))
     try:
-        yield lambda index, chunk: pool.submit(_work, index, chunk)
+        yield partial(_submit, pool)
         pool.shutdown()
     except BrokenProcessPool as error:
         said = "a worker was killed, perhaps for want of memory; the same command goes on from the finished parts"
@@ -114,14 +114,21 @@ def _at_once(tokenize: Tokenize, index: int, chunk: list[Piece]) -> Future[Part]
     return future
 
 
+def _submit(pool: ProcessPoolExecutor, index: int, chunk: list[Piece]) -> Future[Part]:
+    """Ctrl-C is for the parent, which ends its workers: those that start here inherit that it is blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_work, index, chunk)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _tokenize: Tokenize  # a worker's own
 
 
 def _start_worker(parent: Connection, folder: Path, tokenizer: Path, separator: str | None) -> None:
     global _tokenize
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=[parent], daemon=True).start()
     _tokenize = partial(write_part, folder, load(tokenizer), separator)
 
