@@ -4,7 +4,7 @@
 
 The corpus is the shipped text with its verses in shuffled order, over and over, as JSON lines of a few KB; `--text`
 adds other text files. Kills are by SIGKILL, at even shares of the parts; the folder made so is compared, file by file,
-with that of one process undisturbed.
+with those that the same workers, and one alone, make undisturbed.
 """
 
 import argparse
@@ -48,17 +48,18 @@ def main() -> None:
                 folder / "killed",
                 int(parts * (number + 1) / (asked.kills + 1)),
             )
-        timed(f"{asked.workers} workers", command(corpus, folder / "killed", asked))
+        timed(f"{asked.workers} workers, going on", command(corpus, folder / "killed", asked))
+        timed(f"{asked.workers} workers, undisturbed", command(corpus, folder / "many", asked))
         asked.workers = 1
-        timed("1 worker, undisturbed", command(corpus, folder / "whole", asked))
-        sys.exit(compared(folder / "killed", folder / "whole"))
+        timed("1 worker, undisturbed", command(corpus, folder / "one", asked))
+        sys.exit(max(compared(folder / "one", folder / name) for name in ("killed", "many")))
 
 
 def build(file: Path, mb: float, texts: list[Path], seed: int) -> None:
     """Write about `mb` MB of shuffled lines of the shipped text, and of `texts`, as JSON lines."""
     lines = lzma.open(EMBEDDED, "rt", encoding="utf-8").read().splitlines()
-    for text in texts:
-        lines += text.read_text(encoding="utf-8").splitlines()
+    for extra in texts:
+        lines += extra.read_text(encoding="utf-8").splitlines()
     shuffle, left = random.Random(seed), mb * 1e6
     with open(file, "w", encoding="utf-8") as out:
         while left > 0:

@@ -4,6 +4,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import sys
 
 import numpy as np
 import pyarrow
@@ -316,6 +317,21 @@ def test_what_the_hub_says_becomes_a_sentence(tmp_path, monkeypatch, error, said
         list(hub.documents(DataConfig(name="hub", path="org/name"), "c0ffee"))
 
 
+@pytest.mark.parametrize(
+    ("library", "extra", "data"),
+    [
+        ("pyarrow", "parquet", {"name": "local", "path": "a.parquet"}),
+        ("datasets", "hub", {"name": "hub", "path": "org/name"}),
+    ],
+)
+def test_an_extra_that_is_not_installed_is_named(tmp_path, monkeypatch, library, extra, data):
+    monkeypatch.chdir(tmp_path)
+    as_table(tmp_path)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MistakeError, match=rf"pip install 'stabrun\[{extra}\]'"):
+        prepare(DataConfig(cache_dir="cache", **data), ModelConfig())
+
+
 def gpt2_like(file, texts, added=(), **keys):
     """A tokenizer.json with the split of GPT-2's, trained here on `texts`."""
     vocabulary = tokenizer.trained(texts, 400, None)
@@ -378,7 +394,15 @@ def test_words_looked_up_are_as_the_library_splits_them(around):
         assert WORDS.encode(text).tolist() == WORDS.inner.encode(text).ids, repr(text)
 
 
-@given(st.text(alphabet=st.one_of(st.sampled_from("abst '\n\t.,!019 éß—’²"), st.characters(codec="utf-8"))))
+COMMON_AND_NOT = st.one_of(st.sampled_from("abst '\n\t.,!019 éß—’²→漢я\u200b"), st.characters(codec="utf-8"))
+
+
+@given(
+    st.one_of(
+        st.text(COMMON_AND_NOT),
+        st.lists(st.sampled_from(["a b", " c", "→", "d ", "'s", " → ", "1", "\n"])).map("".join),
+    )
+)
 def test_any_text_is_encoded_as_the_library_does(text):
     for each in (text, text + "<|end|>" + text):
         assert WORDS.encode(each).tolist() == WORDS.inner.encode(each, add_special_tokens=False).ids

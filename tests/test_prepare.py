@@ -17,6 +17,7 @@ from conftest import stabrun
 from stabrun.config import DataConfig, MistakeError, ModelConfig
 from stabrun.data import parts, shards, tokenizer
 from stabrun.data.corpus import EMBEDDED
+from stabrun.data.progress import Progress
 from stabrun.data.shards import opened, prepare
 
 MODEL = ModelConfig(vocab_size=2000)
@@ -115,11 +116,12 @@ def test_killed_twice_and_continued_gives_the_bytes_of_an_undisturbed_pass(corpu
     assert not list(cache.glob("*.part"))
 
 
-def test_ctrl_c_ends_all_processes_and_loses_nothing(corpus, undisturbed, tmp_path):
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_all_processes_and_loses_nothing(corpus, undisturbed, tmp_path, sign):
     cache = tmp_path / "cache"
     process = start(corpus, cache, 2)
     until(lambda: finished(cache) >= 3, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: the workers get it too
+    os.killpg(process.pid, sign)  # as a terminal does it: the workers get it too
     _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130
     assert err == "stabrun: interrupted; the same command goes on from the parts that are finished.\n"
@@ -129,6 +131,7 @@ def test_ctrl_c_ends_all_processes_and_loses_nothing(corpus, undisturbed, tmp_pa
     assert contents(cache / undisturbed.name) == contents(undisturbed)
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the worker in /proc")
 def test_a_killed_worker_is_a_sentence_and_status_1(corpus, tmp_path):
     cache = tmp_path / "cache"
     process = start(corpus, cache, 2)
@@ -142,6 +145,19 @@ def test_a_killed_worker_is_a_sentence_and_status_1(corpus, tmp_path):
     assert process.returncode == 1
     assert err.startswith("stabrun: data.workers=2: a worker was killed")
     assert err.count("\n") == 1
+
+
+def test_progress_is_told_in_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with Progress(3, tell=False) as progress:
+        progress.skip({"bytes": 2_000_000, "tokens": {"train": 5, "val": 1}})
+        for _ in range(4):
+            progress.add({"bytes": 4_000_000, "tokens": {"train": 900, "val": 100}})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "going on from 3 finished parts of an earlier pass"
+    assert lines[1] == "tokenizing: 14.0 MB of text, 3,006 tokens, 0.8 MB/s"  # 12 MB in 16 s
+    assert lines[2].startswith("tokenized 18.0 MB of text, 4,006 tokens, ")
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def _table(file: Path, text_key: str) -> Iterator[Document]:
         import pyarrow
         from pyarrow import parquet, types
     except ImportError as error:
-        raise MistakeError(f"data.path={file}: Parquet needs an extra: pip install 'stabrun[parquet]'.") from error
+        raise MistakeError(f"data.path={file}: it needs an extra: pip install 'stabrun[parquet]'.") from error
     try:
         with parquet.ParquetFile(file) as table:
             schema = table.schema_arrow

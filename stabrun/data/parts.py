@@ -115,8 +115,8 @@ def _at_once(tokenize: Tokenize, index: int, chunk: list[Piece]) -> Future[Part]
 
 
 def _submit(pool: ProcessPoolExecutor, index: int, chunk: list[Piece]) -> Future[Part]:
-    """Ctrl-C is for the parent, which ends its workers: those that start here inherit that it is blocked."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Signals to the group are for the parent, which ends its workers: those that start here inherit the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         return pool.submit(_work, index, chunk)
     finally:

@@ -22,7 +22,7 @@ from stabrun.data import corpus, parts, tokenizer
 from stabrun.data.parts import SPLITS
 
 FORMAT = 1
-CHECKED_BYTES = 64_000_000  # of shards, whose sha256 is verified at each opening; that takes a twentieth of a second
+CHECKED_BYTES = 64_000_000  # of shards, whose sha256 is verified at each opening: a fraction of a second
 LATER_KEYS = ("config", "split", "revision", "text_key", "max_documents", "separator", "tokenizer_revision")
 
 

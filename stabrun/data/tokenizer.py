@@ -53,10 +53,12 @@ class Vocabulary:
 
     def encode(self, text: str) -> np.ndarray:
         """The text's tokens, `[count]`; the tokenizer's own special tokens are known, and none is added."""
-        if self.words is None or UNCOMMON.search(text) or (self.added and self.added.search(text)):
+        if self.words is None or (self.added and self.added.search(text)):
             return np.asarray(self._ids(text), dtype=np.uint32)
-        ids = itertools.chain.from_iterable(map(self.words.__getitem__, WORD.findall(text)))
-        return np.fromiter(ids, dtype=np.uint32)
+        look_up = self.words.__getitem__
+        ids = (map(look_up, WORD.findall(part)) if common else [self._ids(part)] for common, part in _stretches(text))
+        chain = itertools.chain.from_iterable
+        return np.fromiter(chain(chain(ids)), dtype=np.uint32)
 
     def _ids(self, text: str) -> list[int]:
         return self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
@@ -76,6 +78,23 @@ def _of_class(letter: str) -> str:
 _L, _N, _S = _of_class("L"), _of_class("N"), "\t-\r \xa0"
 WORD = re.compile(rf"'(?:[stmd]|re|ve|ll)| ?[{_L}]+| ?[{_N}]+| ?[^{_S}{_L}{_N}]+|[{_S}]+(?![^{_S}])|[{_S}]+")
 UNCOMMON = re.compile(f"[^{re.escape(COMMON)}]")
+# A letter before a space and a letter ends a word, whatever stands farther off.
+LAST_END = re.compile(r".*[A-Za-z](?= [A-Za-z])", re.DOTALL)
+NEXT_END = re.compile(r"[A-Za-z](?= [A-Za-z])")
+
+
+def _stretches(text: str) -> Iterator[tuple[bool, str]]:
+    """The text cut at ends of words: (True, of common characters alone) or (False, around uncommon ones)."""
+    start = 0
+    while uncommon := UNCOMMON.search(text, start):
+        before = LAST_END.match(text, start, uncommon.start())
+        after = NEXT_END.search(text, uncommon.end())
+        cut = before.end() if before else start
+        end = after.end() if after else len(text)
+        yield True, text[start:cut]
+        yield False, text[cut:end]
+        start = end
+    yield True, text[start:]
 
 
 def _splits_as_gpt2(definition: dict[str, Any]) -> bool:
