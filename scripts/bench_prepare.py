@@ -14,6 +14,7 @@ import lzma
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -95,10 +96,19 @@ def finished(cache: Path) -> int:
 
 
 def timed(name: str, words: list[str]) -> None:
-    began = time.monotonic()
+    began, spent = time.monotonic(), cpu_seconds()
     out = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
     said = re.findall(r"^(?:going|tokenized) .*$", out, re.MULTILINE)
-    print(f"{name}: {'; '.join(said)} ({time.monotonic() - began:.1f} s in all, on {os.cpu_count()} cores)", flush=True)
+    took = (
+        f"{time.monotonic() - began:.1f} s and {cpu_seconds() - spent:.1f} s of CPU in all, on {os.cpu_count()} cores"
+    )
+    print(f"{name}: {'; '.join(said)} ({took})", flush=True)
+
+
+def cpu_seconds() -> float:
+    """Of all processes that have ended below this one."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def compared(first: Path, second: Path) -> int:
