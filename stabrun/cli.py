@@ -23,7 +23,7 @@ commands
                         +check=init: variance and gradient by layer at the first weights
   variants              each variant, one line, and where it comes from
   data prepare [OVERRIDE…]
-                        tokenizes the corpus into memory-mapped shards
+                        tokenizes the corpus into memory-mapped shards  (data.workers=4)
 
 An OVERRIDE is Hydra's KEY=VALUE; `stabrun train --cfg` prints the configuration instead of training.
 --config-dir DIR adds a folder of your own configuration files, such as DIR/variant/mine.yaml.

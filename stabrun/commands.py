@@ -1,6 +1,7 @@
 """The commands that need more than the standard library; each imports what it needs."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,14 +138,19 @@ def model(words: list[str], conf: Path) -> int:
 
 
 def data(words: list[str], conf: Path) -> int:
-    from stabrun.data.shards import default_cache, name, prepare
+    from stabrun.data.shards import opened, prepare
 
     if not words or words[0] != "prepare":
         raise MistakeError("data: it is `stabrun data prepare [OVERRIDE…]`.")
     config = composed(conf, Words.parse(words[1:], ("--config-dir DIR",)))
-    tokens = prepare(config.data, config.model).manifest["tokens"]
-    folder = Path(config.data.cache_dir or default_cache()) / name(config.data, config.model)
-    print(f"{tokens['train']:,} training and {tokens['val']:,} validation tokens in {folder}")
+    try:
+        prepared = prepare(config.data, config.model, tell=True)
+        opened(prepared.folder, math.inf)
+    except KeyboardInterrupt:
+        complain("interrupted; the same command goes on from the parts that are finished.")
+        return 130
+    tokens = prepared.manifest["tokens"]
+    print(f"{tokens['train']:,} training and {tokens['val']:,} validation tokens in {prepared.folder}")
     return 0
 
 

@@ -122,14 +122,24 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    name: str = key("embedded", RESULT, "where the text comes from", allowed=("embedded", "local"))
-    path: str | None = key(None, RESULT, "a text file, or a folder of .txt files (data=local)")
+    name: str = key("embedded", RESULT, "where the text comes from", allowed=("embedded", "local", "hub"))
+    path: str | None = key(None, RESULT, "a file or folder (data=local), or a dataset of the hub (data=hub)")
+    config: str | None = key(None, RESULT, "configuration of the hub's dataset; null for its own choice")
+    split: str = key("train", RESULT, "split of the hub's dataset; all of it is cut into training and validation here")
+    revision: str | None = key(None, RESULT, "commit, tag or branch of the hub's dataset; null for its newest")
+    text_key: str = key("text", RESULT, "field of a JSON line, or column of a table, that holds the text")
+    max_documents: int | None = key(None, RESULT, "documents taken; null for all", at_least=1)
+    separator: str | None = key(None, RESULT, "text put after each document; null for none")
     seq_len: int = key(64, RESULT, "tokens of context", at_least=2)
-    tokenizer: str = key("bytes", RESULT, "bytes, or a BPE trained on the training text", allowed=("bytes", "bpe"))
+    tokenizer: str = key(
+        "bytes", RESULT, "bytes; bpe, trained on the training text; the path of a tokenizer.json; or a name on the hub"
+    )
+    tokenizer_revision: str | None = key(None, RESULT, "revision of the hub's tokenizer; null for its newest")
     bpe_size: int | None = key(None, RESULT, "vocabulary of the trained BPE; null for model.vocab_size", at_least=257)
     val_fraction: float = key(
         0.05, RESULT, "share of the text held out: one block in round(1/share)", at_least=0.001, at_most=0.5
     )
+    workers: int = key(1, RESOURCE, "processes that tokenize", at_least=1, at_most=256)
     cache_dir: str = key("", RESOURCE, "where token shards are kept; empty for the user's cache folder")
 
 
@@ -355,7 +365,20 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
     )
     yield (
         data.name == "local" and not data.path,
-        "data.path=null: data=local needs data.path, a text file or a folder of .txt files.",
+        "data.path=null: data=local needs data.path, a file of text, JSON lines or Parquet, or a folder of them.",
+    )
+    yield (
+        data.name == "hub" and not data.path,
+        "data.path=null: data=hub needs data.path, the name of a dataset such as org/name.",
+    )
+    foreign = [k for k in ("config", "revision") if getattr(data, k) is not None] + ["split"] * (data.split != "train")
+    yield (
+        data.name != "hub" and bool(foreign),
+        f"data.{''.join(foreign[:1])}: data={data.name} has none; only data=hub does.",
+    )
+    yield (
+        data.separator == "",
+        "data.separator='': it must hold at least one character; null is none.",
     )
     yield (
         data.name == "embedded" and data.path is not None,

@@ -56,6 +56,12 @@ MISTAKES = [
     (["train", "data=local"], ["data.path"]),
     (["train", "data=local", "data.path=/no/such/file"], ["data.path=/no/such/file"]),
     (["train", "data=local", "data.path=/dev/zero"], ["data.path=/dev/zero", "regular file"]),
+    (["train", "data=hub"], ["data.path=null", "org/name"]),
+    (["train", "data.split=test"], ["data.split", "data=hub"]),
+    (["train", "data.separator=''"], ["data.separator", "null"]),
+    (["train", "data.tokenizer=/no/such.json"], ["data.tokenizer=/no/such.json", "no such file"]),
+    (["train", "data.tokenizer=wordpiece"], ["data.tokenizer=wordpiece", "bpe", "hub"]),
+    (["train", "data.workers=0"], ["data.workers=0", "at least 1"]),
     (["train", "data.val_fraction=1e-9"], ["data.val_fraction=1e-09", "at least 0.001"]),
     (["train", "train.threads=100000"], ["train.threads=100000", "at most 1024"]),
     (["train", "data.cache_dir=/dev/null/x"], ["data.cache_dir=/dev/null/x"]),
@@ -193,21 +199,19 @@ def test_output_that_cannot_be_written(redirect):
     assert len(done.stderr.splitlines()) <= 1
 
 
-def test_sigterm_while_a_text_is_prepared_leaves_nothing(tmp_path):
+def test_sigterm_while_a_text_is_prepared_loses_nothing(tmp_path):
     (tmp_path / "text.txt").write_text("in the beginning was the word " * 200_000)
     words = ["data", "prepare", "data=local", "data.path=text.txt", "data.tokenizer=bpe", "model.vocab_size=4096"]
     command = [__import__("sys").executable, "-m", "stabrun", *words, "data.cache_dir=cache"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.glob("cache/*.tmp-*")):
+    while process.poll() is None and not list(tmp_path.glob("cache/*.part")):
         pass
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert not list(tmp_path.glob("cache/*.tmp-*"))
-    stale = next(tmp_path.glob("cache/*.lock")).with_suffix(".tmp-killed")
-    stale.mkdir()
+    assert err == "stabrun: interrupted; the same command goes on from the parts that are finished.\n"
     assert stabrun(*words, "data.cache_dir=cache", cwd=tmp_path).returncode == 0
-    assert not stale.exists()
+    assert not list(tmp_path.glob("cache/*.part"))
 
 
 def test_a_folder_of_other_things_is_left_alone(capsys, tmp_path):

@@ -1,18 +1,27 @@
+import gzip
 import hashlib
 import json
 import lzma
 import multiprocessing
 import os
+import sys
 
 import numpy as np
+import pyarrow
 import pytest
+import torch
 from conftest import configured, tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from stabrun.config import DataConfig, MistakeError, ModelConfig
-from stabrun.data import shards
-from stabrun.data.batches import training_batch, validation_batch
-from stabrun.data.corpus import EMBEDDED
-from stabrun.data.shards import Tokens, prepare, split_blocks
+from stabrun.data import hub, parts, shards, tokenizer
+from stabrun.data.batches import starts, training_batch, validation_batch
+from stabrun.data.corpus import EMBEDDED, split_blocks
+from stabrun.data.degenerate import digest, findings
+from stabrun.data.shards import Tokens, prepare
 
 
 def test_shipped_text_is_the_one_described():
@@ -41,12 +50,10 @@ def test_bpe_learns_from_training_text_alone_and_decodes_back(tmp_path):
     prepared = prepare(data, ModelConfig(vocab_size=512))
     assert prepared.manifest["vocab_size"] <= 512
     assert prepared.train.shards[0].dtype == np.uint16
-    from tokenizers import Tokenizer
-
     folder = tmp_path / "c" / shards.name(data, ModelConfig(vocab_size=512))
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    decoded = tokenizer.decode(prepared.val.read(0, len(prepared.val)).tolist())
-    assert decoded == "".join(block for split, block in split_blocks(data) if split == "val")
+    saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    decoded = saved.decode(prepared.val.read(0, len(prepared.val)).tolist())
+    assert decoded == "".join(piece.text for piece in split_blocks(data) if piece.split == "val")
 
 
 def test_short_text_is_split_too(tmp_path):
@@ -65,7 +72,7 @@ def test_windows_across_shards():
 
 
 def test_shards_are_cut_at_their_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 1 << 17)
+    monkeypatch.setattr(parts, "SHARD_TOKENS", 1 << 17)
     prepared = prepare(DataConfig(cache_dir=str(tmp_path)), ModelConfig())
     whole = prepare(DataConfig(), ModelConfig())
     assert len(prepared.train.shards) > 10
@@ -124,7 +131,7 @@ def test_texts_that_cannot_be_used(tmp_path, content, said):
     data = DataConfig(name="local", path=str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "c"))
     with pytest.raises(MistakeError, match=said):
         prepare(data, ModelConfig())
-    assert not [f for f in (tmp_path / "c").glob("*") if f.is_dir() and "tmp" in f.name]
+    assert not list((tmp_path / "c").glob("*.part"))
 
 
 def test_a_pipe_is_no_text(tmp_path):
@@ -166,3 +173,354 @@ def test_manifest_tells_what_was_prepared(tmp_path):
     shard = next(tmp_path.glob("*/train-00000.bin"))
     assert manifest["shards"]["train"][0]["sha256"] == hashlib.sha256(shard.read_bytes()).hexdigest()
     assert manifest["tokens"]["train"] == shard.stat().st_size
+
+
+DOCUMENTS = [f"document {i} — “{'word ' * (i % 7)}” 漢字\n" for i in range(500)]
+
+
+def local(path, **keys):
+    """Data of one's own, cached beside it."""
+    return DataConfig(name="local", path=str(path), cache_dir=str(path.parent / "cache"), **keys)
+
+
+def as_text(folder):
+    for i, document in enumerate(DOCUMENTS):
+        file = folder / f"{i // 100}" / f"{i:04d}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(document)
+
+
+def lines(key="text"):
+    return "".join(json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(DOCUMENTS)).encode()
+
+
+def as_table(folder, **columns):
+    table = pyarrow.table({"id": range(len(DOCUMENTS)), "text": DOCUMENTS} | columns)
+    parquet.write_table(table, folder / "a.parquet", row_group_size=77)
+
+
+def mixed(folder):
+    half = lines().splitlines(keepends=True)
+    (folder / "a.jsonl").write_bytes(b"".join(half[:250]))
+    parquet.write_table(pyarrow.table({"text": DOCUMENTS[250:400]}), folder / "b.parquet")
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(b"".join(half[400:])))
+    (folder / "notes.md").write_text("passed over")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        as_text,
+        as_table,
+        mixed,
+        lambda folder: (folder / "a.jsonl").write_bytes(b"\n" + lines()),
+        lambda folder: (folder / "a.jsonl.xz").write_bytes(lzma.compress(lines())),
+        lambda folder: parquet.write_table(
+            pyarrow.table({"text": pyarrow.array(["", *DOCUMENTS, None]).dictionary_encode()}), folder / "a.parquet"
+        ),
+    ],
+    ids=["txt", "parquet", "mixed", "jsonl", "jsonl.xz", "parquet of a dictionary"],
+)
+def test_the_same_documents_in_any_format_are_the_same_tokens(tmp_path, write):
+    (tmp_path / "texts").mkdir()
+    write(tmp_path / "texts")
+    prepared = prepare(local(tmp_path / "texts", separator="\n--\n"), ModelConfig())
+    train, val = (split.read(0, len(split)).tobytes() for split in (prepared.train, prepared.val))
+    assert train.decode() == "".join(d + "\n--\n" for i, d in enumerate(DOCUMENTS) if i % 20 != 19)
+    assert val.decode() == "".join(d + "\n--\n" for i, d in enumerate(DOCUMENTS) if i % 20 == 19)
+
+
+def test_field_and_number_of_documents_are_chosen(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines("body"))
+    prepared = prepare(local(tmp_path / "a.jsonl", text_key="body", max_documents=300), ModelConfig())
+    assert sum(prepared.manifest["tokens"].values()) == len("".join(DOCUMENTS[:300]).encode())
+
+
+def test_a_separator_follows_the_last_block_of_a_document_in_its_split(tmp_path):
+    long = "x" * (3 * (1 << 16) + 5)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in (long, "short", long)))
+    prepared = prepare(local(tmp_path / "a.jsonl", separator="|", val_fraction=0.25), ModelConfig())
+    train, val = (split.read(0, len(split)).tobytes().decode() for split in (prepared.train, prepared.val))
+    block = "x" * (1 << 16)
+    assert train == block * 3 + "short|" + block * 2 + "xxxxx|"
+    assert val == "xxxxx|" + block
+
+
+def test_short_documents_keep_their_separators(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "0123456789"}\n' * 3)
+    prepared = prepare(local(tmp_path / "a.jsonl", separator="|", val_fraction=0.25, seq_len=2), ModelConfig())
+    train, val = (split.read(0, len(split)).tobytes() for split in (prepared.train, prepared.val))
+    assert (train, val) == (b"0123456789|0123456789|01", b"23456789|")
+
+
+def test_the_separator_of_a_trained_bpe_is_one_token(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines())
+    data = local(tmp_path / "a.jsonl", separator="<|end|>", tokenizer="bpe")
+    prepared = prepare(data, ModelConfig(vocab_size=400))
+    saved = Tokenizer.from_file(str(prepared.folder / "tokenizer.json"))
+    ids = prepared.train.read(0, len(prepared.train)).tolist()
+    assert ids.count(saved.token_to_id("<|end|>")) == 475
+    ends = [i for i in range(500) if i % 20 != 19]
+    assert saved.decode(ids, skip_special_tokens=False) == "".join(DOCUMENTS[i] + "<|end|>" for i in ends)
+
+
+def test_a_folder_that_datasets_can_load_stands_for_the_hub(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(lines())
+    (tmp_path / "a.jsonl").write_bytes(lines())
+    data = DataConfig(name="hub", path=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"), separator="|")
+    prepared = prepare(data, ModelConfig())
+    assert (
+        prepared.manifest["hash"] == prepare(local(tmp_path / "a.jsonl", separator="|"), ModelConfig()).manifest["hash"]
+    )
+    assert prepared.manifest["revision"]
+    for wrong, said in (
+        ({"split": "test"}, "data.split=test.*it has train"),
+        ({"text_key": "body"}, "data.text_key=body.*it has id, text"),
+        ({"text_key": "id"}, "no text, but int"),
+        ({"config": "fr"}, "'fr' not found"),
+    ):
+        with pytest.raises(MistakeError, match=said):
+            prepare(DataConfig(**(vars(data) | wrong)), ModelConfig())
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_a_dataset_of_the_hub_is_pinned_and_needs_no_network_again(tmp_path, monkeypatch):
+    data = DataConfig(name="hub", path="org/name", cache_dir=str(tmp_path), revision="v1")
+    with pytest.raises(MistakeError, match=r"data.path=org/name: HF_HUB_OFFLINE is set"):
+        prepare(data, ModelConfig())
+    read = []
+    monkeypatch.setattr(hub, "commit", lambda config: "c0ffee")
+    monkeypatch.setattr(hub, "documents", lambda config, at: read.append(at) or iter(map(iter, zip(DOCUMENTS))))
+    first = prepare(data, ModelConfig())
+    assert first.manifest["revision"] == "c0ffee"
+    assert set(read) == {"c0ffee"}
+    monkeypatch.undo()
+    assert prepare(data, ModelConfig()).manifest == first.manifest
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionError("no route"), "cannot be reached"),
+        (type("RepositoryNotFoundError", (OSError,), {})("404"), "none of that name"),
+        (ValueError("what\na library says"), r"cannot be read \(ValueError: what\)"),
+    ],
+)
+def test_what_the_hub_says_becomes_a_sentence(tmp_path, monkeypatch, error, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_, **__: ["train"])
+    with pytest.raises(MistakeError, match=said):
+        list(hub.documents(DataConfig(name="hub", path="org/name"), "c0ffee"))
+
+
+@pytest.mark.parametrize(
+    ("library", "extra", "data"),
+    [
+        ("pyarrow", "parquet", {"name": "local", "path": "a.parquet"}),
+        ("datasets", "hub", {"name": "hub", "path": "org/name"}),
+    ],
+)
+def test_an_extra_that_is_not_installed_is_named(tmp_path, monkeypatch, library, extra, data):
+    monkeypatch.chdir(tmp_path)
+    as_table(tmp_path)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MistakeError, match=rf"pip install 'stabrun\[{extra}\]'"):
+        prepare(DataConfig(cache_dir="cache", **data), ModelConfig())
+
+
+def gpt2_like(file, texts, added=(), **keys):
+    """A tokenizer.json with the split of GPT-2's, trained here on `texts`."""
+    vocabulary = tokenizer.trained(texts, 400, None)
+    vocabulary.inner.add_special_tokens(list(added))
+    definition = json.loads(vocabulary.inner.to_str()) | keys
+    file.write_text(json.dumps(definition))
+    return Tokenizer.from_file(str(file))
+
+
+def test_anyones_tokenizer_file(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines())
+    cut = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    theirs = gpt2_like(tmp_path / "tokenizer.json", DOCUMENTS, ["<|endoftext|>"], truncation=cut)
+    theirs.no_truncation()
+    data = local(tmp_path / "a.jsonl", separator="<|endoftext|>", tokenizer=str(tmp_path / "tokenizer.json"))
+    prepared = prepare(data, ModelConfig(vocab_size=1000))
+    expected = [id for i, d in enumerate(DOCUMENTS) if i % 20 != 19 for id in theirs.encode(d + "<|endoftext|>").ids]
+    assert prepared.train.read(0, len(prepared.train)).tolist() == expected
+    raw = (tmp_path / "tokenizer.json").read_bytes()
+    assert prepared.manifest["tokenizer_sha256"] == hashlib.sha256(raw).hexdigest()
+    with pytest.raises(MistakeError, match=r"model.vocab_size=256: the tokenizer has 401 tokens"):
+        prepare(data, ModelConfig())
+    gpt2_like(tmp_path / "tokenizer.json", ["other text"])
+    assert shards.name(data, ModelConfig(vocab_size=1000)) != prepared.folder.name
+
+
+@pytest.mark.parametrize("content", [None, b"junk", b"{}", b"\xff", b'{"type": "bytes"}\n'])
+def test_files_that_are_no_tokenizer(tmp_path, content):
+    if content is not None:
+        (tmp_path / "t.json").write_bytes(content)
+    data = DataConfig(tokenizer=str(tmp_path / "t.json"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(MistakeError, match=r"data.tokenizer=.*(no such file|no tokenizer.json)"):
+        prepare(data, ModelConfig())
+
+
+def test_a_tokenizer_of_the_hub_is_asked_for_once(tmp_path, monkeypatch):
+    data = DataConfig(tokenizer="gpt2", tokenizer_revision="e7da7f2", cache_dir=str(tmp_path))
+    with pytest.raises(MistakeError, match=r"data.tokenizer=gpt2: it is neither.*cannot be reached"):
+        prepare(data, ModelConfig(vocab_size=1000))
+    asked = []
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.add_tokens(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    monkeypatch.setattr(hub, "tokenizer", lambda *words: asked.append(words) or inner)
+    for _ in range(2):
+        prepare(data, ModelConfig(vocab_size=1000))
+    assert asked == [("gpt2", "e7da7f2")]
+
+
+WORDS = tokenizer.trained([lzma.open(EMBEDDED, "rt").read(200_000)], 1000, "<|end|>")
+
+
+@pytest.mark.parametrize(
+    "around", ["{}", "a{}b", " {} ", "{0}{0}", "1{}2", "'{}s", "\n{}\n x", " {}a", " {}1", " {}.", "  {}"]
+)
+def test_words_looked_up_are_as_the_library_splits_them(around):
+    assert WORDS.words is not None
+    for character in tokenizer.COMMON:
+        text = around.format(character)
+        assert WORDS.encode(text).tolist() == WORDS.inner.encode(text).ids, repr(text)
+
+
+COMMON_AND_NOT = st.one_of(st.sampled_from("abst '\n\t.,!019 éß—’²→漢я\u200b"), st.characters(codec="utf-8"))
+
+
+@given(
+    st.one_of(
+        st.text(COMMON_AND_NOT),
+        st.lists(st.sampled_from(["a b", " c", "→", "d ", "'s", " → ", "1", "\n"])).map("".join),
+    )
+)
+def test_any_text_is_encoded_as_the_library_does(text):
+    for each in (text, text + "<|end|>" + text):
+        assert WORDS.encode(each).tolist() == WORDS.inner.encode(each, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+    ],
+)
+def test_tokenizers_that_split_otherwise_are_asked_each_time(tmp_path, changed):
+    theirs = gpt2_like(tmp_path / "t.json", DOCUMENTS, **changed)
+    ours = tokenizer.Vocabulary((tmp_path / "t.json").read_text())
+    assert ours.encode("Document 3: A word").tolist() == theirs.encode("Document 3: A word").ids
+
+
+def test_a_bpe_learns_from_a_bounded_text(monkeypatch):
+    monkeypatch.setattr(tokenizer, "TRAINING_TEXT", 300)
+
+    def texts():
+        yield from ["ab " * 60] * 2
+        raise AssertionError("read on")
+
+    assert (
+        tokenizer.trained(texts(), 300, None).definition
+        == tokenizer.trained(["ab " * 60, "ab " * 40], 300, None).definition
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("a.txt", b"good " * 20_000 + "é".encode("latin-1") + b" bad", r"not UTF-8 text \(.*at byte 100000\)"),
+        ("a.txt.gz", gzip.compress(b"good \xc3"), "unexpected end of data at byte 5"),
+        ("a.txt", "utf-16 text".encode("utf-16"), "at byte 0"),
+        ("a.jsonl", lines() + b'{"text": "cut', "a.jsonl: line 501 is no whole JSON"),
+        ("a.jsonl", lines() + b'{"text": "caf\xe9"}', "a.jsonl: line 501 is not UTF-8"),
+        ("a.jsonl", b"[1]\n", "line 1 is no JSON object"),
+        ("a.jsonl", b'{"body": "x", "id": 1}\n', "line 1 has no field data.text_key=text; it has body, id"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1 holds no text under data.text_key=text, but int"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "half of a surrogate pair"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is no whole JSON"),
+        ("a.jsonl.gz", gzip.compress(lines())[:-50], "no whole .gz"),
+        ("a.jsonl.gz", lines(), "no whole .gz"),
+        ("a.jsonl", b"", "a.jsonl: it holds no text"),
+        ("a.txt", b"", "a.txt: it holds no text"),
+        ("a.parquet", b"PAR1 junk", "no whole Parquet"),
+        ("a.parquet", b"", "no whole Parquet"),
+    ],
+)
+def test_a_file_that_is_bad_among_good_ones_is_named(tmp_path, file, content, said):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "0.txt").write_text("good text " * 500)
+    (tmp_path / "texts" / file).write_bytes(content)
+    with pytest.raises(MistakeError, match=said) as raised:
+        prepare(local(tmp_path / "texts"), ModelConfig())
+    assert str(tmp_path / "texts" / file) in str(raised.value)
+    assert os.listdir(tmp_path / "cache") == [file for file in os.listdir(tmp_path / "cache") if file.endswith(".lock")]
+
+
+@pytest.mark.parametrize(
+    ("key", "said"), [("body", "no such column; it has id, text"), ("id", "is no text, but int64")]
+)
+def test_a_column_that_is_no_text(tmp_path, key, said):
+    as_table(tmp_path)
+    with pytest.raises(MistakeError, match=f"data.text_key={key}: .*{said}"):
+        prepare(local(tmp_path / "a.parquet", text_key=key), ModelConfig())
+
+
+def test_a_parquet_spoilt_in_its_middle(tmp_path):
+    as_table(tmp_path)
+    raw = bytearray((tmp_path / "a.parquet").read_bytes())
+    raw[4:2000] = bytes(1996)
+    (tmp_path / "a.parquet").write_bytes(raw)
+    with pytest.raises(MistakeError, match="no whole Parquet"):
+        prepare(local(tmp_path / "a.parquet"), ModelConfig())
+
+
+def test_tokens_beyond_two_to_the_31(tmp_path):
+    """A sparse file of 2³¹ + 2²⁰ tokens takes no room; only its end is written."""
+    count, end = (1 << 31) + (1 << 20), np.arange(1000, dtype="<u2")
+    with open(tmp_path / "train-00000.bin", "wb") as file:
+        os.truncate(file.fileno(), 2 * count)
+        file.seek(2 * (count - 1000))
+        file.write(end.tobytes())
+    first = np.memmap(tmp_path / "train-00000.bin", dtype="<u2", mode="r")
+    tokens = Tokens([first, end], np.array([0, count, count + 1000]))
+    assert tokens.read(count - 1000, 1000).tolist() == end.tolist()
+    assert tokens.read(count - 3, 6).tolist() == [997, 998, 999, 0, 1, 2]
+    assert tokens.where(count - 1) == f"train-00000.bin, token {count - 1}"
+    assert tokens.where(count + 7) == "shard 1, token 7"
+    places = [(step, starts(tokens, 0, step, 64, 16)) for step in range(100)]
+    step, far = next((step, where) for step, where in places if where.max() >= 1 << 31)
+    batch = training_batch(tokens, 0, step, 64, 16)
+    row = int(far.argmax())
+    assert batch[row].tolist() == tokens.read(int(far[row]), 17).tolist()
+    assert validation_batch(tokens, 4, 16)[-1, -1] == tokens.read((len(tokens) - 1) // 16 * 16, 1)[0]
+
+
+def test_starts_are_where_the_batch_was_read():
+    tokens = Tokens([np.arange(1000)], np.array([0, 1000]))
+    for step in range(5):
+        assert training_batch(tokens, 1, step, 4, 8)[:, 0].tolist() == starts(tokens, 1, step, 4, 8).tolist()
+
+
+@pytest.mark.parametrize("as_batch", [lambda rows: np.array(rows, dtype=np.uint16), torch.tensor])
+def test_degenerate_batches_are_found(as_batch):
+    good, other = as_batch([[1, 2, 3], [4, 5, 6]]), as_batch([[7, 7, 7], [1, 9, 8]])
+    seen = {digest(good): 3}
+    assert list(findings(good, [10, 20], 10, {}, 4)) == []
+    assert list(findings(good, [10, 20], 10, seen, 3)) == []
+    (again,) = findings(good, [10, 20], 10, seen, 4)
+    assert again == (None, 10, "the whole batch is the one of step 3")
+    same, wrong = findings(other, [30, 40], 9, seen, 5)
+    assert same == (0, 30, "sequence 0 is token 7 repeated 3 times")
+    assert wrong == (1, 41, "sequence 1 holds token 9, and the vocabulary has 9")
+    assert digest(other) == digest(np.asarray(other).astype(np.int32))

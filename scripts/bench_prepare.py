@@ -1,0 +1,125 @@
+"""How fast `stabrun data prepare` tokenizes, and whether kills on the way change a byte of what it makes.
+
+    python scripts/bench_prepare.py --mb 200 --workers 2 --kills 2
+
+The corpus is the shipped text with its verses in shuffled order, over and over, as JSON lines of a few KB; `--text`
+adds other text files. Kills are by SIGKILL, at even shares of the parts; the folder made so is compared, file by file,
+with those that the same workers, and one alone, make undisturbed.
+"""
+
+import argparse
+import filecmp
+import json
+import lzma
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from stabrun.data.corpus import EMBEDDED
+from stabrun.data.parts import CHUNK
+
+VERSES = 20  # in a document
+SEPARATOR = "<|endoftext|>"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mb", type=float, default=200, help="size of the corpus in MB")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--vocab", type=int, default=32_000, help="size of the trained BPE")
+    parser.add_argument("--text", type=Path, action="append", default=[], help="a text file to mix in")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = folder / "corpus.jsonl"
+        build(corpus, asked.mb, asked.text, asked.seed)
+        parts = asked.mb * 1e6 / CHUNK
+        for number in range(asked.kills):
+            kill(
+                command(corpus, folder / "killed", asked),
+                folder / "killed",
+                int(parts * (number + 1) / (asked.kills + 1)),
+            )
+        timed(f"{asked.workers} workers, going on", command(corpus, folder / "killed", asked))
+        timed(f"{asked.workers} workers, undisturbed", command(corpus, folder / "many", asked))
+        asked.workers = 1
+        timed("1 worker, undisturbed", command(corpus, folder / "one", asked))
+        sys.exit(max(compared(folder / "one", folder / name) for name in ("killed", "many")))
+
+
+def build(file: Path, mb: float, texts: list[Path], seed: int) -> None:
+    """Write about `mb` MB of shuffled lines of the shipped text, and of `texts`, as JSON lines."""
+    lines = lzma.open(EMBEDDED, "rt", encoding="utf-8").read().splitlines()
+    for extra in texts:
+        lines += extra.read_text(encoding="utf-8").splitlines()
+    shuffle, left = random.Random(seed), mb * 1e6
+    with open(file, "w", encoding="utf-8") as out:
+        while left > 0:
+            shuffle.shuffle(lines)
+            for start in range(0, len(lines), VERSES):
+                text = "\n".join(lines[start : start + VERSES])
+                left -= len(text.encode())
+                out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                if left <= 0:
+                    break
+
+
+def command(corpus: Path, cache: Path, asked: argparse.Namespace) -> list[str]:
+    words = ["data=local", f"data.path={corpus}", f"data.cache_dir={cache}", f"data.separator='{SEPARATOR}'"]
+    words += ["data.tokenizer=bpe", f"model.vocab_size={asked.vocab}", f"data.workers={asked.workers}"]
+    return [sys.executable, "-m", "stabrun", "data", "prepare", *words]
+
+
+def kill(words: list[str], cache: Path, parts: int) -> None:
+    """Run until so many parts are finished, then SIGKILL."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    while process.poll() is None and finished(cache) < max(parts, 1):
+        time.sleep(0.05)
+    if process.poll() is not None:
+        sys.exit("it ended before it could be killed: take a larger --mb or fewer --kills")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    print(f"killed with {finished(cache)} parts finished", flush=True)
+
+
+def finished(cache: Path) -> int:
+    return len(list(cache.glob("*.part/[0-9]*.json")))
+
+
+def timed(name: str, words: list[str]) -> None:
+    began, spent = time.monotonic(), cpu_seconds()
+    out = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
+    said = re.findall(r"^(?:going|tokenized) .*$", out, re.MULTILINE)
+    took = (
+        f"{time.monotonic() - began:.1f} s and {cpu_seconds() - spent:.1f} s of CPU in all, on {os.cpu_count()} cores"
+    )
+    print(f"{name}: {'; '.join(said)} ({took})", flush=True)
+
+
+def cpu_seconds() -> float:
+    """Of all processes that have ended below this one."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def compared(first: Path, second: Path) -> int:
+    """Print whether both caches hold one prepared folder with the same files; 1 where they do not."""
+    (one,), (two,) = ([d for d in cache.iterdir() if d.is_dir()] for cache in (first, second))
+    names = sorted({file.name for folder in (one, two) for file in folder.iterdir()})
+    _, differing, missing = filecmp.cmpfiles(one, two, names, shallow=False)
+    same = one.name == two.name and not differing and not missing
+    print(f"{len(names)} files, {'the same, byte for byte' if same else f'NOT the same: {differing + missing}'}")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""One pass over a corpus: its text in chunks, tokenized by several processes into part files, joined into shards.
+
+A part is `00007.bin` (the chunk's training tokens, then its validation tokens) and, once that is whole, `00007.json`
+(the sha256 of text and tokens, and their counts). After a kill, a part whose text and tokens still fit is used again.
+"""
+
+import errno
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stabrun.data.corpus import Piece
+from stabrun.data.progress import Progress
+from stabrun.data.tokenizer import Tokenizer, load
+
+CHUNK = 8 << 20  # characters of text that a process tokenizes at a time
+SHARD_TOKENS = 1 << 28
+SPLITS = ("train", "val")
+
+Part = dict[str, Any]
+Tokenize = Callable[[int, list[Piece]], Part]
+
+
+def chunks(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
+    """The pieces in lists of at least `size` characters; the last may be shorter."""
+    chunk: list[Piece] = []
+    held = 0
+    for piece in pieces:
+        chunk.append(piece)
+        held += len(piece.text)
+        if held >= size:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+def finished(folder: Path) -> int:
+    """How many parts an earlier pass has left."""
+    return len(list(folder.glob("[0-9]*.json")))
+
+
+def make(
+    pieces: Iterable[Piece], folder: Path, tokenizer: Path, separator: str | None, workers: int, tell: bool
+) -> list[Part]:
+    """Tokenize the pieces into part files in `folder`; what each holds, in order.
+
+    `tokenizer` is its saved file; `tell`: print the speed, however little time it took.
+    Raises ChildProcessError where a worker is killed from outside.
+    """
+    parts: dict[int, Part] = {}
+    pending: dict[Future[Part], int] = {}
+
+    def collect() -> None:
+        done, _ = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            index = pending.pop(future)
+            parts[index] = future.result()
+            progress.add(parts[index])
+
+    with Progress(finished(folder), tell) as progress, _pool(folder, tokenizer, separator, workers) as submit:
+        for index, chunk in enumerate(chunks(pieces, CHUNK)):
+            if part := _found(folder, index, chunk):
+                parts[index] = part
+                progress.skip(part)
+                continue
+            while len(pending) > workers:  # one more than they work on, so that none of them waits
+                collect()
+            pending[submit(index, chunk)] = index
+        while pending:
+            collect()
+    return [parts[index] for index in sorted(parts)]
+
+
+@contextmanager
+def _pool(folder: Path, tokenizer: Path, separator: str | None, workers: int) -> Iterator[Callable[..., Future[Part]]]:
+    """A function that has a chunk tokenized: at once in this process, or by one of `workers` others."""
+    if workers == 1:
+        tokenize = partial(write_part, folder, load(tokenizer), separator)
+        yield partial(_at_once, tokenize)
+        return
+    context = multiprocessing.get_context("spawn")
+    read_end, write_end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (read_end, folder, tokenizer, separator))
+    try:
+        yield partial(_submit, pool)
+        pool.shutdown()
+    except BrokenProcessPool as error:
+        said = "a worker was killed, perhaps for want of memory; the same command goes on from the finished parts"
+        raise ChildProcessError(errno.ECHILD, said, f"data.workers={workers}") from error
+    finally:
+        write_end.close()  # ends workers that are still at work, as this process's death would
+        pool.shutdown(cancel_futures=True)
+        read_end.close()
+
+
+def _at_once(tokenize: Tokenize, index: int, chunk: list[Piece]) -> Future[Part]:
+    future: Future[Part] = Future()
+    future.set_result(tokenize(index, chunk))
+    return future
+
+
+def _submit(pool: ProcessPoolExecutor, index: int, chunk: list[Piece]) -> Future[Part]:
+    """Signals to the group are for the parent, which ends its workers: those that start here inherit the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return pool.submit(_work, index, chunk)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_tokenize: Tokenize  # a worker's own
+
+
+def _start_worker(parent: Connection, folder: Path, tokenizer: Path, separator: str | None) -> None:
+    global _tokenize
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+    _tokenize = partial(write_part, folder, load(tokenizer), separator)
+
+
+def _end_with(parent: Connection) -> None:
+    """Wait until the other end of the pipe is gone, and the parent with it, killed or not."""
+    try:
+        parent.recv()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def _work(index: int, chunk: list[Piece]) -> Part:
+    return _tokenize(index, chunk)
+
+
+def write_part(folder: Path, tokenizer: Tokenizer, separator: str | None, index: int, chunk: list[Piece]) -> Part:
+    """Tokenize one chunk, a separator after each document's end, and leave it as a part; what the part holds."""
+    end = [tokenizer.encode(separator)] if separator else []
+    tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    for piece in chunk:
+        tokens[piece.split] += [tokenizer.encode(piece.text), *(end if piece.last else [])]
+    raw = [np.concatenate([np.empty(0, np.uint8), *tokens[split]]).astype(dtype(tokenizer)) for split in SPLITS]
+    part = _facts(chunk) | {
+        "sha256": _sha256(*(split.tobytes() for split in raw)),
+        "tokens": {split: len(array) for split, array in zip(SPLITS, raw, strict=True)},
+    }
+    write_whole(folder / f"{index:05d}.bin", b"".join(array.tobytes() for array in raw))
+    write_whole(folder / f"{index:05d}.json", json.dumps(part).encode())
+    return part
+
+
+def dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest type, little-endian, that holds every token."""
+    return np.min_scalar_type(tokenizer.size - 1).newbyteorder("<")
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """The file appears under its name with all of its content, or not at all."""
+    scratch = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        with open(scratch, "wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.rename(scratch, file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _found(folder: Path, index: int, chunk: list[Piece]) -> Part | None:
+    """The finished part of this chunk, if it is there and undamaged."""
+    try:
+        part = json.loads((folder / f"{index:05d}.json").read_bytes())
+        same = part.items() >= _facts(chunk).items()
+        return part if same and part["sha256"] == _sha256((folder / f"{index:05d}.bin").read_bytes()) else None
+    except (FileNotFoundError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def _facts(chunk: list[Piece]) -> Part:
+    texts = [piece.text.encode() for piece in chunk]
+    cuts = repr([(piece.split, piece.last, len(text)) for piece, text in zip(chunk, texts, strict=True)])
+    return {"text_sha256": _sha256(cuts.encode(), *texts), "bytes": sum(map(len, texts))}
+
+
+def _sha256(*contents: bytes) -> str:
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def join(parts: list[Part], scratch: Path, kind: np.dtype, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Copy the parts in `scratch` into shards in `folder`; each split's shards, for the manifest."""
+    shards = {}
+    for split in SPLITS:
+        cut = _cut(_tokens(parts, scratch, kind, split))
+        by_shard = itertools.groupby(cut, key=lambda pair: pair[0])
+        shards[split] = [_shard(folder / f"{split}-{n:05d}.bin", (a for _, a in arrays)) for n, arrays in by_shard]
+        if not shards[split]:
+            shards[split] = [_shard(folder / f"{split}-00000.bin", iter(()))]
+    return shards
+
+
+def _tokens(parts: list[Part], scratch: Path, kind: np.dtype, split: str) -> Iterator[np.ndarray]:
+    for index, part in enumerate(parts):
+        start = 0 if split == "train" else part["tokens"]["train"]
+        whole = np.fromfile(scratch / f"{index:05d}.bin", dtype=kind)
+        yield whole[start : start + part["tokens"][split]]
+
+
+def _cut(arrays: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    """The arrays, cut where a shard is full: (shard, tokens)."""
+    done = 0
+    for array in arrays:
+        while len(array):
+            shard, used = divmod(done, SHARD_TOKENS)
+            now = array[: SHARD_TOKENS - used]
+            yield shard, now
+            done, array = done + len(now), array[len(now) :]
+
+
+def _shard(file: Path, arrays: Iterator[np.ndarray]) -> dict[str, Any]:
+    digest, count = hashlib.sha256(), 0
+    with open(file, "wb") as out:
+        for array in arrays:
+            raw = array.tobytes()
+            out.write(raw)
+            digest.update(raw)
+            count += len(array)
+    return {"file": file.name, "tokens": count, "sha256": digest.hexdigest()}
