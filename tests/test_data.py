@@ -5,6 +5,7 @@ import lzma
 import multiprocessing
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow
@@ -22,6 +23,9 @@ from stabrun.data.batches import starts, training_batch, validation_batch
 from stabrun.data.corpus import EMBEDDED, split_blocks
 from stabrun.data.degenerate import digest, findings
 from stabrun.data.shards import Tokens, prepare
+from stabrun.observe.record import read_events
+from stabrun.train.run import train
+from stabrun.train.trainer import Trainer
 
 
 def test_shipped_text_is_the_one_described():
@@ -515,12 +519,44 @@ def test_starts_are_where_the_batch_was_read():
 @pytest.mark.parametrize("as_batch", [lambda rows: np.array(rows, dtype=np.uint16), torch.tensor])
 def test_degenerate_batches_are_found(as_batch):
     good, other = as_batch([[1, 2, 3], [4, 5, 6]]), as_batch([[7, 7, 7], [1, 9, 8]])
-    seen = {digest(good): 3}
-    assert list(findings(good, [10, 20], 10, {}, 4)) == []
-    assert list(findings(good, [10, 20], 10, seen, 3)) == []
-    (again,) = findings(good, [10, 20], 10, seen, 4)
-    assert again == (None, 10, "the whole batch is the one of step 3")
-    same, wrong = findings(other, [30, 40], 9, seen, 5)
-    assert same == (0, 30, "sequence 0 is token 7 repeated 3 times")
-    assert wrong == (1, 41, "sequence 1 holds token 9, and the vocabulary has 9")
+    assert list(findings(good, [10, 20], 10)) == []
+    (again,) = findings(good, [10, 20], 10, earlier=3)
+    assert again == (None, 10, "the whole batch is the one of step 3", False)
+    same, wrong = findings(other, [30, 40], 9)
+    assert same == (0, 30, "sequence 0 is token 7 repeated 3 times", False)
+    assert wrong == (1, 41, "sequence 1 holds token 9, and the vocabulary has 9", True)
     assert digest(other) == digest(np.asarray(other).astype(np.int32))
+
+
+def test_a_run_names_its_degenerate_batches(capsys, tmp_path):
+    text = "The same again. " * 40 + " " * 3000 + "And other things, once.\n" * 20
+    (tmp_path / "text.txt").write_text(text)
+    words = "data=local", f"data.path={tmp_path / 'text.txt'}", f"data.cache_dir={tmp_path / 'cache'}"
+    train(tiny(*words, "train.batch_size=1", f"run_dir={tmp_path / 'run'}"))
+    events = [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] == "batch"]
+    again = [e for e in events if e["sequence"] is None]
+    blank = [e for e in events if e["sequence"] == 0]
+    assert len(blank) > 3
+    assert "token 32 repeated 17 times" in blank[0]["finding"]
+    assert again
+    assert "is the one of step" in again[0]["finding"]
+    tokens = prepare(tiny(*words).data, ModelConfig()).train
+    for event in events:
+        place = int(event["where"].removeprefix("train-00000.bin, token "))
+        assert place == starts(tokens, 0, event["step"], 1, 16)[0]
+    said = [line for line in capsys.readouterr().out.splitlines() if "train-00000.bin, token" in line]
+    assert len(said) == 3
+    assert said[-1].endswith("more of this kind stand in events.jsonl alone")
+
+
+def test_a_token_out_of_range_ends_the_run_in_a_sentence(tmp_path):
+    (tmp_path / "text.txt").write_text("Some text, and more of it. " * 200)
+    words = "data=local", f"data.path={tmp_path / 'text.txt'}", f"data.cache_dir={tmp_path / 'cache'}"
+    config = tiny(*words, f"run_dir={tmp_path / 'run'}")
+    data = prepare(config.data, config.model)
+    shards = [np.where(np.arange(len(data.train)) == 1000, 300, data.train.shards[0].astype(np.int64))]
+    trainer = Trainer(config, replace(data, train=Tokens(shards, data.train.starts)))
+    places = ((step, starts(data.train, 0, step, 4, 16)) for step in range(1000))
+    steps = (step for step, starting in places if ((starting >= 984) & (starting <= 1000)).any())
+    with pytest.raises(MistakeError, match=r"token 1000: sequence \d holds token 300, and the vocabulary has 256"):
+        trainer.batch(next(steps))

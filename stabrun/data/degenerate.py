@@ -1,7 +1,7 @@
 """Batches that teach nothing or break: found before the update, as pure functions of what is in them."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ class Finding(NamedTuple):
     sequence: int | None
     position: int
     sentence: str
+    out_of_range: bool = False
 
 
 def digest(batch: Any) -> str:
@@ -20,14 +21,13 @@ def digest(batch: Any) -> str:
     return hashlib.sha256(_array(batch).astype("<i8").tobytes()).hexdigest()[:32]
 
 
-def findings(batch: Any, starts: Any, vocab_size: int, seen: Mapping[str, int], step: int) -> Iterator[Finding]:
-    """What is odd about the batch `[B, T]` of `step`, whose sequences begin at the tokens `starts` of the split.
+def findings(batch: Any, starts: Any, vocab_size: int, earlier: int | None = None) -> Iterator[Finding]:
+    """What is odd about the batch `[B, T]`, whose sequences begin at the tokens `starts` of the split.
 
-    `seen`: digest → the step that had it; this step's own entry, of a time before a resume, does not count.
+    `earlier`: the step that had the same batch.
     """
     tokens = _array(batch)
-    earlier = seen.get(digest(tokens), step)
-    if earlier != step:
+    if earlier is not None:
         yield Finding(None, int(starts[0]), f"the whole batch is the one of step {earlier}")
     for row in np.flatnonzero((tokens == tokens[:, :1]).all(axis=1)):
         sentence = f"sequence {row} is token {tokens[row, 0]} repeated {tokens.shape[1]} times"
@@ -36,7 +36,7 @@ def findings(batch: Any, starts: Any, vocab_size: int, seen: Mapping[str, int], 
     for row in np.flatnonzero(wrong.any(axis=1)):
         column = int(wrong[row].argmax())
         sentence = f"sequence {row} holds token {tokens[row, column]}, and the vocabulary has {vocab_size}"
-        yield Finding(int(row), int(starts[row]) + column, sentence)
+        yield Finding(int(row), int(starts[row]) + column, sentence, out_of_range=True)
 
 
 def _array(batch: Any) -> np.ndarray:

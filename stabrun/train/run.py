@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from stabrun.config import Config, check, run_dir, run_id
+from stabrun.data.degenerate import Finding
 from stabrun.data.shards import prepare
 from stabrun.observe.console import Console, warn
 from stabrun.observe.initial import findings
@@ -32,6 +33,8 @@ from stabrun.train.folder import (
 )
 from stabrun.train.schedule import learning_rate
 from stabrun.train.trainer import Trainer
+
+ODD_SHOWN = 3  # degenerate batches a start that the console tells of
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -72,6 +75,7 @@ class Run:
         for row in earlier:
             self.judge.add(row)
             self.tally.add(row)
+        self.odd = 0
         self.last = earlier[-1] if earlier else {"tokens": 0}
         self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
         self.tracker = Tracker(self.config, run_id(self.config), record.directory, earlier)
@@ -135,9 +139,20 @@ class Run:
             "train/lr": learning_rate(self.config, step),
             "snapshot": self.trainer.step(step),
         }
+        for odd in self.trainer.odd:
+            self.tell_odd(step, odd)
         if step + 1 == train.steps or (every and (step + 1) % every == 0):
             row["val/loss"] = self.trainer.validate()
         return row
+
+    def tell_odd(self, step: int, odd: Finding) -> None:
+        """Name a degenerate batch in the events, and the first few on the console."""
+        where = self.trainer.data.train.where(odd.position)
+        self.record.event("batch", step=step, finding=odd.sentence, sequence=odd.sequence, where=where)
+        self.odd += 1
+        if self.odd <= ODD_SHOWN:
+            more = "; more of this kind stand in events.jsonl alone" if self.odd == ODD_SHOWN else ""
+            self.console.say(f"step {step}: {odd.sentence} ({where}){more}")
 
     def note(self, row: dict[str, Any] | None) -> None:
         """Read a row's values and show it to all who look on."""

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabrun.config import Config
-from stabrun.data.batches import training_batch, validation_batch
+from stabrun.config import Config, MistakeError
+from stabrun.data.batches import starts, validation_batch, windows
+from stabrun.data.degenerate import Finding, digest, findings
 from stabrun.data.shards import Prepared
 from stabrun.model.gpt import GPT
 from stabrun.observe.probe import Probe, Snapshot
@@ -34,6 +35,8 @@ class Trainer:
         blocks: list[Any] = list(self.model.blocks)
         shape = config.train.micro_batch_size or config.train.batch_size, config.data.seq_len
         self.probe = Probe(self.model, config.observe, shape, blocks, [b.attn.layer.core for b in blocks], scalars)
+        self.seen: dict[str, int] = {}  # batch's digest → the step that had it, since this start
+        self.odd: list[Finding] = []  # about the last batch
         self.compiled = compiles(config.train, self.device)
         self.forward = torch.compile(self.model) if self.compiled else self.model
 
@@ -70,8 +73,7 @@ class Trainer:
         Returns the terms of the objective, 0-dim: the cross-entropy in nats, and the z-loss where it has a weight.
         """
         config = self.config
-        batch = training_batch(self.data.train, config.seed, step, config.train.batch_size, config.data.seq_len)
-        parts = self.split(batch)
+        parts = self.split(self.batch(step))
         totals = [torch.zeros((), device=self.device)] * (1 + (config.optim.z_loss > 0))
         for index, part in enumerate(parts):
             terms = [term / len(parts) for term in self.terms(part)]
@@ -79,6 +81,23 @@ class Trainer:
             totals = [total + term.detach() for total, term in zip(totals, terms, strict=True)]
             self.probe.merge(index, len(parts))
         return tuple(totals)
+
+    def batch(self, step: int) -> Tensor:
+        """The batch of update `step`, `[batch_size, seq_len + 1]` int64; `odd` says what is odd about it.
+
+        Raises MistakeError, naming the file and the place, where a token is not of the vocabulary.
+        """
+        config, tokens = self.config, self.data.train
+        places = starts(tokens, config.seed, step, config.train.batch_size, config.data.seq_len)
+        batch = windows(tokens, places, config.data.seq_len)
+        first = self.seen.setdefault(digest(batch), step)
+        self.odd = list(findings(batch, places, config.model.vocab_size, first if first < step else None))
+        if wrong := next((found for found in self.odd if found.out_of_range), None):
+            raise MistakeError(
+                f"{self.data.folder}, {tokens.where(wrong.position)}: {wrong.sentence}; remove the folder to prepare "
+                "the data anew."
+            )
+        return batch
 
     def split(self, batch: Tensor) -> tuple[Tensor, ...]:
         """The batch in micro-batches."""
