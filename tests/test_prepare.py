@@ -4,6 +4,7 @@ import hashlib
 import json
 import lzma
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -55,7 +56,7 @@ def data(corpus, cache, **keys):
     return DataConfig(name="local", path=str(corpus), cache_dir=str(cache), **(KEYS | keys))
 
 
-def start(corpus, cache, workers):
+def start(corpus, cache, workers, **options):
     words = ["data", "prepare", "data=local", f"data.path={corpus}", f"data.cache_dir={cache}"]
     words += ["data.tokenizer=bpe", "model.vocab_size=2000", "data.separator='|'", f"data.workers={workers}"]
     script = cache.parent / "small_chunks.py"
@@ -67,6 +68,7 @@ def start(corpus, cache, workers):
         text=True,
         start_new_session=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        **options,
     )
 
 
@@ -145,6 +147,26 @@ def test_a_killed_worker_is_a_sentence_and_status_1(corpus, tmp_path):
     assert process.returncode == 1
     assert err.startswith("stabrun: data.workers=2: a worker was killed")
     assert err.count("\n") == 1
+
+
+def limited():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+
+
+def test_a_full_disk_is_a_fault_and_the_parts_are_kept(corpus, undisturbed, tmp_path):
+    """A limit on the size of files stands in for a disk that fills up while the parts are joined."""
+    cache = tmp_path / "cache"
+    process = start(corpus, cache, 2, preexec_fn=limited)
+    _, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 1
+    assert err.startswith("stabrun: ")
+    assert err.count("\n") == 1
+    assert not (cache / undisturbed.name).exists()
+    left = finished(cache)
+    assert left > 20
+    out, err = start(corpus, cache, 1).communicate(timeout=DEADLINE)
+    assert f"going on from {left} finished parts" in out, err
+    assert contents(cache / undisturbed.name) == contents(undisturbed)
 
 
 def test_progress_is_told_in_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):

@@ -49,7 +49,7 @@ class Vocabulary:
         self.size = max(self.inner.get_vocab().values()) + 1
         added = [token.content for token in self.inner.get_added_tokens_decoder().values()]
         self.added = re.compile("|".join(map(re.escape, added))) if added else None
-        self.words = _Words(self.inner) if _splits_as_gpt2(json.loads(definition)) else None
+        self.words = _Words(self.inner) if _splits_as_gpt2(json.loads(self.inner.to_str())) else None
 
     def encode(self, text: str) -> np.ndarray:
         """The text's tokens, `[count]`; the tokenizer's own special tokens are known, and none is added."""
@@ -105,7 +105,7 @@ def _splits_as_gpt2(definition: dict[str, Any]) -> bool:
         and not definition["model"].get("dropout")
         and split.get("type") == "ByteLevel"
         and not split["add_prefix_space"]
-        and split.get("use_regex", True)
+        and split["use_regex"]
     )
 
 
