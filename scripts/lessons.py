@@ -21,6 +21,7 @@ from stabrun.checking import check_initial
 from stabrun.compose import Words, composed
 from stabrun.config import conf_dir, run_id
 from stabrun.data.corpus import EMBEDDED
+from stabrun.observe.record import number, read_rows
 
 FIXED = ("tracker=none", "train.threads=1", "train.checkpoint_every=0", "train.steps=300")
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -106,19 +107,23 @@ def no_warmup() -> Lesson:
 
 def no_clipping() -> Lesson:
     def table(by: dict[tuple[str, ...], Summary]) -> tuple[list[Row], str]:
-        rows, spikes = [], {}
+        rows, spikes, ends = [], {}, {}
         for rate in ("0.03", "0.1", "0.2"):
             for clip in ("1.0", "null"):
                 runs = [by[rate, clip, seed] for seed in "012"]
                 count = sum(run["spikes"]["count"] for run in runs)
                 spikes[rate, clip] = count
                 shares = [run["clipped_share"] for run in runs if run["clipped_share"] is not None]
+                ends[rate, clip] = mean(run["final_loss"] for run in runs)
                 rows.append([
-                    rate, clip, str(count), f"{mean(run['final_loss'] for run in runs):.3f}",
+                    rate, clip, str(count), f"{max(run['peak'] for run in runs):.1f}", f"{ends[rate, clip]:.3f}",
                     ", ".join(run["verdict"] for run in runs), f"{mean(shares):.0%}" if shares else "",
                 ])  # fmt: skip
-        said = [f"{spikes[rate, 'null']} against {spikes[rate, '1.0']} at {rate}" for rate in ("0.03", "0.1", "0.2")]
-        return rows, f"Spikes without clipping and with it: {'; '.join(said)}."
+        rates = ("0.03", "0.1", "0.2")
+        told = [f"{spikes[rate, 'null']} against {spikes[rate, '1.0']} at {rate}" for rate in rates]
+        worse = [f"{ends[rate, 'null'] - ends[rate, '1.0']:+.3f}" for rate in rates]
+        said = f"Spikes without clipping and with it: {'; '.join(told)}."
+        return rows, f"{said} The last loss differs by {', '.join(worse)}."
 
     return Lesson(
         "Without clipping there are more spikes",
@@ -127,7 +132,7 @@ def no_clipping() -> Lesson:
         "learning rate after 50 steps, three seeds, spikes summed.",
         "stabrun train -m optim.clip=1.0,null optim.lr=0.03,0.1,0.2 seed=0,1,2 "
         "schedule=constant schedule.warmup_steps=50 train.steps=300",
-        ("lr", "optim.clip", "spikes", "last loss", "verdicts", "steps clipped"),
+        ("lr", "optim.clip", "spikes", "largest gradient norm", "last loss", "verdicts", "steps clipped"),
         {
             (rate, clip, seed): (
                 f"optim.clip={clip}", f"optim.lr={rate}", f"seed={seed}",
@@ -215,7 +220,7 @@ def depth_and_init() -> Iterable[str]:
                 facts = check_initial(config)
                 first, last = (facts["variances"]["fc1 in grad"][i] ** 0.5 for i in (0, -1))
                 ratio = f"{first / last:.2g}" if last else ""
-                said = " ".join(text.split(":")[0] + "." for text in facts["findings"]) or "Nothing is off."
+                said = " ".join(text.split(":")[0].rstrip(".") + "." for text in facts["findings"]) or "Nothing is off."
                 have = "neither" if bare else "both"
                 yield f"| {init} | {activation} | {have} | {last:.2g} | {first:.2g} | {ratio} | {said} |"
 
@@ -239,8 +244,11 @@ def train_one(job: tuple[tuple[str, ...], str]) -> str:
 
 
 def summary(words: tuple[str, ...], runs: Path) -> Summary:
-    told: Summary = json.loads((runs / run_id(configured(*words)) / "summary.json").read_text())
-    return told
+    """The run's summary, and the `peak` of its gradient norm after the first 50 steps."""
+    folder = runs / run_id(configured(*words))
+    told: Summary = json.loads((folder / "summary.json").read_text())
+    norms = [number(row["grad/norm"]) for row in read_rows(folder / "metrics.jsonl")]
+    return told | {"peak": max(norms[50:])}
 
 
 def section(lesson: Lesson, runs: Path) -> Iterable[str]:

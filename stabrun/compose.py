@@ -104,7 +104,7 @@ def groups() -> list[str]:
 
 
 def needs_plus(group: str) -> str:
-    return f"{group}=…: a variant is added to the defaults, so that it is spelled +{group}=NAME."
+    return f"{group}=…: it is added to the defaults, so that it is spelled +{group}=NAME."
 
 
 def not_new(path: str) -> str:
@@ -122,7 +122,7 @@ def many_values(given: str) -> str:
 SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
     (r"Could not find '(\S+)/(\S+)'\s+Available options in '\S+':((?:\s+\S+)*?)\s+Config search", no_such_choice),
     (r"Could not load '(\S+)/(\S+)'", no_such_file),
-    (r"Could not override '(variant)'", needs_plus),
+    (r"Could not override '(variant|check)'", needs_plus),
     (
         r"([\w.]+)(?:'\.|=)[^\n]*\n.*Key '\w+' (?:not|is not) in",
         no_such_key,
