@@ -18,11 +18,14 @@ TOKENS = 1024  # of the pass, at most: so that a model of 830M parameters fits o
 
 
 def check_initial(config: Config) -> dict[str, Any]:
-    """`loss`, `ln_vocab`, `variances` by layer and `findings`, on tokens drawn evenly: no training, no data."""
+    """`loss`, `ln_vocab`, `variances` by layer and `findings`, on tokens drawn evenly: no training, no data.
+
+    In fp32 and without dropout, for the weights alone are asked about.
+    """
     time = min(config.data.seq_len, TOKENS)
     batch = max(1, min(config.train.batch_size, TOKENS // time))
     device = pick_device(config.train)
-    model = GPT(config.model, config.data.seq_len, config.seed).to(device)
+    model = GPT(config.model, config.data.seq_len, config.seed).to(device).eval()
     blocks: list[Any] = list(model.blocks)
     cores = [block.attn.layer.core for block in blocks]
     probe = Probe(model, ObserveConfig(every=1, slow_every=1), (batch, time), blocks, cores)

@@ -157,7 +157,7 @@ class OptimConfig:
         allowed=("decoupled", "l2"),
     )
     decay_independent: bool = key(
-        False, RESULT, "decoupled decay follows the schedule, but is not multiplied by the peak learning rate"
+        False, RESULT, "decoupled decay follows the schedule, but not the peak rate; weight_decay is 1e-4 or so then"
     )
     clip: float | None = key(1.0, RESULT, "limit of the gradient; null for none", above=0)
     clip_by: str = key("norm", RESULT, "what is limited: the global norm, or each value", allowed=("norm", "value"))
@@ -192,7 +192,7 @@ class TrainConfig:
         "of matrix products: weights, moments and norms are fp32 in each; fp16 scales the loss",
         allowed=("fp32", "tf32", "bf16", "fp16"),
     )
-    loss_scale: float = key(65536.0, RESULT, "fp16: the first scale of the loss", above=0)
+    loss_scale: float = key(65536.0, RESULT, "fp16: the first scale of the loss", above=0, at_most=2.0**64)
     loss_scale_growth: int = key(2000, RESULT, "fp16: steps without overflow after which the scale doubles", at_least=1)
     compile: bool | None = key(None, RESOURCE, "torch.compile; null for on with CUDA alone")
     threads: int | None = key(None, RESOURCE, "CPU threads; null for torch's choice", at_least=1, at_most=1024)
@@ -337,6 +337,10 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
         model.position.kind == "rope" and rotated(model) < 2,
         f"model.position.rope_fraction={model.position.rope_fraction}: of a head of "
         f"{model.d_model // model.n_head} channels it rotates less than one pair.",
+    )
+    yield (
+        model.embedding == "norm" and model.norm.kind == "none",
+        "model.embedding=norm: model.norm.kind=none was given, so that there is no norm to take.",
     )
     yield (
         model.sigma_reparam != "none" and model.init in ("zero", "zero_out"),

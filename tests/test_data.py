@@ -569,3 +569,50 @@ def test_a_token_out_of_range_ends_the_run_in_a_sentence(tmp_path):
     steps = (step for step, starting in places if ((starting >= 984) & (starting <= 1000)).any())
     with pytest.raises(MistakeError, match=r"token 1000: sequence \d holds token 300, and the vocabulary has 256"):
         trainer.batch(next(steps))
+
+
+@pytest.mark.parametrize(("given", "put"), [(r"\n\n", "\n\n"), (r"a\tb", "a\tb"), (r"\\n", r"\n"), ("<|e|>", "<|e|>")])
+def test_a_separator_may_be_escaped(tmp_path, given, put):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(100)))
+    words = "data=local", f"data.path={tmp_path}", f"data.cache_dir={tmp_path / 'c'}", f"data.separator='{given}'"
+    prepared = prepare(tiny(*words).data, ModelConfig())
+    train = prepared.train.read(0, len(prepared.train)).tobytes().decode()
+    assert train.startswith(f"document 0{put}document 1{put}")
+
+
+def test_names_of_files_in_capitals_and_byte_order_marks(tmp_path):
+    text = "In the beginning was the word. " * 50
+    for name, content in {"A.TXT": text, "B.JSONL": json.dumps({"text": text}) + "\n"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("\ufeff" + content, encoding="utf-8")
+        data = DataConfig(name="local", path=str(tmp_path / name), cache_dir=str(tmp_path / "c"), seq_len=8)
+        prepared = prepare(data, ModelConfig())
+        assert prepared.train.read(0, 16).tobytes() == b"In the beginning", name
+
+
+def test_hidden_folders_are_passed_over(tmp_path):
+    (tmp_path / "t" / ".git").mkdir(parents=True)
+    (tmp_path / "t" / ".git" / "x.txt").write_text("hidden " * 100)
+    (tmp_path / "t" / "x.txt").write_text("shown " * 100)
+    data = DataConfig(name="local", path=str(tmp_path / "t"), cache_dir=str(tmp_path / "c"), seq_len=8)
+    prepared = prepare(data, ModelConfig())
+    assert b"hidden" not in prepared.train.read(0, len(prepared.train)).tobytes()
+
+
+def test_what_would_be_read_as_something_else_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("text\nsome\n")
+    with pytest.raises(MistakeError, match=r"x.csv: it is none of .txt, .jsonl, .parquet"):
+        prepare(DataConfig(name="local", path=str(tmp_path / "x.csv"), cache_dir=str(tmp_path / "c")), ModelConfig())
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(MistakeError, match="several columns of that name"):
+        prepare(
+            DataConfig(name="local", path=str(tmp_path / "x.parquet"), cache_dir=str(tmp_path / "c")), ModelConfig()
+        )
+    words = Tokenizer(models.WordLevel({"some": 0}))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    (tmp_path / "x.txt").write_text("some other words " * 100)
+    data = DataConfig(name="local", path=str(tmp_path / "x.txt"), cache_dir=str(tmp_path / "c"))
+    with pytest.raises(MistakeError, match="it cannot tell 'some other"):
+        prepare(replace(data, tokenizer=str(tmp_path / "words.json")), ModelConfig())

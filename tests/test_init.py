@@ -125,6 +125,11 @@ def test_variances_are_those_of_the_tensors():
             assert told[f"{site} in grad"][layer] == pytest.approx(float(gradient.square().mean()), rel=1e-4)
 
 
+def test_the_check_is_the_same_each_time():
+    words = "model.dropout=0.5", "train.precision=bf16"
+    assert check_initial(tiny(*words)) == check_initial(tiny(*words)) == check_initial(tiny())
+
+
 def test_the_check_on_the_command_line(capsys):
     status, out, _ = run(capsys, "model", "+check=init", "model.init=zero")
     assert status == 0

@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 from conftest import configured
@@ -43,6 +44,16 @@ def test_one_validation_decides_nothing():
     assert overfit(steps, val, level, init=5.0) is None
     val[5] += 1.0
     assert overfit(steps, val, level, init=5.0) is None
+
+
+def test_a_run_that_learned_nothing_does_not_overfit():
+    assert overfit([10, 20, 30], [5.5451, 5.5452, 5.5453], [5.545, 5.5449, 5.5449], init=5.545) is None
+    judge = Judge()
+    for step in range(200):
+        row = {"step": step, "train/loss": 5.5 + random.Random(step).gauss(0, 0.01)}
+        judge.add(row | ({"val/loss": 5.5 + 1e-5 * step} if step % 20 == 19 else {}))
+    verdict = judge.conclude()
+    assert (verdict.reason, verdict.overfit) == ("no_learning", None)
 
 
 @pytest.mark.parametrize("scale", [0.01, 100.0])

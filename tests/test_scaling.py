@@ -118,3 +118,38 @@ def test_weights_and_moments_are_kept_in_fp32():
         trainer.step(0)
         assert {p.dtype for p in trainer.parameters} == {torch.float32}
         assert {s["exp_avg"].dtype for s in trainer.optimizer.state.values()} == {torch.float32}
+
+
+def test_fp16_needs_no_observation(tmp_path):
+    summary = train(tiny(*FP16, "observe.every=0", f"run_dir={tmp_path / 'run'}"))
+    assert summary["status"] == "complete"
+
+
+@pytest.mark.parametrize("scale", ["1e12", "1e-7"])
+def test_a_loss_scale_out_of_reach_is_not_the_weights_fault(capsys, tmp_path, scale):
+    summary = train(tiny(*FP16, f"train.loss_scale={scale}", f"run_dir={tmp_path / 'run'}"))
+    said = capsys.readouterr().out
+    assert "not finite" not in said
+    assert ("loss scale is far too small" in said) == (scale == "1e-7")
+    if scale == "1e12":  # skipped steps were not clipped
+        rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
+        kept = [row for row in rows if not row["scale/skipped"]]
+        assert summary["clipped_share"] == sum(row["grad/clipped"] for row in kept) / len(kept)
+        assert summary["skipped_steps"] == len(rows) - len(kept) > 10
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_entropy_is_that_of_fp32_in_any_precision(precision):
+    words = "observe.slow_every=1", "data.seq_len=64"
+    told = [a_trainer(tiny(*words, f"train.precision={p}")).step(0).read() for p in ("fp32", precision)]
+    for key in ("attn/entropy", "attn/max_logit"):
+        assert told[1][key] == pytest.approx(told[0][key], rel=0.02), key
+
+
+def test_spectral_norm_is_not_rounded_by_autocast():
+    model = a_trainer(tiny("+variant=sigma_reparam")).model
+    for layer in model.sigma_layers:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer.sigma().equal(layer.sigma().float())
+            inside = layer.sigma()
+        assert inside.equal(layer.sigma())

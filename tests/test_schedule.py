@@ -3,7 +3,7 @@ import math
 import pytest
 from conftest import tiny
 
-from stabrun.train.schedule import learning_rate
+from stabrun.train.schedule import learning_rate, unreached
 
 
 def test_warm_up_is_linear_and_reaches_the_peak():
@@ -43,3 +43,18 @@ def test_no_warm_up_starts_at_the_peak_or_below(kind):
     rates = [learning_rate(config, step) for step in range(30)]
     assert 0.45 < rates[0] <= 0.5
     assert rates == sorted(rates, reverse=True)
+
+
+def test_wsd_falls_evenly_over_what_the_warm_up_leaves():
+    config = tiny(
+        "schedule=wsd", "schedule.warmup_share=0.9", "schedule.decay_share=0.5", "optim.lr=1", "train.steps=40"
+    )
+    rates = [learning_rate(config, step) for step in range(36, 40)]
+    assert rates == pytest.approx([0.75, 0.5, 0.25, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("warmup", "said"), [(60, "The warm-up of 60 steps outlasts the run of 30: the rate ends at 0.5."), (30, None)]
+)
+def test_a_peak_that_is_never_reached_is_said(warmup, said):
+    assert unreached(tiny("optim.lr=1.0", f"schedule.warmup_steps={warmup}", "train.steps=30")) == said

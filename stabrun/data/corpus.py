@@ -36,7 +36,9 @@ def files(config: DataConfig) -> list[Path]:
     path = Path(config.path or "")
     if path.is_dir():
         wanted = formats.known if config.name == "local" else Path.exists
-        found = sorted(file for file in path.rglob("*") if os.path.isfile(file) and wanted(file))
+        found = sorted(
+            file for file in path.rglob("*") if os.path.isfile(file) and wanted(file) and not hidden(file, path)
+        )
         if not found:
             raise MistakeError(f"data.path={path}: the folder holds no .txt, .jsonl or .parquet file.")
         return found
@@ -45,6 +47,11 @@ def files(config: DataConfig) -> list[Path]:
     if not path.is_file():
         raise MistakeError(f"data.path={path}: it is neither a regular file nor a folder.")
     return [path]
+
+
+def hidden(file: Path, folder: Path) -> bool:
+    """Whether the file, or a folder on the way to it, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def fingerprint(config: DataConfig) -> str:

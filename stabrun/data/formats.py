@@ -25,6 +25,10 @@ Document = Iterator[str]
 
 def documents(file: Path, text_key: str) -> Iterator[Document]:
     """The file's documents, in order. MistakeError where it is damaged, no UTF-8, or has no text under `text_key`."""
+    if _ending(file) in TABLES:
+        raise MistakeError(
+            f"data.path={file}: it is none of {', '.join(FORMATS)}; end its name in .txt to read it as text."
+        )
     return FORMATS.get(_ending(file), _text)(file, text_key)
 
 
@@ -41,7 +45,7 @@ def cut(text: str) -> Document:
 def _text(file: Path, text_key: str) -> Iterator[Document]:
     def blocks() -> Document:
         try:
-            with _whole(file), _opener(file)(file, "rt", encoding="utf-8", newline="") as text:
+            with _whole(file), _opener(file)(file, "rt", encoding="utf-8-sig", newline="") as text:
                 while block := text.read(BLOCK):
                     if "\0" in block:
                         raise MistakeError(f"data.path={file}: it holds zero bytes, so it is no text file.")
@@ -56,6 +60,8 @@ def _text(file: Path, text_key: str) -> Iterator[Document]:
 def _lines(file: Path, text_key: str) -> Iterator[Document]:
     with _whole(file), _opener(file)(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield cut(_field(line, text_key, f"data.path={file}: line {number}"))
 
@@ -93,6 +99,8 @@ def _table(file: Path, text_key: str) -> Iterator[Document]:
             schema = table.schema_arrow
             if text_key not in schema.names:
                 raise MistakeError(f"data.text_key={text_key}: {file} has no such column; {those_there(schema.names)}.")
+            if schema.names.count(text_key) > 1:
+                raise MistakeError(f"data.text_key={text_key}: {file} has several columns of that name.")
             kind = schema.field(text_key).type
             kind = kind.value_type if types.is_dictionary(kind) else kind
             if not any(check(kind) for check in (types.is_string, types.is_large_string, types.is_string_view)):
@@ -107,6 +115,7 @@ def _table(file: Path, text_key: str) -> Iterator[Document]:
 
 
 FORMATS = {".txt": _text, ".jsonl": _lines, ".parquet": _table}
+TABLES = (".json", ".csv", ".tsv")  # hold text among other things; anything else that is UTF-8 is read as text
 
 
 def those_there(names: Any) -> str:
@@ -115,14 +124,15 @@ def those_there(names: Any) -> str:
 
 def _ending(file: Path) -> str:
     """`.jsonl` of `a.jsonl` and of `a.jsonl.xz`; a packed Parquet is none of ours."""
-    if file.suffix not in PACKED:
-        return file.suffix
-    ending = Path(file.stem).suffix
+    name = Path(file.name.lower())
+    if name.suffix not in PACKED:
+        return ".jsonl" if name.suffix == ".ndjson" else name.suffix
+    ending = Path(name.stem).suffix
     return ending if ending != ".parquet" else ""
 
 
 def _opener(file: Path) -> Callable[..., Any]:
-    return PACKED.get(file.suffix, open)
+    return PACKED.get(file.suffix.lower(), open)
 
 
 @contextmanager

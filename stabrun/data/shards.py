@@ -9,9 +9,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def prepare(data: DataConfig, model: ModelConfig, tell: bool = False) -> Prepare
     Raises MistakeError where the corpus is missing, empty, damaged, no text, too short for `data.seq_len`, or its
     tokenizer larger than `model.vocab_size`; and where shards made earlier are damaged.
     """
+    if data.separator:
+        data = replace(data, separator=unescaped(data.separator))
     if data.tokenizer == "bytes":
         _refuse_larger(tokenizer.Bytes.size, model)
     root = Path(data.cache_dir) if data.cache_dir else default_cache()
@@ -95,6 +98,11 @@ def prepare(data: DataConfig, model: ModelConfig, tell: bool = False) -> Prepare
                 f"{len(tokens)} tokens, and needs at least {data.seq_len + 1}."
             )
     return prepared
+
+
+def unescaped(text: str) -> str:
+    r"""The text with \n, \t and \\ as what they stand for: a command line hands them on as two characters."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
 
 
 def default_cache() -> Path:

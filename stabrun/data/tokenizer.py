@@ -61,7 +61,10 @@ class Vocabulary:
         return np.fromiter(chain(chain(ids)), dtype=np.uint32)
 
     def _ids(self, text: str) -> list[int]:
-        return self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            return self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:  # the library raises bare ones
+            raise MistakeError(f"data.tokenizer: it cannot tell {text[:40]!r} in tokens ({error}).") from error
 
 
 # The split of GPT-2's byte-level tokenizers, for characters whose classes are the same in all versions of Unicode:

@@ -1,13 +1,11 @@
 """Causal self-attention over the switches of `model.attn`."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stabrun.config import AttentionConfig, ModelConfig, rotated
-from stabrun.model.linear import make_linear
+from stabrun.model.linear import exactly, make_linear
 from stabrun.model.norm import make_norm, wide
 from stabrun.model.position import Rotary
 
@@ -52,11 +50,6 @@ class AttentionCore(nn.Module):
         if self.clips:
             weights = ((self.high - self.low) * weights + self.low).clamp(0, 1)
         return F.dropout(weights, dropout).to(v.dtype) @ v
-
-
-def exactly(device: str) -> AbstractContextManager:
-    """A context in which autocast rounds nothing."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def future(logits: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The linear layer of a block, plain or reparametrised by its spectral norm."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,10 +35,17 @@ class SigmaLinear(nn.Linear):
         self.gamma.copy_(self.sigma() if at_sigma else torch.ones_like(self.gamma))
 
     def sigma(self) -> Tensor:
-        return self.u @ (self.weight @ self.v)
+        """σ(W), 0-dim, in the weights' own precision: rounded, it would move the whole layer by steps."""
+        with exactly(self.weight.device.type):
+            return self.u @ (self.weight @ self.v)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight * (self.gamma / self.sigma()), self.bias)
+
+
+def exactly(device: str) -> AbstractContextManager:
+    """A context in which autocast rounds nothing."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def make_linear(sigma_reparam: str, n_in: int, n_out: int, bias: bool) -> nn.Linear:

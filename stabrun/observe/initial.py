@@ -33,6 +33,8 @@ def variances(row: dict[str, Any], widths: dict[str, tuple[int, int]], tokens: i
 
 def findings(row: dict[str, Any], vocab_size: int) -> list[str]:
     """What is off, a sentence each; nothing where all is well. `row` is one that was observed, before any update."""
+    if row.get("scale/skipped"):
+        return []  # fp16 still looks for its loss scale
     loss, ignorant = number(row["train/loss"]), math.log(vocab_size)
     if not (math.isfinite(loss) and math.isfinite(number(row["grad/norm"]))):
         return ["The first loss or its gradient is not finite."]
@@ -54,7 +56,8 @@ def findings(row: dict[str, Any], vocab_size: int) -> list[str]:
 
 def _dead(row: dict[str, Any]) -> list[str]:
     if not number(row["grad/norm"]):
-        return ["All gradients are zero: nothing can be learned from these weights."]
+        small = ", or fp16's loss scale is far too small" if "scale/loss_scale" in row else ""
+        return [f"All gradients are zero: nothing can be learned from these weights{small}."]
     if not max(number(value) for value in row["grad/norm_by_layer"]):
         return ["No gradient reaches the blocks: nothing is learned but by the embedding and the head."]
     gradients = [number(value) for value in row.get("norm/in_grad/fc1", row["grad/norm_by_layer"])]

@@ -24,10 +24,10 @@ def overfit(steps: Sequence[int], val: Sequence[float], train: Sequence[float], 
     learned, up to the last; and the training loss must not have risen since: else the run got worse at both.
     """
     losses, levels = np.asarray(val, dtype=float), np.asarray(train, dtype=float)
-    if len(losses) < 3 or not (np.isfinite(losses).all() and np.isfinite(levels).all()):
+    if len(losses) < 3 or losses.min() >= init or not (np.isfinite(losses).all() and np.isfinite(levels).all()):
         return None
     best = int(np.argmin(losses))
-    limit = losses[best] + SHARE * max(0.0, init - float(losses[best]))
+    limit = losses[best] + SHARE * (init - float(losses[best]))
     above = int(np.flatnonzero(losses <= limit)[-1]) + 1
     if len(losses) - above < 2 or levels[-1] > levels[best]:
         return None

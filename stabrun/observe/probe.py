@@ -6,6 +6,7 @@ harm. Shapes: `[B, T, width]` at a linear layer, `[B, h, T, d]` at an attention 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,6 +42,11 @@ def find_sites(model: nn.Module) -> dict[str, list[tuple[str, nn.Linear]]]:
 def token_norms(x: Tensor, out: Tensor) -> None:
     """L2 norm of each token's vector in fp32: `[B, T, width]` → `out`, `[B, T]`."""
     torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32, out=out)
+
+
+def full_precision(device: str) -> AbstractContextManager:
+    """A context in which autocast rounds no product."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def attention_statistics(core: Core, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +206,7 @@ class Probe:
     def _attention_hook(self, peak_slot: int, entropy_slot: int) -> Callable:
         def after(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.slow:
-                with torch.no_grad():
+                with torch.no_grad(), full_precision(args[0].device.type):
                     peak, entropy = attention_statistics(module, args[0], args[1])
                     self.now[peak_slot] = peak
                     self.now[entropy_slot] = entropy

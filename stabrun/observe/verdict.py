@@ -139,10 +139,10 @@ class Judge:
             for name, (row, where) in alarms(breaks, since=span[0] - LONGEST if span else 0).items()
         }
         known = replace(verdict, first_bad_site=site, signals=told, spikes=spikes(self._finite(), self.steps))
-        return replace(known, **self._validated(known.verdict))
+        return replace(known, **self._validated(known.stable or known.reason == "interrupted"))
 
-    def _validated(self, verdict: str) -> dict[str, Any]:
-        """The fields that the validations fill; a run that diverged does not overfit."""
+    def _validated(self, stable: bool) -> dict[str, Any]:
+        """The fields that the validations fill; only a run that is stable so far can overfit."""
         losses, window = self._finite(), window_of(len(self.losses))
         seen = [(row, loss) for row, loss in self.validations if window - 1 <= row < len(losses)]
         if not seen:
@@ -151,7 +151,7 @@ class Judge:
         rows, val = [row for row, _ in seen], [loss for _, loss in seen]
         levels = [float(means[row - window + 1]) for row in rows]
         init = float(np.median(losses[:5]))
-        found = overfit([self.steps[row] for row in rows], val, levels, init) if verdict != DIVERGED else None
+        found = overfit([self.steps[row] for row in rows], val, levels, init) if stable else None
         return {
             "best_val_loss": min(val),
             "val_gap": val[-1] - levels[-1],

@@ -31,7 +31,7 @@ from stabrun.train.folder import (
     resume_point,
     seconds_spent,
 )
-from stabrun.train.schedule import learning_rate
+from stabrun.train.schedule import learning_rate, unreached
 from stabrun.train.trainer import Trainer
 
 ODD_SHOWN = 3  # degenerate batches a start that the console tells of
@@ -104,6 +104,8 @@ class Run:
         config = self.config
         title = f"{config.variant}  lr {config.optim.lr:g}  seed {config.seed}  → {self.record.directory}"
         self.console = Console(title, self.done, config.train.steps, self.judge.verdict)
+        if sentence := unreached(config):
+            self.console.say(sentence)
 
     def loop(self, stop: "Stop") -> str:
         """Update until done, diverged beyond return or stopped; returns the status.

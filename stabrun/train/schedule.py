@@ -18,6 +18,15 @@ def warmup_steps(config: Config) -> int:
     return config.schedule.warmup_steps if share is None else round(share * config.train.steps)
 
 
+def unreached(config: Config) -> str | None:
+    """A sentence where the warm-up outlasts the run, so that the peak rate is never reached."""
+    steps, warmup = config.train.steps, warmup_steps(config)
+    if warmup <= steps:
+        return None
+    last = learning_rate(config, steps - 1)
+    return f"The warm-up of {warmup} steps outlasts the run of {steps}: the rate ends at {last:.3g}."
+
+
 def passed(config: Config, done: int) -> float:
     """The share of the steps after the warm-up that `done` updates have passed: 1 at the last one."""
     warmup = warmup_steps(config)
@@ -42,8 +51,11 @@ def inverse_sqrt(config: Config, done: int) -> float:
 
 
 def wsd(config: Config, done: int) -> float:
-    """Warm-up, stable, decay (arXiv 2404.06395); here the decay is linear, over the last `decay_share` of the steps."""
-    return min(1.0, (config.train.steps - done) / (config.schedule.decay_share * config.train.steps))
+    """Warm-up, stable, decay (arXiv 2404.06395); here the decay is linear, over the last `decay_share` of the steps,
+    or over what the warm-up leaves.
+    """
+    steps = config.train.steps
+    return min(1.0, (steps - done) / min(config.schedule.decay_share * steps, steps - warmup_steps(config)))
 
 
 SHAPES = {"constant": constant, "cosine": cosine, "linear": linear, "inverse_sqrt": inverse_sqrt, "wsd": wsd}

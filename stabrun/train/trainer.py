@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stabrun.config import Config, MistakeError
 from stabrun.data.batches import starts, validation_batch, windows
@@ -27,6 +27,7 @@ class Trainer:
         refuse_too_large(config, self.device)
         self.model = GPT(config.model, config.data.seq_len, config.seed).to(self.device)
         self.parameters = list(self.model.parameters())
+        self.matrices = [layer.weight for layer in self.model.modules() if isinstance(layer, nn.Linear)]
         self.optimizer = make_optimizer(self.model, config.optim)
         self.scaling = LossScale(config.train, self.device)
         clipped = ("grad/clipped",) * (config.optim.clip is not None)
@@ -47,7 +48,7 @@ class Trainer:
         if self.config.model.dropout:
             torch.manual_seed((self.config.seed << 32) + step)
         losses = self.backward(step)
-        scale = self.scaling.unscale(self.optimizer, self.probe.weights)
+        scale = self.scaling.unscale(self.optimizer, self.matrices)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm, norms = gradient_norms(gradients)
         clipped = self.clip(gradients, norm)
