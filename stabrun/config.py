@@ -192,7 +192,7 @@ class TrainConfig:
         "of matrix products: weights, moments and norms are fp32 in each; fp16 scales the loss",
         allowed=("fp32", "tf32", "bf16", "fp16"),
     )
-    loss_scale: float = key(65536.0, RESULT, "fp16: the first scale of the loss", above=0, at_most=2.0**64)
+    loss_scale: float = key(65536.0, RESULT, "fp16: the first scale of the loss", above=0, at_most=2.0**32)
     loss_scale_growth: int = key(2000, RESULT, "fp16: steps without overflow after which the scale doubles", at_least=1)
     compile: bool | None = key(None, RESOURCE, "torch.compile; null for on with CUDA alone")
     threads: int | None = key(None, RESOURCE, "CPU threads; null for torch's choice", at_least=1, at_most=1024)

@@ -125,17 +125,17 @@ def test_fp16_needs_no_observation(tmp_path):
     assert summary["status"] == "complete"
 
 
-@pytest.mark.parametrize("scale", ["1e12", "1e-7"])
+@pytest.mark.parametrize("scale", ["4e9", "1e-7"])
 def test_a_loss_scale_out_of_reach_is_not_the_weights_fault(capsys, tmp_path, scale):
     summary = train(tiny(*FP16, f"train.loss_scale={scale}", f"run_dir={tmp_path / 'run'}"))
     said = capsys.readouterr().out
     assert "not finite" not in said
     assert ("loss scale is far too small" in said) == (scale == "1e-7")
-    if scale == "1e12":  # skipped steps were not clipped
+    if scale == "4e9":  # skipped steps were not clipped
         rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
         kept = [row for row in rows if not row["scale/skipped"]]
         assert summary["clipped_share"] == sum(row["grad/clipped"] for row in kept) / len(kept)
-        assert summary["skipped_steps"] == len(rows) - len(kept) > 10
+        assert summary["skipped_steps"] == len(rows) - len(kept) > 5
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
