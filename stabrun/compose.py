@@ -142,11 +142,20 @@ def hydra(conf: Path) -> Iterator[None]:
 
 def composed(conf: Path, words: Words) -> Config:
     """The checked configuration of one run."""
+    return composed_each(conf, [words.overrides])[0]
+
+
+def composed_each(conf: Path, runs: list[list[str]]) -> list[Config]:
+    """The checked configuration of each run, from its overrides."""
     with plainly(), hydra(conf):
-        with foreseen(words.overrides):
-            whole = the_hydra().compose_config("config", words.overrides, RunMode.RUN, from_shell=True)
-        refuse_code(whole)
-        return to_config(whole, whole.hydra)
+        return [_composed(overrides) for overrides in runs]
+
+
+def _composed(overrides: list[str]) -> Config:
+    with foreseen(overrides):
+        whole = the_hydra().compose_config("config", overrides, RunMode.RUN, from_shell=True)
+    refuse_code(whole)
+    return to_config(whole, whole.hydra)
 
 
 def multirun(conf: Path, words: Words, job: Callable[[Config], None]) -> None:

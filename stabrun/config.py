@@ -32,6 +32,11 @@ def key(default: Any, mark: str, doc: str, **bounds: Any) -> Any:
     return field(default=default, metadata={"mark": mark, "doc": doc, "bounds": bounds})
 
 
+def many(mark: str, doc: str) -> Any:
+    """A config field that is a list, empty by default."""
+    return field(default_factory=list, metadata={"mark": mark, "doc": doc, "bounds": {}})
+
+
 def group(cls: type) -> Any:
     return field(default_factory=cls)
 
@@ -214,8 +219,21 @@ class TrackerConfig:
     project: str = key("stabrun", VIEW, "W&B project")
     entity: str | None = key(None, VIEW, "W&B entity; null for the account's own")
     group: str | None = key(None, VIEW, "W&B group; null for the variant")
-    tags: list[str] = field(default_factory=list, metadata={"mark": VIEW, "doc": "W&B tags", "bounds": {}})
+    tags: list[str] = many(VIEW, "W&B tags")
     norms_every: int = key(10, VIEW, "steps between the per-layer values sent to W&B", at_least=1)
+
+
+@dataclass
+class StudyConfig:
+    name: str = key("study", VIEW, "the study's name, which begins its folder's")
+    strategy: str = key("grid", VIEW, "every learning rate, or a search for the frontier", allowed=("grid", "frontier"))
+    variants: list[str] = many(VIEW, "names of variants; A+B for two together")
+    lrs: list[float] = many(VIEW, "learning rates of a grid")
+    lr_range: list[float] = many(VIEW, "lowest and highest learning rate of a search")
+    seeds: int = key(3, VIEW, "seeds a learning rate, from `seed` on", at_least=1, at_most=10_000)
+    width: float = key(0.25, VIEW, "a search ends where lr50 is known to ± so many octaves", above=0)
+    max_runs: int = key(40, VIEW, "runs of a search, for each variant, at most", at_least=1)
+    workers: int = key(1, RESOURCE, "processes that train", at_least=1, at_most=1024)
 
 
 @dataclass
@@ -227,12 +245,14 @@ class Config:
     train: TrainConfig = group(TrainConfig)
     observe: ObserveConfig = group(ObserveConfig)
     tracker: TrackerConfig = group(TrackerConfig)
+    study: StudyConfig = group(StudyConfig)
     seed: int = key(0, RESULT, "of the initial weights and of the order of the data", at_least=0, at_most=2**31 - 1)
     variant: str = key("baseline", VIEW, "the variant's name; chosen by +variant=NAME")
     check: str = key(
         "none", VIEW, "chosen by +check=init: `stabrun model` looks at one pass too", allowed=("none", "init")
     )
     run_dir: str | None = key(None, RESOURCE, "where the record goes; null for runs/<run_id>")
+    study_dir: str | None = key(None, RESOURCE, "where a study goes; null for studies/<name>-<hash>")
 
 
 @dataclass(frozen=True)
@@ -324,6 +344,18 @@ def read_config(file: Path) -> Config:
     if lost:
         raise MistakeError(f"{file}: it is not whole, for {lost[0]} is missing.")
     check(config)
+    return config
+
+
+def config_of(values: dict[str, Any]) -> Config:
+    """A configuration from its own plain data, as `dataclasses.asdict` gives it. TypeError where keys do not fit."""
+
+    def built(schema: type, node: dict[str, Any]) -> Any:
+        kinds = {item.name: item.default_factory for item in fields(schema)}
+        inner = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and is_dataclass(kind)}
+        return schema(**{name: built(inner[name], v) if name in inner else v for name, v in node.items()})
+
+    config: Config = built(Config, values)
     return config
 
 

@@ -1,0 +1,187 @@
+"""A study's plan: the question that was asked, and the cells that answer it, each with a frozen configuration."""
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from stabrun.compose import composed_each, plainly
+from stabrun.config import RESULT, Config, MistakeError, check, config_of, marked, run_id
+from stabrun.observe.record import write_whole
+
+FILE = "study.yaml"
+FORMAT = 1
+GRID, FRONTIER = "grid", "frontier"
+OWN_AXES = ("optim.lr", "seed")  # axes of every study; any other key that sweeps makes arms of its own
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A planned run: its `run_id`, the arm that it belongs to, learning rate and seed."""
+
+    id: str
+    arm: str
+    lr: float
+    seed: int
+
+
+@dataclass
+class Plan:
+    """A study. An arm is a variant at one setting of the further axes; its configuration lacks only rate and seed."""
+
+    name: str
+    strategy: str
+    arms: dict[str, Config]
+    lr_range: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    width: float = 0.25
+    max_runs: int = 40
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+    def config(self, cell: Cell) -> Config:
+        """The frozen configuration of a cell."""
+        return with_rate(self.arms[cell.arm], cell.lr, cell.seed)
+
+    def add(self, arm: str, lr: float, seed: int) -> Cell:
+        """The cell at this place, planned now if it was not."""
+        cell = Cell(run_id(with_rate(self.arms[arm], lr, seed)), arm, lr, seed)
+        return self.cells.setdefault(cell.id, cell)
+
+    def save(self, directory: Path) -> None:
+        facts = {key: value for key, value in vars(self).items() if key not in ("arms", "cells")}
+        arms = {arm: asdict(config) for arm, config in self.arms.items()}
+        cells = [[cell.id, cell.arm, cell.lr, cell.seed] for cell in self.cells.values()]
+        text = yaml.dump({"format": FORMAT, **facts, "arms": arms}, Dumper=yaml.CSafeDumper, sort_keys=False)
+        rows = "".join(f"- {json.dumps(row)}\n" for row in cells)  # a flow sequence a line: YAML, and quick
+        write_whole(directory / FILE, f"{text}cells:\n{rows}" if cells else f"{text}cells: []\n")
+
+
+def with_rate(config: Config, lr: float, seed: int) -> Config:
+    return replace(config, optim=replace(config.optim, lr=lr), seed=seed)
+
+
+def load(directory: Path) -> Plan:
+    """The plan of a study directory. MistakeError where it holds none, or a damaged one."""
+    file = directory / FILE
+    try:
+        facts = yaml.load(file.read_bytes(), Loader=yaml.CSafeLoader)
+        arms = {arm: config_of(values) for arm, values in facts.pop("arms").items()}
+        cells = {row[0]: Cell(*row) for row in facts.pop("cells")}
+        if facts.pop("format") != FORMAT:
+            raise MistakeError(f"{file}: it was written by another version of stabrun.")
+        return Plan(**facts, arms=arms, cells=cells)
+    except FileNotFoundError as error:
+        raise MistakeError(f"{directory}: it is no study, for it holds no {FILE}.") from error
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise MistakeError(f"{file} is damaged: it holds no plan of a study.") from error
+
+
+def planned(conf: Path, overrides: list[str]) -> tuple[Plan, Path, Config]:
+    """The plan that a command's overrides ask for, where it goes, and the configuration that its arms have in common.
+
+    Raises MistakeError at a question that cannot be asked, before anything is made.
+    """
+    fixed, axes = split_axes(overrides)
+    (common,) = composed_each(conf, [fixed])
+    study = common.study
+    variants = axes.pop("+variant", None) or study.variants or [common.variant]
+    rates = [_number("optim.lr", value) for value in axes.pop("optim.lr", [])] or list(study.lrs)
+    seeds = [int(_number("seed", value)) for value in axes.pop("seed", [])]
+    seeds = seeds or list(range(common.seed, common.seed + study.seeds))
+    for key, values in (("study.variants", variants), ("study.lrs", rates), ("seed", seeds), *axes.items()):
+        if twice := [str(value) for value, count in Counter(values).items() if count > 1]:
+            raise MistakeError(f"{key}: {', '.join(twice)} is there twice; each may be named once.")
+    _refuse_unasked(study, rates)
+    words = dict(_arms(fixed, variants, axes))
+    arms = dict(zip(words, composed_each(conf, list(words.values())), strict=True))
+    plan = Plan(study.name, study.strategy, arms, list(study.lr_range), seeds, study.width, study.max_runs)
+    tried = rates if study.strategy == GRID else study.lr_range
+    for arm, rate in itertools.product(arms.values(), tried):
+        for seed in {min(seeds), max(seeds)}:
+            check(with_rate(arm, rate, seed))
+    if study.strategy == GRID:
+        for name, rate, seed in itertools.product(arms, rates, seeds):
+            plan.add(name, rate, seed)
+    return plan, Path(common.study_dir or f"studies/{study.name}-{identity(common, axes)}"), common
+
+
+def _refuse_unasked(study: Any, rates: list[float]) -> None:
+    if study.strategy == GRID and not rates:
+        raise MistakeError("study.lrs=[]: a grid needs learning rates, such as study.lrs=[1e-2,3e-2,1e-1].")
+    if study.strategy == FRONTIER:
+        if rates:
+            raise MistakeError(
+                "study.lrs: a search chooses its own learning rates; it takes study.lr_range=[LOW,HIGH]."
+            )
+        if len(study.lr_range) != 2 or not 0 < study.lr_range[0] < study.lr_range[1]:
+            raise MistakeError(
+                f"study.lr_range={study.lr_range}: it must be two learning rates, the lower first, such as [1e-3,1]."
+            )
+
+
+def _arms(fixed: list[str], variants: Iterable[str], axes: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
+    """Name → overrides of each arm: a variant, and a value of each further axis."""
+    for variant, *values in itertools.product(variants, *axes.values()):
+        settings = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
+        names = [setting.rsplit(".", 1)[-1].lstrip("+") for setting in settings]
+        yield " ".join([variant, *names]), [*fixed, f"+variant=[{variant.replace('+', ',')}]", *settings]
+
+
+def split_axes(overrides: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The overrides of one value, and key → values of each that sweeps, in Hydra's own syntax."""
+    with plainly():
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    axes = {word.get_key_element(): list(word.sweep_string_iterator()) for word in parsed if word.is_sweep_override()}
+    single = [
+        str(word.input_line) for word in parsed if not word.is_sweep_override() and word.get_key_element() != "+variant"
+    ]
+    alone = {"+variant": [_joined(word.value()) for word in parsed if word.get_key_element() == "+variant"]}
+    return single, axes | ({} if "+variant" in axes or not alone["+variant"] else alone)
+
+
+def _joined(value: Any) -> str:
+    """`[A,B]` is one variant of two parts, as it is for `stabrun train`."""
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _number(key: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise MistakeError(f"{key}={value}: it must be a number.") from error
+
+
+def identity(common: Config, axes: dict[str, list[str]]) -> str:
+    """Eight hexadecimal digits that a study keeps when it grows: of all that its arms have in common."""
+    facts = {key: value for key, value in marked(common, RESULT).items() if key not in (*OWN_AXES, *axes)}
+    text = json.dumps([common.study.strategy, facts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def extended(old: Plan, new: Plan) -> Plan:
+    """What was asked before and what is asked now, as one study. MistakeError where they contradict each other."""
+    differ = [
+        f"{name}={getattr(old, name)} (here {getattr(new, name)})"
+        for name in ("strategy", "lr_range")
+        if getattr(old, name) != getattr(new, name)
+    ]
+    for arm in old.arms.keys() & new.arms.keys():
+        there, here = (_result(plan.arms[arm]) for plan in (old, new))
+        differ += [f"{key}={there[key]} (here {here[key]})" for key in here if there[key] != here[key]]
+    if differ:
+        differ = list(dict.fromkeys(differ))
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise MistakeError(f"the study there asks with {', '.join(differ[:3])}{more}; name another study_dir.")
+    seeds = list(dict.fromkeys([*old.seeds, *new.seeds]))
+    return replace(new, arms=old.arms | new.arms, seeds=seeds, cells=old.cells | new.cells)
+
+
+def _result(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in marked(config, RESULT).items() if key not in OWN_AXES}
