@@ -350,10 +350,9 @@ def read_config(file: Path) -> Config:
 def config_of(values: dict[str, Any]) -> Config:
     """A configuration from its own plain data, as `dataclasses.asdict` gives it. TypeError where keys do not fit."""
 
-    def built(schema: type, node: dict[str, Any]) -> Any:
-        kinds = {item.name: item.default_factory for item in fields(schema)}
-        inner = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and is_dataclass(kind)}
-        return schema(**{name: built(inner[name], v) if name in inner else v for name, v in node.items()})
+    def built(schema: Any, node: dict[str, Any]) -> Any:
+        kinds: dict[str, Any] = {item.name: item.default_factory for item in fields(schema)}
+        return schema(**{name: built(kinds[name], v) if is_dataclass(kinds[name]) else v for name, v in node.items()})
 
     config: Config = built(Config, values)
     return config

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,8 @@ def planned(conf: Path, overrides: list[str]) -> tuple[Plan, Path, Config]:
     rates = [_number("optim.lr", value) for value in axes.pop("optim.lr", [])] or list(study.lrs)
     seeds = [int(_number("seed", value)) for value in axes.pop("seed", [])]
     seeds = seeds or list(range(common.seed, common.seed + study.seeds))
-    for key, values in (("study.variants", variants), ("study.lrs", rates), ("seed", seeds), *axes.items()):
+    named: list[tuple[str, Sequence[Any]]] = [("study.variants", variants), ("study.lrs", rates), ("seed", seeds)]
+    for key, values in [*named, *axes.items()]:
         if twice := [str(value) for value, count in Counter(values).items() if count > 1]:
             raise MistakeError(f"{key}: {', '.join(twice)} is there twice; each may be named once.")
     _refuse_unasked(study, rates)
