@@ -4,7 +4,9 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from stabrun.config import Config, check, run_dir, run_id
@@ -34,16 +36,19 @@ from stabrun.train.folder import (
 from stabrun.train.schedule import learning_rate, unreached
 from stabrun.train.trainer import Trainer
 
+Watch = Callable[[dict[str, Any]], None]
+
 ODD_SHOWN = 3  # degenerate batches a start that the console tells of
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, directory: Path | None = None, watch: Watch | None = None) -> dict[str, Any]:
     """Train one run to its end, from its checkpoint if it has one. Returns its summary.
 
+    `directory` stands in for the configuration's own; `watch` is shown each row as it comes.
     Raises MistakeError where the configuration or the run directory does not allow it; a divergence raises nothing.
     """
     check(config)
-    directory = run_dir(config)
+    directory = directory or run_dir(config)
     refuse_strangers(config, directory)
     data = prepare(config.data, config.model)
     refuse_other_data(directory, data.manifest["hash"])
@@ -53,13 +58,13 @@ def train(config: Config) -> dict[str, Any]:
     trainer = Trainer(config, data)
     with claimed(config, directory) as record:  # another process may have begun or finished it meanwhile
         refuse_other_data(directory, data.manifest["hash"])
-        return finished(directory) or Run(trainer, record).start()
+        return finished(directory) or Run(trainer, record, watch).start()
 
 
 class Run:
     """One start of a run: the loop, and all that look on."""
 
-    def __init__(self, trainer: Trainer, record: Record) -> None:
+    def __init__(self, trainer: Trainer, record: Record, watch: Watch | None = None) -> None:
         self.trainer, self.config, self.record = trainer, trainer.config, record
         self.environment = environment(trainer.device, trainer.data.manifest["hash"], trainer.compiled)
         note_environment(record.directory, self.environment)
@@ -79,6 +84,8 @@ class Run:
         self.last = earlier[-1] if earlier else {"tokens": 0}
         self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
         self.tracker = Tracker(self.config, run_id(self.config), record.directory, earlier)
+        self.watches: list[Watch] = [self.record.write, self.judge.add, self.tally.add, self.tracker.row]
+        self.watches += [watch] if watch else []
         self.before = {"step": self.done, "tokens": self.last["tokens"]}
 
     def start(self) -> dict[str, Any]:
@@ -166,8 +173,9 @@ class Run:
             for text in findings(row, self.config.model.vocab_size):
                 self.console.say(text)
                 self.record.event("init", finding=text)
-        for watch in (self.record.write, self.judge.add, self.tally.add, self.console.row, self.tracker.row):
+        for watch in self.watches:
             watch(row)
+        self.console.row(row)
 
     def save(self) -> None:
         self.record.sync()

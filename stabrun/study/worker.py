@@ -1,0 +1,118 @@
+"""A worker: takes cells of a study from its ledger, trains each, and goes on until none is left."""
+
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stabrun.config import MistakeError
+from stabrun.study.ledger import LEASE, PLANNED, RUNNING, Claim, Ledger
+from stabrun.study.plan import Plan, load
+from stabrun.train.folder import INTERRUPTED
+from stabrun.train.run import Watch, train
+
+BEATS = 6  # in a lease
+POLL = 0.5  # seconds between two looks, where all cells that are left have owners
+COPIES = 5  # attempts at a copy, where the owner that lost the cell still writes
+
+
+class LostError(Exception):
+    """Another owner has taken the cell over."""
+
+
+def work(directory: Path, lease: float = LEASE) -> None:
+    """Train the cells of the study in `directory` until each is done or given up.
+
+    Raises KeyboardInterrupt after Ctrl-C, when the cell at hand has its checkpoint and is given back.
+    """
+    ledger = Ledger(directory, lease)
+    while claim := _next(ledger, directory):
+        attempt(load(directory), claim)
+
+
+def _next(ledger: Ledger, directory: Path) -> Claim | None:
+    """A cell for this worker; None where none is left. Waits while others are at work, for one of them may die."""
+    while True:
+        plan = load(directory)
+        entries = ledger.entries(plan.cells)
+        left = [cell for cell, entry in entries.items() if entry.status in (PLANNED, RUNNING)]
+        if not left:
+            return None
+        for cell in sorted(left, key=lambda cell: entries[cell].status == RUNNING):
+            if claim := ledger.claim(cell, entries[cell]):
+                return claim
+        time.sleep(POLL)
+
+
+def attempt(plan: Plan, claim: Claim) -> dict[str, Any] | None:
+    """Train one cell, from where an earlier attempt came to; its summary, or None where it failed or was lost.
+
+    What goes wrong ends in the ledger, and the worker goes on.
+    """
+    config = plan.config(plan.cells[claim.cell])
+    try:
+        _go_on_from_before(claim)
+        with beating(claim) as watch:
+            summary = train(config, claim.directory, watch)
+    except LostError:
+        return None
+    except KeyboardInterrupt:
+        claim.leave("interrupted")
+        raise
+    except (Exception, MemoryError) as error:
+        claim.directory.mkdir(exist_ok=True)
+        if not isinstance(error, MistakeError):
+            (claim.directory / "error.txt").write_text(traceback.format_exc())
+        claim.fail(f"{type(error).__name__}: {error}")
+        return None
+    if summary["status"] == INTERRUPTED:
+        claim.leave("interrupted")
+        raise KeyboardInterrupt
+    counted = claim.finish()
+    for earlier in claim.ledger.attempts.glob(f"{claim.cell}.*"):
+        shutil.rmtree(earlier, ignore_errors=True)
+    return summary if counted else None
+
+
+@contextmanager
+def beating(claim: Claim) -> Iterator[Watch]:
+    """Beat for the claim while the block runs; what is given watches the rows, and raises LostError once it is lost."""
+    step, lost, over = 0, threading.Event(), threading.Event()
+
+    def beat() -> None:
+        while not over.is_set():
+            if not claim.beat(step):
+                lost.set()
+            over.wait(claim.ledger.lease / BEATS)
+
+    def watch(row: dict[str, Any]) -> None:
+        nonlocal step
+        step = row["step"] + 1
+        if lost.is_set():
+            raise LostError
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield watch
+    finally:
+        over.set()
+        thread.join()
+        claim.beat(step)
+
+
+def _go_on_from_before(claim: Claim) -> None:
+    """Copy what the attempt before left: record and checkpoint. Its owner may still write, where it was only paused."""
+    before = claim.before()
+    for _ in range(COPIES if before else 0):
+        shutil.rmtree(claim.directory, ignore_errors=True)
+        try:
+            shutil.copytree(before or "", claim.directory, ignore=shutil.ignore_patterns("wandb", ".*", "error.txt"))
+            return
+        except (shutil.Error, OSError):
+            time.sleep(0.1)
+    shutil.rmtree(claim.directory, ignore_errors=True)
