@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/stabrun train +variant=qk_norm_cap
+	$(BIN)/stabrun sweep +experiment=quickstart
 
 test: $(STAMP)
 	$(BIN)/pytest -n 2

@@ -15,6 +15,8 @@ and which norm placement buys room?
 commands
   train [OVERRIDE…]     one run, to a verdict:  stabrun train +variant=qk_norm_cap optim.lr=3e-2
                         -m runs several:        stabrun train -m optim.lr=1e-2,1e-1 seed=0,1
+  sweep [OVERRIDE…]     a study: study.variants × study.lrs × study.seeds by study.workers processes; the same
+                        command again resumes or extends it  (--dry-run)
   rerun RUN_DIR [OVERRIDE…]
                         one recorded run again, from its own config
   judge PATH            the verdict again, from a run, a study, or anyone's CSV, JSON lines,
@@ -98,6 +100,7 @@ def later(name: str) -> Callable[[list[str]], int]:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": later("train"),
+    "sweep": later("sweep"),
     "rerun": later("rerun"),
     "judge": later("judge"),
     "model": later("model"),

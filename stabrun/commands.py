@@ -77,6 +77,15 @@ def tell(summary: dict[str, Any], config: Config) -> None:
         print(f"interrupted after step {summary['steps']}; the same command goes on from there.")
 
 
+def sweep(words: list[str], conf: Path) -> int:
+    from stabrun.study.sweep import sweep as run_study
+
+    overrides = Words.parse(
+        [word for word in words if word != "--dry-run"], ("--dry-run", "--config-dir DIR")
+    ).overrides
+    return run_study(conf, overrides, "--dry-run" in words)
+
+
 def rerun(words: list[str], conf: Path) -> int:
     """Train again from a recorded configuration, in a directory of its own unless run_dir says otherwise."""
     from omegaconf import OmegaConf
@@ -154,4 +163,4 @@ def data(words: list[str], conf: Path) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "rerun": rerun, "judge": judge, "model": model, "data": data}
+COMMANDS = {"train": train, "sweep": sweep, "rerun": rerun, "judge": judge, "model": model, "data": data}

@@ -116,3 +116,14 @@ def _go_on_from_before(claim: Claim) -> None:
         except (shutil.Error, OSError):
             time.sleep(0.1)
     shutil.rmtree(claim.directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    import signal
+    import sys
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        work(Path(sys.argv[1]))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,152 @@
+"""`stabrun sweep` as a user runs it: to its end, extended, killed, interrupted, refused."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import TINY, stabrun
+
+QUESTION = (
+    *TINY,
+    "study.variants=[baseline,qk_norm]",
+    "study.lrs=[1e-2,1e-1]",
+    "study.seeds=2",
+    "train.checkpoint_every=5",
+)
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+def started(folder, *words):
+    """A sweep in a session of its own, so that all of it can be killed."""
+    command = [sys.executable, "-m", "stabrun", "sweep", *QUESTION, "study.workers=2", "study_dir=study", *words]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def swept(folder, *words):
+    return stabrun("sweep", *QUESTION, "study.workers=2", "study_dir=study", *words, cwd=folder)
+
+
+def rows(folder):
+    with open(folder / "study" / "results.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key not in TIMINGS} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = swept(folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_study_to_its_end_and_its_table(undisturbed):
+    folder, told = undisturbed
+    assert len(rows(folder)) == 8
+    lines = told.splitlines()
+    assert lines[-5].split() == ["lr", "0.01", "0.1"]
+    assert [line.split()[0] for line in lines[-4:-2]] == ["baseline", "qk_norm"]
+    assert all(len(mark) == 2 for line in lines[-4:-2] for mark in line.split()[1:])
+    assert lines[-1] == "records: study"
+
+
+def test_the_same_again_trains_nothing_and_more_seeds_extend(undisturbed, tmp_path):
+    done = swept(tmp_path)
+    claims = sorted(os.listdir(tmp_path / "study" / "ledger"))
+    again = swept(tmp_path)
+    assert again.returncode == 0
+    assert "[" not in again.stdout
+    assert sorted(os.listdir(tmp_path / "study" / "ledger")) == claims
+    assert rows(tmp_path) == rows(undisturbed[0])
+    more = swept(tmp_path, "study.lrs=[1e-2,3e-2]", "study.seeds=1")
+    assert (done.returncode, more.returncode) == (0, 0)
+    assert "[9/10] baseline lr=0.03 s0" in more.stdout
+    assert len(rows(tmp_path)) == 10
+    other = swept(tmp_path, "train.steps=20")
+    assert other.returncode == 2
+    assert "train.steps=30 (here 20)" in other.stderr
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_moment_the_same_command_completes(undisturbed, tmp_path, seed):
+    """Twice: all of it at once, and the sweep alone, whose workers go on beside those of the next."""
+    dice, orphans = random.Random(seed), None
+    for whole in (True, False):
+        process = started(tmp_path)
+        time.sleep(dice.uniform(1.0, 5.0))
+        if whole:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+            orphans = process.pid
+        process.communicate()
+    last = swept(tmp_path)
+    assert last.returncode == 0, last.stderr
+    assert rows(tmp_path) == rows(undisturbed[0])
+    for cell in os.listdir(tmp_path / "study" / "runs"):
+        ends = (tmp_path / "study" / "runs" / cell / "events.jsonl").read_text().count('"event": "complete"')
+        assert ends == 1, "no finished cell is run again"
+    deadline = time.monotonic() + 30
+    while orphans and time.monotonic() < deadline:
+        try:
+            os.killpg(orphans, 0)
+        except ProcessLookupError:
+            orphans = None
+        time.sleep(0.1)
+    assert orphans is None, "workers end when no cell is left"
+
+
+def test_ctrl_c_ends_it_and_the_same_command_goes_on(undisturbed, tmp_path):
+    process = started(tmp_path)
+    time.sleep(4.0)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    if process.returncode == 130:
+        assert b"the same command goes on" in out + err
+    assert b"Traceback" not in err
+    assert swept(tmp_path).returncode == 0
+    assert rows(tmp_path) == rows(undisturbed[0])
+
+
+def test_a_cell_that_cannot_be_trained_is_named(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    words = "data=embedded,local", f"data.path={tmp_path / 'bad.txt'}"
+    refused = stabrun("sweep", *QUESTION, *words, cwd=tmp_path)
+    assert refused.returncode == 2, "embedded text takes no path: all cells are checked before anything runs"
+    done = swept(
+        tmp_path, "data=local", f"data.path={tmp_path / 'bad.txt'}", "study.seeds=1", "study.variants=[baseline]"
+    )
+    assert done.returncode == 1
+    assert "baseline lr=0.01 s0" in done.stderr
+    assert "it is not UTF-8 text" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "baseline  !     !" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("study.variants=[qk_nrom]",), "qk_nrom"),
+        (("study.lrs=[-1]",), "optim.lr=-1.0"),
+        (("study.strategy=frontier", "study.lrs=[]", "study.lr_range=[1,2]"), "study.strategy=frontier"),
+        (("--follow",), "no such flag"),
+        (("study.wrokers=2",), "Did you mean study.workers?"),
+    ],
+)
+def test_bad_studies_make_nothing(tmp_path, words, said):
+    done = stabrun("sweep", *QUESTION, *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_tells_and_makes_nothing(tmp_path):
+    done = stabrun("sweep", *QUESTION, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tokens = 8 * 30 * 4 * 16
+    assert f"in all 8 of 8 cells, {tokens:,} tokens" in done.stdout
+    assert list(tmp_path.iterdir()) == []
