@@ -64,7 +64,8 @@ def test_the_same_again_trains_nothing_and_more_seeds_extend(undisturbed, tmp_pa
     assert rows(tmp_path) == rows(undisturbed[0])
     more = swept(tmp_path, "study.lrs=[1e-2,3e-2]", "study.seeds=1")
     assert (done.returncode, more.returncode) == (0, 0)
-    assert "[9/10] baseline lr=0.03 s0" in more.stdout
+    assert "[9/10]" in more.stdout
+    assert "] baseline lr=0.03 s0" in more.stdout
     assert len(rows(tmp_path)) == 10
     other = swept(tmp_path, "train.steps=20")
     assert other.returncode == 2
