@@ -113,6 +113,21 @@ def test_ctrl_c_ends_it_and_the_same_command_goes_on(undisturbed, tmp_path):
     assert rows(tmp_path) == rows(undisturbed[0])
 
 
+def test_ctrl_c_leaves_each_cell_its_checkpoint(tmp_path):
+    """There is none before the end of a run: only a worker that stops after its step writes one."""
+    process = started(tmp_path, "train.steps=20000", "train.checkpoint_every=0")
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("study/attempts/*/metrics.jsonl"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    attempts = list((tmp_path / "study" / "attempts").iterdir())
+    assert len(attempts) == 2
+    assert all(list(attempt.glob("checkpoints/step_*/meta.json")) for attempt in attempts)
+
+
 def test_a_cell_that_cannot_be_trained_is_named(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     words = "data=embedded,local", f"data.path={tmp_path / 'bad.txt'}"

@@ -106,7 +106,7 @@ def _worker(directory: Path, count: int) -> "subprocess.Popen[bytes]":
 
 
 def _ended(workers: "list[subprocess.Popen[bytes]]", status: int) -> int:
-    """Wait for the workers, which have had the terminal's Ctrl-C too or have nothing left to do."""
+    """Wait for the workers, which have nothing left to do, or are asked to stop after their step."""
     for worker in workers:
         if status:
             worker.terminate()

@@ -122,6 +122,9 @@ if __name__ == "__main__":
     import signal
     import sys
 
+    # Ctrl-C in a terminal reaches the sweep as well, which ends its workers by SIGTERM: a second signal would have them
+    # stop at once, without a checkpoint.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         work(Path(sys.argv[1]))
