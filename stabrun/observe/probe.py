@@ -6,7 +6,6 @@ harm. Shapes: `[B, T, width]` at a linear layer, `[B, h, T, d]` at an attention 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,11 +43,6 @@ def token_norms(x: Tensor, out: Tensor) -> None:
     torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32, out=out)
 
 
-def full_precision(device: str) -> AbstractContextManager:
-    """A context in which autocast rounds no product."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
 def attention_statistics(core: Core, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Largest logit over the past, and mean entropy of the rows of the softmax; 0-dim each.
 
@@ -65,7 +59,8 @@ def attention_statistics(core: Core, q: Tensor, k: Tensor) -> tuple[Tensor, Tens
         shaped = core.shaped(logits)
         shaped.sub_(shaped.amax(-1, keepdim=True))
         p = shaped.softmax(-1)
-        entropies.append(-(p.flatten() @ shaped.flatten()) - p.amax(-1).log().sum())
+        # Elementwise, for autocast would round a matrix product; in place, for `shaped` is as large as memory allows.
+        entropies.append(-shaped.mul_(p).sum() - p.amax(-1).log().sum())
     return torch.stack(peaks).amax(), torch.stack(entropies).sum() / (batch * heads * time)
 
 
@@ -206,7 +201,7 @@ class Probe:
     def _attention_hook(self, peak_slot: int, entropy_slot: int) -> Callable:
         def after(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.slow:
-                with torch.no_grad(), full_precision(args[0].device.type):
+                with torch.no_grad():
                     peak, entropy = attention_statistics(module, args[0], args[1])
                     self.now[peak_slot] = peak
                     self.now[entropy_slot] = entropy
