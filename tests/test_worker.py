@@ -39,6 +39,14 @@ def worker(directory):
     return subprocess.Popen([sys.executable, "-c", WORKER, str(directory)], stdout=subprocess.DEVNULL)
 
 
+def await_any(folder, pattern):
+    """Wait until a file of this pattern is there."""
+    deadline = time.monotonic() + 90
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def statuses(plan: Plan, directory):
     return {cell: entry.status for cell, entry in Ledger(directory).entries(plan.cells).items()}
 
@@ -70,10 +78,7 @@ def test_two_workers_train_each_cell_once_as_it_is_trained_alone(tmp_path, alone
 def test_a_killed_worker_s_cell_goes_on_from_its_checkpoint(tmp_path, alone):
     plan = a_study(tmp_path)
     process = worker(tmp_path)
-    deadline = time.monotonic() + 90
-    while not list(tmp_path.glob("attempts/*/checkpoints/step_*/meta.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    await_any(tmp_path, "attempts/*/checkpoints/step_*/meta.json")
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert worker(tmp_path).wait(timeout=120) == 0
@@ -104,10 +109,7 @@ def test_a_cell_that_cannot_be_trained_is_given_up_and_the_rest_goes_on(tmp_path
 def test_ctrl_c_gives_the_cell_back(tmp_path, alone):
     plan = a_study(tmp_path)
     process = worker(tmp_path)
-    deadline = time.monotonic() + 90
-    while not list(tmp_path.glob("attempts/*/metrics.jsonl")):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    await_any(tmp_path, "attempts/*/metrics.jsonl")
     os.kill(process.pid, signal.SIGINT)
     process.wait(timeout=60)
     assert len(list((tmp_path / "ledger").glob("*.left"))) <= 1

@@ -63,7 +63,7 @@ def attempt(plan: Plan, claim: Claim) -> dict[str, Any] | None:
     except KeyboardInterrupt:
         claim.leave("interrupted")
         raise
-    except (Exception, MemoryError) as error:
+    except Exception as error:
         claim.directory.mkdir(exist_ok=True)
         if not isinstance(error, MistakeError):
             (claim.directory / "error.txt").write_text(traceback.format_exc())
