@@ -4,7 +4,7 @@ from typing import Any
 
 from stabrun.config import Config, ModelConfig, keys, rotated, value_of
 
-LOW = ("bf16", "fp16")  # precisions of two bytes
+LOW = {"bf16": "bfloat16", "fp16": "float16"}  # precisions of two bytes → torch's names for them
 
 
 def norm_parameters(model: ModelConfig, width: int, present: bool = True) -> int:

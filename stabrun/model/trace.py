@@ -6,13 +6,14 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 
 from stabrun.config import Config
+from stabrun.model.describe import LOW
 from stabrun.model.gpt import GPT
 
 
 def traced_memory(config: Config) -> int:
     """Bytes at the peak of the second step of a micro-batch, when Adam's moments are there; nothing is allocated."""
     sequences = config.train.micro_batch_size or config.train.batch_size
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    low = getattr(torch, LOW.get(config.train.precision, "float32"))
     with FakeTensorMode():
         model = GPT(config.model, config.data.seq_len)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -23,7 +24,7 @@ def traced_memory(config: Config) -> int:
             for step in range(2):
                 if step:
                     tracker.reset_mod_stats()
-                with torch.autocast("cpu", low, enabled=low is not None):
+                with torch.autocast("cpu", low, enabled=low != torch.float32):
                     loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
                 loss.backward()
                 optimizer.step()

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from stabrun.config import Config, MistakeError, TrainConfig
-from stabrun.model.describe import human, memory
+from stabrun.model.describe import LOW, human, memory
 
-LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
@@ -28,8 +27,9 @@ def pick_device(config: TrainConfig) -> torch.device:
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
     """Matrix products in bf16 or fp16 where asked for; norms, softmax and logits stay in fp32 by the model's hand."""
-    kind = LOW.get(config.precision)
-    return torch.autocast(device.type, dtype=kind) if kind else nullcontext()
+    if config.precision not in LOW:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, LOW[config.precision]))
 
 
 def prepare_backend(config: TrainConfig) -> None:
