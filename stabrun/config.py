@@ -199,6 +199,7 @@ class TrainConfig:
     )
     loss_scale: float = key(65536.0, RESULT, "fp16: the first scale of the loss", above=0, at_most=2.0**32)
     loss_scale_growth: int = key(2000, RESULT, "fp16: steps without overflow after which the scale doubles", at_least=1)
+    stop_early: bool = key(False, RESULT, "whether a run ends once its divergence is certain; a search sets it")
     compile: bool | None = key(None, RESOURCE, "torch.compile; null for on with CUDA alone")
     threads: int | None = key(None, RESOURCE, "CPU threads; null for torch's choice", at_least=1, at_most=1024)
     deterministic: bool = key(False, RESOURCE, "bit-identical on CUDA too, at a cost in speed")

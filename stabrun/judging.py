@@ -152,6 +152,8 @@ def short(loss: float) -> str:
 def details(facts: dict[str, Any]) -> Iterator[str]:
     """What stands below the verdict: how far it was seen, scar, spikes, signals, the other run, notes."""
     yield f"seen up to step {facts['horizon']}, by rule {facts['rule']}"
+    if len(set(facts["by_strictness"].values())) > 1:
+        yield "by strictness: " + ", ".join(f"{name} {verdict}" for name, verdict in facts["by_strictness"].items())
     if facts["certain_step"] is not None:
         yield f"certain from step {facts['certain_step']}"
     if facts["scar"]:

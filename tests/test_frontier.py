@@ -8,7 +8,7 @@ import pytest
 import questplus
 from scipy.stats import norm
 
-from stabrun.study.frontier import LEVEL, Frontier, Grid, ratio
+from stabrun.study.frontier import LEVEL, Frontier, Grid, Interval, ratio
 
 LOW, OCTAVES = 2.0**-12, 10
 GRID = Grid(LOW, LOW * 2**OCTAVES)
@@ -19,7 +19,7 @@ def searched(threshold, spread, random, runs=12, lapse=0.0):
     """A search of `runs` runs for `threshold` (log₂ of a rate); the frontier it ends with."""
     frontier = Frontier(GRID)
     for _ in range(runs):
-        rate = frontier.next_rate()
+        rate, _ = frontier.next_rate()
         chance = lapse / 2 + (1 - lapse) * norm.cdf((math.log2(rate) - threshold) / spread)
         frontier = frontier.after(rate, random.random() < chance)
     return frontier
@@ -73,7 +73,7 @@ def test_the_search_is_that_of_questplus_where_both_do_the_same():
     )  # fmt: skip
     ours, random = Frontier(grid), np.random.default_rng(0)
     for _ in range(15):
-        rate = ours.next_rate()
+        rate, _ = ours.next_rate()
         theirs = float(np.asarray(oracle.next_stim["intensity"]))
         assert math.log2(rate) == pytest.approx(theirs, abs=1e-9)
         diverged = bool(random.random() < norm.cdf((theirs + 3.7) / spread))
@@ -116,26 +116,67 @@ def test_rates_at_a_chance_are_those_of_the_curve():
     assert gap == pytest.approx(-0.3 * norm.ppf(0.1), abs=0.06)
 
 
-@pytest.mark.parametrize(("diverged", "end"), [(True, "high"), (False, "low")])
-def test_a_frontier_outside_of_the_range_is_a_bound(diverged, end):
-    frontier = Frontier(GRID)
-    for _ in range(12):
-        frontier = frontier.after(frontier.next_rate(), diverged)
-    found = frontier.rate_at(0.5)
-    assert getattr(found, "low" if end == "high" else "high") is None
-    assert math.isinf(found.octaves)
+@pytest.mark.parametrize(
+    ("diverged", "bound"), [(False, Interval(None, GRID.high, None)), (True, Interval(None, None, GRID.low))]
+)
+def test_a_frontier_outside_of_the_range_is_a_bound_and_known_to_be_one(diverged, bound):
+    frontier, runs = Frontier(GRID), 0
+    while not frontier.known_to(0.25):
+        frontier, runs = frontier.after(frontier.next_rate()[0], diverged), runs + 1
+    assert frontier.rate_at(0.5) == bound
+    assert runs < 15
+
+
+def test_a_frontier_at_the_end_of_the_range_has_one_end():
+    runs = [(GRID.high, seed % 2 == 0) for seed in range(10)] + [(GRID.high / 2, False)] * 10
+    found = Frontier.of(GRID, runs).rate_at(0.5)
+    assert GRID.high / 2 < found.low < GRID.high
+    assert found.high is None
+    assert Frontier(GRID).known_to(0.25) is False
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.3])
+def test_a_search_to_a_width_holds_it(spread):
+    """Until lr50 is known to ± 0.25 octaves: the interval is as narrow as asked, and holds the truth."""
+    held, counts = 0, []
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        truth = MIDDLE + float(np.clip(random.normal(0, 2), -4, 4))
+        frontier, count = Frontier(GRID), 0
+        while not frontier.known_to(0.25) and count < 60:
+            rate, _ = frontier.next_rate(diverged_cost=0.5)
+            chance = norm.cdf((math.log2(rate) - truth) / spread)
+            frontier, count = frontier.after(rate, random.random() < chance), count + 1
+        found = frontier.rate_at(0.5)
+        assert math.log2(found.high / found.low) <= 0.5 + 1e-9
+        held += math.log2(found.low) <= truth <= math.log2(found.high)
+        counts.append(count)
+    assert held >= 0.92 * 40
+    assert np.median(counts) < 33  # eleven rates × three seeds, which cannot tell as much
 
 
 def test_a_cheap_divergence_is_sought_sooner():
     frontier = Frontier.of(GRID, [(2.0**-7, False), (2.0**-6, True)])
-    rates = [frontier.next_rate(diverged_cost=cost) for cost in (1.0, 0.2)]
+    rates = [frontier.next_rate(diverged_cost=cost)[0] for cost in (1.0, 0.2)]
     assert rates[1] > rates[0]
 
 
 def test_pending_runs_send_the_next_one_elsewhere():
     frontier = Frontier.of(GRID, [(2.0**-7, False), (2.0**-6, True)])
-    first = frontier.next_rate()
-    assert frontier.next_rate(pending=[first]) != first
+    first, gain = frontier.next_rate()
+    second, less = frontier.expecting([first]).next_rate()
+    assert second != first
+    assert 0 < less < gain
+
+
+def test_what_a_run_tells_is_the_expected_loss_of_entropy():
+    frontier = Frontier.of(GRID, [(2.0**-7, False)])
+    rate, gain = frontier.next_rate()
+    index = int(np.argmin(abs(GRID.rates - math.log2(rate))))
+    left = frontier.threshold()
+    now = -sum(weight * math.log(weight) for weight in left if weight > 0)
+    assert gain == pytest.approx(now - frontier.entropies()[index])
+    assert gain == pytest.approx(max(now - frontier.entropies()))
 
 
 def test_ratio_of_two_frontiers():
@@ -145,10 +186,20 @@ def test_ratio_of_two_frontiers():
         runs = [(2.0 ** (octave + step / 10), step > 0) for step in range(-9, 10) for _ in range(20)]
         return Frontier.of(grid, runs)
 
-    median, low, high = ratio(known(-5.0), known(-7.0))
-    assert low < median < high
-    assert median == pytest.approx(4.0, rel=0.03)
+    told = ratio(known(-5.0), known(-7.0))
+    assert told.low < told.median < told.high
+    assert told.median == pytest.approx(4.0, rel=0.03)
     # Two independent normal errors: their variances add.
-    one = known(-5.0).rate_at(0.5).octaves
-    assert math.log2(high / low) / 2 == pytest.approx(one * math.sqrt(2), rel=0.35)
+    one = known(-5.0).rate_at(0.5)
+    assert math.log2(told.high / told.low) == pytest.approx(math.log2(one.high / one.low) * math.sqrt(2), rel=0.35)
     assert LEVEL == 0.95
+
+
+def test_ratio_to_a_frontier_beyond_the_range_is_a_bound():
+    known = Frontier.of(GRID, [(2.0 ** (-6 + step / 10), step > 0) for step in range(-9, 10) for _ in range(5)])
+    beyond = Frontier.of(GRID, [(GRID.high, False)] * 12)
+    told = ratio(beyond, known)
+    assert (told.median, told.high) == (None, None)
+    assert told.low == pytest.approx(GRID.high / known.rate_at(0.5).high, rel=0.05)
+    assert ratio(known, beyond) == Interval(None, None, pytest.approx(1 / told.low, rel=0.05))
+    assert ratio(beyond, beyond) == Interval(None, None, None)

@@ -1,12 +1,16 @@
-"""`results.csv` and `study.json` from made-up summaries, read back by the standard library."""
+"""`results.csv`, `study.json` and the table of the answer, from made-up summaries."""
 
 import csv
 import json
+from dataclasses import asdict
 
 import pytest
 from conftest import TINY
 
 from stabrun.config import conf_dir
+from stabrun.observe.verdict import STRICTNESS
+from stabrun.study.answer import beside, by_arm, lines, rate_told
+from stabrun.study.frontier import Frontier, Grid
 from stabrun.study.plan import planned
 from stabrun.study.results import COLUMNS, write
 
@@ -25,14 +29,20 @@ def a_study(directory, arms=("baseline", "qk_norm"), seeds=2, missing=()):
         final = "nan" if lost else 2.0 + cell.lr + 0.01 * cell.seed - better
         facts = {
             "run_id": cell.id, "variant": cell.arm, "lr": cell.lr, "seed": cell.seed, "status": "complete",
-            "verdict": "diverged" if lost else "converged", "final_loss": final, "init_loss": 6.0,
-            "first_bad_step": None, "spikes": {"count": 1},
+            "verdict": "diverged" if lost else "converged", "final_loss": final, "init_loss": 6.0, "reason": "",
+            "by_strictness": dict.fromkeys(STRICTNESS, "diverged" if lost else "converged") | strictly(cell),
+            "first_bad_step": None, "spikes": {"count": 1}, "tokens": 100,
         }  # fmt: skip
         (directory / "runs" / cell.id).mkdir(parents=True)
         (directory / "runs" / cell.id / "summary.json").write_text(json.dumps(facts))
     write(plan, directory)
     with open(directory / "results.csv", newline="") as file:
         return list(csv.DictReader(file)), json.loads((directory / "study.json").read_text())
+
+
+def strictly(cell):
+    """The strict rule calls one more run diverged."""
+    return {"strict": "diverged"} if (cell.arm, cell.lr) == ("baseline", 0.1) else {}
 
 
 def test_a_row_a_run(tmp_path):
@@ -43,12 +53,15 @@ def test_a_row_a_run(tmp_path):
     assert tuple(rows[0]) == COLUMNS
     assert rows[0]["first_bad_step"] == ""
     assert rows[4]["final_loss"] == "nan"
+    assert [rows[2][name] for name in ("lenient", "standard", "strict")] == ["converged", "converged", "diverged"]
 
 
 def test_numbers_by_arm(tmp_path):
     _, told = a_study(tmp_path)
-    baseline, normed = told["baseline"], told["qk_norm"]
-    assert baseline["runs"][2] == {"lr": 1.0, "runs": 2, "diverged": 2}
+    facts = {name: told[name] for name in ("name", "strategy", "cells", "runs", "tokens")}
+    assert facts == {"name": "study", "strategy": "grid", "cells": 12, "runs": 12, "tokens": 1200}
+    baseline, normed = told["variants"]["baseline"], told["variants"]["qk_norm"]
+    assert baseline["runs"][2] == {"lr": 1.0, "runs": 2, "diverged": 2, "undecided": 0}
     assert (baseline["max_stable_lr"], baseline["min_diverged_lr"]) == (0.1, 1.0)
     assert (normed["max_stable_lr"], normed["min_diverged_lr"]) == (1.0, None)
     assert normed["gain"]["value"] == pytest.approx(0.1)
@@ -56,11 +69,64 @@ def test_numbers_by_arm(tmp_path):
     # Means over seeds of min(loss, 6): 2.015, 2.105 and 6, above the lowest by 0, 0.09 and 3.985.
     assert baseline["lr_sensitivity"]["value"] == pytest.approx((0.09 + 3.985) / 3)
     assert baseline["lr_sensitivity"]["low"] <= baseline["lr_sensitivity"]["value"]
+    assert (baseline["separated"], normed["separated"]) == (True, False), "nothing of qk_norm diverged"
+    lenient, standard, strict = (baseline["frontier"][name]["lr50"] for name in STRICTNESS)
+    assert lenient == standard
+    assert 0.01 < standard["low"] < 0.1 < standard["median"] < 1.0
+    assert strict["median"] < standard["median"]
+    assert baseline["frontier"]["standard"]["lr10"]["median"] < standard["median"]
+    assert normed["frontier"]["standard"]["over"]["baseline"]["low"] > 0
+    assert set(baseline["frontier"]["standard"]["over"]) == {"qk_norm"}
+
+
+def test_the_frontier_of_a_grid_is_bayes_over_its_rates(tmp_path):
+    _, told = a_study(tmp_path)
+    runs = [(0.01, False)] * 2 + [(0.1, False)] * 2 + [(1.0, True)] * 2
+    by_hand = Frontier.of(Grid(0.01, 1.0), runs).rate_at(0.5)
+    assert told["variants"]["baseline"]["frontier"]["standard"]["lr50"] == asdict(by_hand)
+
+
+def test_further_axes_have_their_own_baselines(tmp_path):
+    plan, _, _ = planned(
+        conf_dir(), [*TINY, "study.variants=[baseline,qk_norm]", "study.lrs=[0.1,1]", "model.n_layer=1,2"]
+    )
+    told = by_arm(plan, [])
+    assert list(told) == ["baseline n_layer=1", "baseline n_layer=2", "qk_norm n_layer=1", "qk_norm n_layer=2"]
+    assert [beside("qk_norm n_layer=2", name) for name in ("baseline", "qk_norm")] == [
+        "baseline n_layer=2",
+        "qk_norm n_layer=2",
+    ]
+
+
+def test_the_table_of_a_grid_reads_as_its_numbers(tmp_path):
+    _, told = a_study(tmp_path)
+    head, baseline, normed = lines(told)
+    assert head.split("  ")[0] == ""
+    assert baseline.startswith("baseline  2 of 6")
+    assert "0 of 6" in normed
+    gain = told["variants"]["qk_norm"]["gain"]
+    assert f"{gain['value']:.3f} ({gain['low']:.3f} to {gain['high']:.3f})" in normed
+    assert baseline.index("2.015") == normed.index("1.915"), "the columns stand below each other"
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        ((0.15, 0.1, 0.2), "0.15 (0.1 to 0.2)"),
+        ((2.8, 2.1, None), "2.8 (> 2.1)"),
+        ((None, 3.0, None), "> 3"),
+        ((None, None, 0.003), "< 0.003"),
+        ((None, None, None), "?"),
+    ],
+)
+def test_an_interval_in_words(interval, said):
+    assert rate_told(dict(zip(("median", "low", "high"), interval, strict=True))) == said
 
 
 def test_a_study_that_is_not_whole_has_no_sensitivity_yet(tmp_path):
     rows, told = a_study(tmp_path, missing={("qk_norm", 1.0, 1)})
     assert len(rows) == 11
+    told = told["variants"]
     assert "lr_sensitivity" not in told["qk_norm"]
     assert told["qk_norm"]["runs"][2]["runs"] == 1
     assert told["baseline"]["lr_sensitivity"]["value"] > 0
@@ -68,9 +134,12 @@ def test_a_study_that_is_not_whole_has_no_sensitivity_yet(tmp_path):
 
 def test_one_seed_and_nothing_finished(tmp_path):
     _, told = a_study(tmp_path / "one", seeds=1)
-    assert told["baseline"]["lr_sensitivity"]["low"] is None
+    assert told["variants"]["baseline"]["lr_sensitivity"]["low"] is None
     places = {(arm, rate, 0) for arm in ("baseline", "qk_norm") for rate in RATES}
     (tmp_path / "none" / "runs").mkdir(parents=True)
     rows, told = a_study(tmp_path / "none", seeds=1, missing=places)
     assert rows == []
-    assert told["baseline"] == {"runs": [], "max_stable_lr": None, "min_diverged_lr": None}
+    bare = {"runs": [], "max_stable_lr": None, "min_diverged_lr": None, "separated": False}
+    assert told["variants"]["baseline"] == bare | {"frontier": dict.fromkeys(STRICTNESS)}
+    (line,) = (line for line in lines(told) if line.startswith("baseline"))
+    assert line.split() == ["baseline", "0", "of", "0", *"-----"]

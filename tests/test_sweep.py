@@ -1,6 +1,7 @@
 """`stabrun sweep` as a user runs it: to its end, extended, killed, interrupted, refused."""
 
 import csv
+import json
 import os
 import random
 import signal
@@ -48,9 +49,12 @@ def test_a_study_to_its_end_and_its_table(undisturbed):
     folder, told = undisturbed
     assert len(rows(folder)) == 8
     lines = told.splitlines()
-    assert lines[-5].split() == ["lr", "0.01", "0.1"]
-    assert [line.split()[0] for line in lines[-4:-2]] == ["baseline", "qk_norm"]
-    assert all(len(mark) == 2 for line in lines[-4:-2] for mark in line.split()[1:])
+    top = next(index for index, line in enumerate(lines) if line.startswith("lr "))
+    assert lines[top].split() == ["lr", "0.01", "0.1"]
+    assert [line.split()[0] for line in lines[top + 1 : top + 3]] == ["baseline", "qk_norm"]
+    assert all(len(mark) == 2 for line in lines[top + 1 : top + 3] for mark in line.split()[1:])
+    answer = [line.split()[:4] for line in lines[-4:-2]]
+    assert answer == [["baseline", "0", "of", "4"], ["qk_norm", "0", "of", "4"]]
     assert lines[-1] == "records: study"
 
 
@@ -101,6 +105,35 @@ def test_killed_at_any_moment_the_same_command_completes(undisturbed, tmp_path, 
     assert orphans is None, "workers end when no cell is left"
 
 
+def test_a_search_killed_on_its_way_completes(tmp_path):
+    """Few steps at rates that tell little: each arm gets its runs, once, with the seeds in order."""
+    words = (
+        *TINY, "study.strategy=frontier", "study.variants=[baseline,qk_norm]", "study.lr_range=[3e-3,3]",
+        "study.max_runs=4", "study.workers=2", "study_dir=study", "train.checkpoint_every=5",
+    )  # fmt: skip
+    command = [sys.executable, "-m", "stabrun", "sweep", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("study/runs/*/summary.json"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = stabrun("sweep", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path)
+    assert len(found) == len(os.listdir(tmp_path / "study" / "runs"))
+    told = json.loads((tmp_path / "study" / "study.json").read_text())
+    for arm in ("baseline", "qk_norm"):
+        seeds = [int(row["seed"]) for row in found if row["arm"] == arm]
+        assert seeds == list(range(len(seeds)))
+        assert len(seeds) == 4 or told["variants"][arm]["enough"]
+    assert "a grid as fine (21 learning rates × 3 seeds) takes 126 runs" in done.stdout
+    again = stabrun("sweep", *words, cwd=tmp_path)
+    assert "[" not in again.stdout
+    assert rows(tmp_path) == found
+
+
 def test_ctrl_c_ends_it_and_the_same_command_goes_on(undisturbed, tmp_path):
     process = started(tmp_path)
     time.sleep(4.0)
@@ -148,7 +181,7 @@ def test_a_cell_that_cannot_be_trained_is_named(tmp_path):
     [
         (("study.variants=[qk_nrom]",), "qk_nrom"),
         (("study.lrs=[-1]",), "optim.lr=-1.0"),
-        (("study.strategy=frontier", "study.lrs=[]", "study.lr_range=[1,2]"), "study.strategy=frontier"),
+        (("study.strategy=frontier", "study.lrs=[]", "study.lr_range=[2,1]"), "study.lr_range=[2.0, 1.0]"),
         (("--follow",), "no such flag"),
         (("study.wrokers=2",), "Did you mean study.workers?"),
     ],

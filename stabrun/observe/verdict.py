@@ -41,6 +41,7 @@ class Verdict:
 
     `certain_step` is the step from which `diverged` could no longer change; `scar` is how far a recovered run's last
     level lies above its lowest, in units of the loss; `signals` names for each signal its first alarm and lead.
+    `by_strictness` is the verdict at each strictness of the rule.
     `val_gap` is the last validation loss less the last level of the training loss; `overfit` says since when the former
     rises while the latter falls.
     """
@@ -60,6 +61,7 @@ class Verdict:
     best_val_loss: float | None = None
     val_gap: float | None = None
     overfit: dict[str, Any] | None = None
+    by_strictness: dict[str, str] = field(default_factory=dict)
     rule: int = RULE
 
     @property
@@ -129,9 +131,9 @@ class Judge:
 
         A run of `planned` steps that ended before them is not called stable.
         """
-        verdict, span = self._judged(STRICTNESS[STANDARD])
-        if planned is not None and verdict.stable and verdict.horizon + 1 < planned:
-            verdict = replace(verdict, verdict=UNDECIDED, reason="interrupted")
+        judged = {name: self._judged(strictness) for name, strictness in STRICTNESS.items()}
+        ended = {name: whole(verdict, planned) for name, (verdict, _) in judged.items()}
+        verdict, span = ended[STANDARD], judged[STANDARD][1]
         breaks = self.signals.breaks()
         site = verdict.first_bad_site or (first_to_break(self.signals.series, breaks, *span) if span else None)
         told = {
@@ -139,6 +141,7 @@ class Judge:
             for name, (row, where) in alarms(breaks, since=span[0] - LONGEST if span else 0).items()
         }
         known = replace(verdict, first_bad_site=site, signals=told, spikes=spikes(self._finite(), self.steps))
+        known = replace(known, by_strictness={name: verdict.verdict for name, verdict in ended.items()})
         return replace(known, **self._validated(known.stable or known.reason == "interrupted"))
 
     def _validated(self, stable: bool) -> dict[str, Any]:
@@ -217,6 +220,13 @@ class Judge:
             said, span = bad(RECOVERED, "came_back", chart, rises[0][0])
             return replace(said, scar=scar), span
         return replace(known, verdict=CONVERGED, reason="fell"), None
+
+
+def whole(verdict: Verdict, planned: int | None) -> Verdict:
+    """The verdict, but for that of a run that is stable so far and ended before its `planned` steps."""
+    if planned is not None and verdict.stable and verdict.horizon + 1 < planned:
+        return replace(verdict, verdict=UNDECIDED, reason="interrupted")
+    return verdict
 
 
 def back_at_last(losses: Floats, chart: Level) -> bool:

@@ -6,7 +6,7 @@ both in octaves, and λ the lapse, the share of runs whose fate has nothing to d
 (QUEST+, Watson 2017, doi 10.1167/17.3.10, takes the entropy of all parameters: the same where s and λ are known).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,20 +26,21 @@ SPREADS = np.geomspace(0.1, 3.0, 10)
 USUAL_SPREAD, DOUBT = 0.8, 1.0
 LAPSES, LAPSE_WEIGHTS = np.array([0.0, 0.05]), np.array([0.7, 0.3])
 LEVEL = 0.95  # of every interval
+TAIL = (1 - LEVEL) / 2
+DRAWS = 20_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A learning rate: the posterior's median, and the ends that hold it with LEVEL; None where the range does not."""
+    """A learning rate, or another number: the posterior's median, and the ends that hold it with LEVEL.
+
+    What lies beyond the range searched is None, for there the posterior is but the prior. Where all of it lies beyond,
+    the end of the range is the bound that is known: (None, high end, None) above, (None, None, low end) below.
+    """
 
     median: float | None
     low: float | None
     high: float | None
-
-    @property
-    def octaves(self) -> float:
-        """Half of its width, in octaves; infinite where an end is missing."""
-        return float("inf") if self.low is None or self.high is None else float(np.log2(self.high / self.low)) / 2
 
 
 @dataclass(frozen=True)
@@ -130,20 +131,24 @@ class Frontier:
             left += xlogy(whole, whole) - xlogy(joint, joint).sum(axis=1)
         return left
 
-    def next_rate(self, diverged_cost: float = 1.0, pending: Sequence[float] = ()) -> float:
-        """The rate whose run tells most for each step it is expected to take.
+    def next_rate(self, diverged_cost: float = 1.0) -> tuple[float, float]:
+        """The rate whose run tells most for each step it is expected to take, and how much, in nats a whole run.
 
-        `diverged_cost`: steps of a run that diverges, of those of a whole one. `pending`: rates of runs that are still
-        going on, taken to end as is more likely.
+        `diverged_cost`: steps of a run that diverges, of those of a whole one.
         """
+        now = -float(xlogy(self.threshold(), self.threshold()).sum())
+        chance = self.chances()
+        gains = (now - self.entropies()) / (chance * diverged_cost + (1 - chance))
+        best = int(np.argmax(gains))
+        return float(2.0 ** self.grid.rates[best]), float(gains[best])
+
+    def expecting(self, pending: Iterable[float]) -> "Frontier":
+        """As if the runs at these rates, which still go on, had ended as is more likely."""
         seen = self
         for rate in pending:
-            likely = float(self.grid.diverges(np.array([np.log2(rate)]))[0] @ seen.posterior) > 0.5
-            seen = seen.after(rate, likely)
-        now = -float(xlogy(seen.threshold(), seen.threshold()).sum())
-        chance = seen.chances()
-        cost = chance * diverged_cost + (1 - chance)
-        return float(2.0 ** self.grid.rates[np.argmax((now - seen.entropies()) / cost)])
+            chance = float(self.grid.diverges(np.array([np.log2(rate)]))[0] @ seen.posterior)
+            seen = seen.after(rate, chance > 0.5)
+        return seen
 
     def octaves_at(self, chance: float) -> Floats:
         """log₂ of the rate at which `chance` of the seeds diverge, were a cell the truth: `[cells]`."""
@@ -151,31 +156,57 @@ class Frontier:
         share = np.clip((chance - lapses / 2) / (1 - lapses), 1e-3, 1 - 1e-3)  # a lapse may be more than the chance
         return thresholds + spreads * ndtri(share)
 
+    def quantiles(self, values: Floats) -> Floats:
+        """Median, lower and upper end of the posterior of what has these values over the grid's cells, `[3]`."""
+        order = np.argsort(values)
+        mass = np.cumsum(self.posterior[order])
+        places = np.searchsorted(mass, [0.5, TAIL, 1 - TAIL])
+        return values[order][np.minimum(places, len(order) - 1)]
+
+    def spread(self) -> Interval:
+        """s, in octaves."""
+        return Interval(*map(float, self.quantiles(self.grid.cells[1])))
+
     def rate_at(self, chance: float) -> Interval:
         """The learning rate at which `chance` of the seeds diverge: lr50, lr10."""
-        octaves = self.octaves_at(chance)
-        order = np.argsort(octaves)
-        mass = np.cumsum(self.posterior[order])
-        tail = (1 - LEVEL) / 2
-        ends = [float(octaves[order][np.searchsorted(mass, q)]) for q in (0.5, tail, 1 - tail)]
+        return self._within_range(self.quantiles(self.octaves_at(chance)))
+
+    def _within_range(self, octaves: Floats) -> Interval:
         low, high = np.log2(self.grid.low), np.log2(self.grid.high)
-        inside = [2.0**end if low - STEP <= end <= high + STEP else None for end in ends]
-        return Interval(*inside)
+        if octaves[1] >= high:
+            return Interval(None, self.grid.high, None)
+        if octaves[2] <= low:
+            return Interval(None, None, self.grid.low)
+        return Interval(*(float(2.0**end) if low <= end <= high else None for end in octaves))
+
+    def known_to(self, width: float) -> bool:
+        """Whether lr50 is known to ± `width` octaves, or to lie beyond the range."""
+        _, low, high = self.quantiles(self.octaves_at(0.5))
+        beyond = low >= np.log2(self.grid.high) or high <= np.log2(self.grid.low)
+        return bool(beyond or high - low <= 2 * width)
 
 
-def ratio(one: Frontier, other: Frontier, chance: float = 0.5, draws: int = 20_000) -> tuple[float, float, float]:
-    """(median, low, high) of the ratio of two variants' rates at `chance`, from independent draws of both posteriors.
+def ratio(one: Frontier, other: Frontier, chance: float = 0.5) -> Interval:
+    """The ratio of two variants' rates at `chance`, from independent draws of both posteriors.
 
-    Where a range ended before a frontier the draws are the prior's there: the caller says so.
+    What would rest on a rate beyond its range is None. Where all of one lies beyond, the bound is that of the range's
+    end against the other's.
     """
     random = np.random.default_rng(0)
-    octaves = []
+    drawn, rates = [], []
     for frontier in (one, other):
-        cells = random.choice(len(frontier.posterior), draws, p=frontier.posterior)
-        octaves.append(frontier.octaves_at(chance)[cells] + random.uniform(-STEP / 2, STEP / 2, draws))
-    tail = (1 - LEVEL) / 2
-    median, low, high = 2.0 ** np.quantile(octaves[0] - octaves[1], [0.5, tail, 1 - tail])
-    return float(median), float(low), float(high)
+        cells = random.choice(len(frontier.posterior), DRAWS, p=frontier.posterior)
+        jitter = random.uniform(-STEP / 2, STEP / 2, DRAWS)
+        low, high = np.log2(frontier.grid.low), np.log2(frontier.grid.high)
+        drawn.append(np.clip(frontier.octaves_at(chance)[cells] + jitter, low, high))
+        rates.append(frontier.rate_at(chance))
+    median, least, most = 2.0 ** np.quantile(drawn[0] - drawn[1], [0.5, TAIL, 1 - TAIL])
+    above, below = rates
+    return Interval(
+        float(median) if above.median and below.median else None,
+        float(least) if above.low and below.high else None,
+        float(most) if above.high and below.low else None,
+    )
 
 
 def _steps(low: float, high: float, step: float) -> Floats:

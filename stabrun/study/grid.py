@@ -1,10 +1,10 @@
 """What a grid of learning rates says of a variant: LR sensitivity, the best rate and loss, with intervals; no torch.
 
 Losses are final ones, `[rates, seeds]` in nats, of runs that went to their end; the k-th seed is the same everywhere,
-so that whole seeds are drawn again for the intervals, over rates and variants alike.
+so that whole seeds are drawn again for the intervals, over rates and variants alike. A statistic takes the mean losses
+by rate, `[rates]` of one draw or `[rates, draws]` of many.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,34 +33,43 @@ class Curve:
     losses: Floats
     firsts: Floats
 
-    def capped(self) -> Floats:
-        """min(ℓ, ℓ₀), `[rates, seeds]`: a run that ended worse than it began, or in no number, counts as ℓ₀."""
+    def means(self, seeds: int | None = None) -> Floats:
+        """Mean over seeds of min(ℓ, ℓ₀), `[rates]`: one that ended above it, or in no number, counts as ℓ₀."""
+        return self._capped()[:, :seeds].mean(axis=1)
+
+    def drawn(self, seeds: int | None = None) -> Floats:
+        """The means, seeds drawn again, `[rates, DRAWS]`; the same draws for every curve of as many seeds."""
+        capped = self._capped()[:, :seeds]
+        count = capped.shape[1]
+        return capped[:, np.random.default_rng(0).integers(0, count, (DRAWS, count))].mean(axis=2)
+
+    def _capped(self) -> Floats:
         return np.fmin(self.losses, self.firsts)
 
-    def seeds(self, chosen: NDArray[np.int64]) -> "Curve":
-        return Curve(self.rates, self.losses[:, chosen], self.firsts[chosen])
 
-
-def lr_sensitivity(curve: Curve) -> float:
+def lr_sensitivity(means: Floats) -> Floats:
     """Mean over the rates of min(ℓ(η), ℓ₀) − ℓ*, ℓ* the lowest over the rates (arXiv 2309.14322, section 2.2).
 
     ℓ(η) is the mean over seeds, each capped by its own ℓ₀.
     """
-    losses = curve.capped().mean(axis=1)
-    return float((losses - losses.min()).mean())
+    return (means - means.min(axis=0)).mean(axis=0)
 
 
-def best_loss(curve: Curve) -> float:
-    return float(curve.capped().mean(axis=1).min())
+def best_loss(means: Floats) -> Floats:
+    return means.min(axis=0)
 
 
 def best_rate(curve: Curve) -> float:
-    return float(curve.rates[curve.capped().mean(axis=1).argmin()])
+    return float(curve.rates[curve.means().argmin()])
 
 
-def estimate(statistic: Callable[[Curve], float], curve: Curve) -> Estimate:
-    """A statistic of a curve, with its interval by the bootstrap over whole seeds."""
-    return _bootstrapped(lambda chosen: statistic(curve.seeds(chosen)), len(curve.firsts))
+def sensitivity(curve: Curve) -> Estimate:
+    return estimate(lr_sensitivity(curve.means()), lr_sensitivity(curve.drawn()), len(curve.firsts))
+
+
+def lowest(curve: Curve) -> Estimate:
+    """The best loss over the rates."""
+    return estimate(best_loss(curve.means()), best_loss(curve.drawn()), len(curve.firsts))
 
 
 def gain(curve: Curve, baseline: Curve) -> Estimate:
@@ -69,15 +78,13 @@ def gain(curve: Curve, baseline: Curve) -> Estimate:
     Each draw takes the same seeds of both.
     """
     count = min(len(curve.firsts), len(baseline.firsts))
-    return _bootstrapped(lambda chosen: best_loss(baseline.seeds(chosen)) - best_loss(curve.seeds(chosen)), count)
+    value = best_loss(baseline.means(count)) - best_loss(curve.means(count))
+    return estimate(value, best_loss(baseline.drawn(count)) - best_loss(curve.drawn(count)), count)
 
 
-def _bootstrapped(statistic: Callable[[NDArray[np.int64]], float], seeds: int) -> Estimate:
-    """The statistic of all seeds, and the percentile interval over seeds that are drawn again."""
-    value = statistic(np.arange(seeds))
+def estimate(value: Floats, drawn: Floats, seeds: int) -> Estimate:
+    """The value, and the percentile interval of what was drawn again."""
     if seeds < 2:
-        return Estimate(value)
-    random = np.random.default_rng(0)
-    drawn = [statistic(random.integers(0, seeds, seeds)) for _ in range(DRAWS)]
+        return Estimate(float(value))
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(low), float(high))
+    return Estimate(float(value), float(low), float(high))

@@ -147,6 +147,11 @@ class Ledger:
             if entry.status == FAILED:
                 self.path(cell, entry.attempt, "failed").rename(self.path(cell, entry.attempt, "left"))
 
+    def reopen(self, cell: str, attempt: int) -> None:
+        """Make a finished run an attempt that was left, which the next one goes on from."""
+        self.end(cell, attempt, "left", "its end no longer stands")
+        os.rename(self.runs / cell, self.attempts / f"{cell}.{attempt:04d}")
+
     def _step(self, cell: str, attempt: int) -> int:
         return int(self.progress(cell, attempt).get("step", 0))
 

@@ -1,10 +1,12 @@
 """A study's plan: the question that was asked, and the cells that answer it, each with a frozen configuration."""
 
+import fcntl
 import hashlib
 import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,8 +65,21 @@ class Plan:
         write_whole(directory / FILE, f"{text}cells:\n{rows}" if cells else f"{text}cells: []\n")
 
 
+@contextmanager
+def planning(directory: Path) -> Iterator[None]:
+    """One process at a time changes the plan; the ledger needs no lock."""
+    with open(directory / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def with_rate(config: Config, lr: float, seed: int) -> Config:
     return replace(config, optim=replace(config.optim, lr=lr), seed=seed)
+
+
+def tokens_of(config: Config) -> int:
+    """Tokens of a whole run."""
+    return config.train.steps * config.train.batch_size * config.data.seq_len
 
 
 def load(directory: Path) -> Plan:
@@ -102,10 +117,14 @@ def planned(conf: Path, overrides: list[str]) -> tuple[Plan, Path, Config]:
     _refuse_unasked(study, rates)
     words = dict(_arms(fixed, variants, axes))
     arms = dict(zip(words, composed_each(conf, list(words.values())), strict=True))
+    if study.strategy == FRONTIER:
+        _refuse_schedules(fixed, axes)
+        common, arms = for_search(common), {name: for_search(arm) for name, arm in arms.items()}
     plan = Plan(study.name, study.strategy, arms, list(study.lr_range), seeds, study.width, study.max_runs)
     tried = rates if study.strategy == GRID else study.lr_range
+    last_seed = max(seeds) if study.strategy == GRID else seeds[0] + study.max_runs - 1
     for arm, rate in itertools.product(arms.values(), tried):
-        for seed in {min(seeds), max(seeds)}:
+        for seed in {min(seeds), last_seed}:
             check(with_rate(arm, rate, seed))
     if study.strategy == GRID:
         for name, rate, seed in itertools.product(arms, rates, seeds):
@@ -125,6 +144,23 @@ def _refuse_unasked(study: Any, rates: list[float]) -> None:
             raise MistakeError(
                 f"study.lr_range={study.lr_range}: it must be two learning rates, the lower first, such as [1e-3,1]."
             )
+
+
+def _refuse_schedules(fixed: list[str], axes: dict[str, list[str]]) -> None:
+    """MistakeError where a search is to hold its learning rate, and is told otherwise."""
+    said = [word.partition("=")[::2] for word in fixed] + [(key, ",".join(values)) for key, values in axes.items()]
+    for key, value in said:
+        if key in ("schedule", "schedule.kind") and value != "constant":
+            raise MistakeError(
+                f"{key}={value}: a search holds the learning rate after the warm-up, for a schedule that falls hides "
+                "at its end what broke in the middle; leave it out, or run a grid."
+            )
+
+
+def for_search(config: Config) -> Config:
+    """The configuration with a constant rate after the warm-up, and an end where a divergence is certain."""
+    schedule = replace(config.schedule, kind="constant")
+    return replace(config, schedule=schedule, train=replace(config.train, stop_early=True))
 
 
 def _arms(fixed: list[str], variants: Iterable[str], axes: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
@@ -173,6 +209,8 @@ def extended(old: Plan, new: Plan) -> Plan:
         for name in ("strategy", "lr_range")
         if getattr(old, name) != getattr(new, name)
     ]
+    if new.strategy == FRONTIER and old.seeds[0] != new.seeds[0]:
+        differ.append(f"seed={old.seeds[0]} (here {new.seeds[0]})")
     for arm in old.arms.keys() & new.arms.keys():
         there, here = (_result(plan.arms[arm]) for plan in (old, new))
         differ += [f"{key}={there[key]} (here {here[key]})" for key in here if there[key] != here[key]]

@@ -1,21 +1,21 @@
 """`stabrun sweep`: plan a study, start workers on this machine, show what comes, and end with its table."""
 
-import fcntl
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from stabrun.config import MistakeError
 from stabrun.model.describe import flops_per_token
 from stabrun.observe.console import warn
 from stabrun.observe.record import read_object
-from stabrun.study import results
+from stabrun.study import answer, results
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING, Entry, Ledger
-from stabrun.study.plan import FILE, GRID, Plan, extended, load, planned
+from stabrun.study.plan import FILE, GRID, Plan, extended, load, planned, planning
+from stabrun.study.renew import renew
+from stabrun.study.search import next_run
 
 POLL = 0.3  # seconds between two looks at the ledger
 GRACE = 60.0  # seconds that workers have to end after Ctrl-C
@@ -29,22 +29,23 @@ def sweep(conf: Path, overrides: list[str], dry_run: bool) -> int:
     Raises MistakeError before anything is made where the question cannot be asked.
     """
     asked, directory, config = planned(conf, overrides)
-    if asked.strategy != GRID:
-        raise MistakeError("study.strategy=frontier: the search is not there yet; a grid is, with study.lrs=[…].")
     if dry_run:
         print("\n".join(described(_with_what_is_there(asked, directory), directory)))
         return 0
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):
+    with planning(directory):
         plan = _with_what_is_there(asked, directory)
         plan.save(directory)
-    ledger = Ledger(directory)
+        ledger = Ledger(directory)
+        renew(plan, directory, ledger)
     ledger.forgive(plan.cells)
-    print(f"{plan.name}: {len(plan.cells)} cells, {config.study.workers} workers → {directory}", flush=True)
-    status = _supervise(plan, directory, ledger, config.study.workers)
-    results.write(plan, directory)
+    cells = f"{len(plan.cells)} cells" if plan.strategy == GRID else f"up to {plan.max_runs} runs for each variant"
+    print(f"{plan.name}: {cells}, {config.study.workers} workers → {directory}", flush=True)
+    status = _supervise(directory, ledger, config.study.workers)
+    plan = load(directory)
+    facts = results.write(plan, directory)
     entries = ledger.entries(plan.cells)
-    print("\n".join([*matrix(plan, directory, entries), LEGEND, f"records: {directory}"]))
+    print("\n".join([*matrix(plan, directory, entries), LEGEND, "", *answer.lines(facts), "", f"records: {directory}"]))
     for cell, entry in entries.items():
         if entry.status == FAILED:
             place = plan.cells[cell]
@@ -64,21 +65,15 @@ def _with_what_is_there(asked: Plan, directory: Path) -> Plan:
     return asked
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One sweep at a time plans; the ledger needs no lock."""
-    with open(directory / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _supervise(plan: Plan, directory: Path, ledger: Ledger, count: int) -> int:
+def _supervise(directory: Path, ledger: Ledger, count: int) -> int:
     """Keep `count` workers at work until no cell is left; 130 after Ctrl-C."""
     workers: list[subprocess.Popen[bytes]] = []
+    plan = load(directory)
     told = {cell for cell, entry in ledger.entries(plan.cells).items() if entry.status == DONE}
     lives = count + 3 * len(plan.cells)  # a worker that dies before it has a cell must not be started for ever
     try:
         while True:
+            plan = load(directory)
             entries = ledger.entries(plan.cells)
             if done := [cell for cell, entry in entries.items() if entry.status == DONE and cell not in told]:
                 results.write(plan, directory)
@@ -86,7 +81,7 @@ def _supervise(plan: Plan, directory: Path, ledger: Ledger, count: int) -> int:
                     print(said(plan, directory, cell, len(told) + 1), flush=True)
                     told.add(cell)
             workers = [worker for worker in workers if worker.poll() is None]
-            if all(entry.status in (DONE, FAILED) for entry in entries.values()):
+            if all(entry.status in (DONE, FAILED) for entry in entries.values()) and not more(plan, directory):
                 return _ended(workers, 0)
             while len(workers) < count and lives > 0:
                 workers.append(_worker(directory, count))
@@ -96,6 +91,11 @@ def _supervise(plan: Plan, directory: Path, ledger: Ledger, count: int) -> int:
             time.sleep(POLL)
     except KeyboardInterrupt:
         return _ended(workers, 130)
+
+
+def more(plan: Plan, directory: Path) -> bool:
+    """Whether a search whose runs have all ended needs another."""
+    return next_run(plan, list(results.finished(plan, directory)), plan.cells) is not None
 
 
 def _worker(directory: Path, count: int) -> "subprocess.Popen[bytes]":

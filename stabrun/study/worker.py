@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.config import MistakeError
-from stabrun.study.ledger import LEASE, PLANNED, RUNNING, Claim, Ledger
-from stabrun.study.plan import Plan, load
+from stabrun.study.ledger import DONE, FAILED, LEASE, PLANNED, RUNNING, Claim, Ledger
+from stabrun.study.plan import Plan, load, planning
+from stabrun.study.results import finished
+from stabrun.study.search import next_run
 from stabrun.train.folder import INTERRUPTED
 from stabrun.train.run import Watch, train
 
@@ -35,17 +37,38 @@ def work(directory: Path, lease: float = LEASE) -> None:
 
 
 def _next(ledger: Ledger, directory: Path) -> Claim | None:
-    """A cell for this worker; None where none is left. Waits while others are at work, for one of them may die."""
+    """A cell for this worker, planned now where a search needs it; None where none is left.
+
+    Waits while others are at work, for one of them may die, or end in a way that asks for more.
+    """
+    looked_at: set[str] | None = None
     while True:
         plan = load(directory)
         entries = ledger.entries(plan.cells)
-        left = [cell for cell, entry in entries.items() if entry.status in (PLANNED, RUNNING)]
-        if not left:
-            return None
+        left = {cell for cell, entry in entries.items() if entry.status in (PLANNED, RUNNING)}
         for cell in sorted(left, key=lambda cell: entries[cell].status == RUNNING):
             if claim := ledger.claim(cell, entries[cell]):
                 return claim
+        if left != looked_at:
+            looked_at = left
+            if grow(ledger, directory):
+                continue
+        if not left:
+            return None
         time.sleep(POLL)
+
+
+def grow(ledger: Ledger, directory: Path) -> bool:
+    """Plan the run that a search needs next. False where it needs none now."""
+    with planning(directory):
+        plan = load(directory)
+        entries = ledger.entries(plan.cells)
+        ended = {cell for cell, entry in entries.items() if entry.status in (DONE, FAILED)}
+        run = next_run(plan, list(finished(plan, directory)), ended)
+        if run:
+            plan.add(*run)
+            plan.save(directory)
+    return run is not None
 
 
 def attempt(plan: Plan, claim: Claim) -> dict[str, Any] | None:

@@ -125,19 +125,24 @@ class Run:
             row = self.launch(self.done)
             self.done += 1
             self.note(late)
-            if self.judge.over:
+            if self.over:
                 return STOPPED
             late, stopping, last = row, stop.asked, self.done == steps
             if stopping or last or (every and self.done % every == 0):
                 self.note(late)
                 late = None
-                if not self.judge.over and (every or stopping):
+                if not self.over and (every or stopping):
                     self.save()
-            if self.judge.over:
+            if self.over:
                 return STOPPED
             if stopping and not last:
                 return INTERRUPTED
         return COMPLETE
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing that follows could change the verdict, as far as the configuration lets that end the run."""
+        return self.judge.over or (self.config.train.stop_early and self.judge.certain is not None)
 
     def launch(self, step: int) -> dict[str, Any]:
         """Queue one update; its row holds the snapshot in place of the values that the device still works on."""
