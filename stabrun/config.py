@@ -219,7 +219,8 @@ class TrackerConfig:
     name: str = key("wandb", VIEW, "where records are shown as well", allowed=("wandb", "none"))
     project: str = key("stabrun", VIEW, "W&B project")
     entity: str | None = key(None, VIEW, "W&B entity; null for the account's own")
-    group: str | None = key(None, VIEW, "W&B group; null for the variant")
+    group: str | None = key(None, VIEW, "W&B group; null for the variant, or the study's folder")
+    run_name: str | None = key(None, VIEW, "W&B name of the run; null for variant, learning rate and seed")
     tags: list[str] = many(VIEW, "W&B tags")
     norms_every: int = key(10, VIEW, "steps between the per-layer values sent to W&B", at_least=1)
 

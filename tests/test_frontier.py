@@ -127,6 +127,15 @@ def test_a_frontier_outside_of_the_range_is_a_bound_and_known_to_be_one(diverged
     assert runs < 15
 
 
+@pytest.mark.parametrize("diverged", [True, False])
+def test_where_all_runs_end_alike_there_is_but_one_bound(diverged):
+    middle = 2.0**MIDDLE
+    found = Frontier.of(GRID, [(middle, diverged)] * 2).rate_at(0.5)
+    assert found.median is None
+    assert (found.low is None, found.high is None) == (diverged, not diverged)
+    assert Frontier(GRID).rate_at(0.5) == Interval(None, None, None)
+
+
 def test_a_frontier_at_the_end_of_the_range_has_one_end():
     runs = [(GRID.high, seed % 2 == 0) for seed in range(10)] + [(GRID.high / 2, False)] * 10
     found = Frontier.of(GRID, runs).rate_at(0.5)

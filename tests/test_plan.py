@@ -145,3 +145,13 @@ def test_two_thousand_cells_are_few(tmp_path):
     assert len(load(tmp_path).cells) == 2000
     print(f"{time.monotonic() - began:.2f} s")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+
+
+def test_runs_of_a_study_are_one_group_with_names_that_read():
+    words = "study.variants=[qk_norm]", "study.lrs=[0.2]"
+    plan, directory, _ = planned(conf_dir(), [*words, "model.n_layer=1,2"])
+    trackers = [plan.config(cell).tracker for cell in plan.cells.values()]
+    assert {tracker.group for tracker in trackers} == {directory.name}
+    assert [tracker.run_name for tracker in trackers[:2]] == [f"qk_norm n_layer=1 lr=0.2 s{seed}" for seed in (0, 1)]
+    named, _, _ = planned(conf_dir(), [*words, "tracker.group=mine"])
+    assert {config.tracker.group for config in named.arms.values()} == {"mine"}

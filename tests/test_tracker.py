@@ -118,3 +118,31 @@ def test_a_login_counts_as_a_key(monkeypatch, tmp_path):
     assert tracker._mode() == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
     assert tracker._mode() == "offline"
+
+
+def test_a_study_has_a_summary_run_with_its_table_and_numbers(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    rows = [
+        {"run_id": "a", "arm": "baseline", "lr": 0.1, "final_loss": "nan"},
+        {"run_id": "b", "arm": "baseline", "lr": 0.2, "final_loss": 2.5},
+    ]
+    answer = {
+        "name": "edge",
+        "variants": {"baseline": {"runs": [1], "frontier": {"strict": {"median": 0.1, "low": None}}}},
+    }
+    directory = tmp_path / "edge-0123"
+    directory.mkdir()
+    tracker.track_study(tiny("tracker=wandb").tracker, directory, rows, answer)
+    folder = directory / "wandb" / "latest-run"
+    started = next(record["run"] for record in inspected(folder) if record["type"] == "run")
+    facts = {key: started[key] for key in ("run_id", "run_group", "job_type", "display_name")}
+    assert facts == {
+        "run_id": "edge-0123", "run_group": "edge-0123", "job_type": "study", "display_name": "edge-0123: the answer",
+    }  # fmt: skip
+    told = summary_of(folder)
+    assert told["variants/baseline/frontier/strict/median"] == 0.1
+    assert "variants/baseline/frontier/strict/low" not in told
+    (file,) = (folder / "files" / "media" / "table").glob("results*.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["run_id", "arm", "lr", "final_loss"]
+    assert table["data"] == [list(row.values()) for row in rows]

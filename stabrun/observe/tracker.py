@@ -29,24 +29,14 @@ class Tracker:
             self._guard(lambda: self._start(config, run_id, directory, earlier))
 
     def _start(self, config: Config, run_id: str, directory: Path, earlier: Iterable[dict[str, Any]]) -> None:
-        import wandb
-
-        logging.getLogger("wandb").setLevel(logging.ERROR)
-        self.run = wandb.init(
-            id=run_id,
-            resume="allow",
-            mode=_mode(),
-            dir=str(directory),
-            project=self.config.project,
-            entity=self.config.entity,
+        self.run = opened(
+            self.config,
+            run_id,
+            directory,
             group=self.config.group or config.variant,
             job_type="train",
-            name=f"{config.variant} lr={config.optim.lr:g} s{config.seed}",
-            tags=self.config.tags or None,
+            name=self.config.run_name or f"{config.variant} lr={config.optim.lr:g} s{config.seed}",
             config=asdict(config),
-            settings=wandb.Settings(
-                console="off", disable_git=False, init_timeout=30, x_disable_stats=True, silent=True
-            ),
         )
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
@@ -79,6 +69,53 @@ class Tracker:
             self.run = None
             reason = str(error).strip().split("\n")[0]
             warn(f"W&B is off from here on ({type(error).__name__}: {reason}); the record goes on.")
+
+
+def opened(tracker: TrackerConfig, run_id: str, directory: Path, **facts: Any) -> Any:
+    """A W&B run under this id, the same one if it is there already."""
+    import wandb
+
+    logging.getLogger("wandb").setLevel(logging.ERROR)
+    return wandb.init(
+        id=run_id,
+        resume="allow",
+        mode=_mode(),
+        dir=str(directory),
+        project=tracker.project,
+        entity=tracker.entity,
+        tags=tracker.tags or None,
+        settings=wandb.Settings(console="off", disable_git=False, init_timeout=30, x_disable_stats=True, silent=True),
+        **facts,
+    )
+
+
+def track_study(tracker: TrackerConfig, directory: Path, results: list[dict[str, Any]], answer: dict[str, Any]) -> None:
+    """Put a study's results, as a table, and its answer into a summary run in the group of its runs."""
+    name = directory.resolve().name
+    # An offline table waits in W&B's data folder for its upload: it belongs to the study, and not to the user's home.
+    os.environ.setdefault("WANDB_DATA_DIR", str(directory.resolve() / "wandb"))
+    try:
+        import wandb
+
+        columns: list[Any] = list(results[0]) if results else []
+        group = tracker.group or name
+        run = opened(tracker, name, directory, group=group, job_type="study", name=f"{name}: the answer")
+        run.log({"results": wandb.Table(columns, [list(row.values()) for row in results], allow_mixed_types=True)})
+        run.summary.update(flat(answer))
+        run.finish()
+    except Exception as error:
+        warn(f"W&B has no summary of the study ({type(error).__name__}: {error}); {directory}/study.json has.")
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested objects, `a/b/c` → value, without lists and what is not known."""
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, dict):
+            found |= flat(item, f"{prefix}{name}/")
+        elif item is not None and not isinstance(item, list):
+            found[prefix + name] = item
+    return found
 
 
 def projection(row: dict[str, Any], norms_every: int) -> dict[str, float]:

@@ -34,8 +34,9 @@ DRAWS = 20_000
 class Interval:
     """A learning rate, or another number: the posterior's median, and the ends that hold it with LEVEL.
 
-    What lies beyond the range searched is None, for there the posterior is but the prior. Where all of it lies beyond,
-    the end of the range is the bound that is known: (None, high end, None) above, (None, None, low end) below.
+    What rests on the prior alone is None: what lies beyond the range searched, and, where no run diverged or none did
+    not, all but one end. Where all of it lies beyond, the end of the range is the bound that is known: (None, high end,
+    None) above, (None, None, low end) below.
     """
 
     median: float | None
@@ -92,9 +93,10 @@ class Grid:
 class Frontier:
     """The posterior of one variant after some runs. Immutable: `after` gives the next."""
 
-    def __init__(self, grid: Grid, posterior: Floats | None = None) -> None:
+    def __init__(self, grid: Grid, posterior: Floats | None = None, ends: frozenset[bool] = frozenset()) -> None:
         self.grid = grid
         self.posterior = grid.prior if posterior is None else posterior
+        self.ends = ends  # the outcomes that were seen
 
     @staticmethod
     def of(grid: Grid, runs: Iterable[tuple[float, bool]]) -> "Frontier":
@@ -107,7 +109,7 @@ class Frontier:
     def after(self, rate: float, diverged: bool) -> "Frontier":
         p = self.grid.diverges(np.array([np.log2(rate)]))[0]
         weights = self.posterior * (p if diverged else 1 - p)
-        return Frontier(self.grid, weights / weights.sum())
+        return Frontier(self.grid, weights / weights.sum(), self.ends | {diverged})
 
     def chances(self) -> Floats:
         """Probability that the next run diverges, at each rate that may be tried, `[rates]`."""
@@ -177,7 +179,13 @@ class Frontier:
             return Interval(None, self.grid.high, None)
         if octaves[2] <= low:
             return Interval(None, None, self.grid.low)
-        return Interval(*(float(2.0**end) if low <= end <= high else None for end in octaves))
+        median, least, most = (float(2.0**end) if low <= end <= high else None for end in octaves)
+        bounded_below, bounded_above = False in self.ends, True in self.ends
+        return Interval(
+            median if bounded_below and bounded_above else None,
+            least if bounded_below else None,
+            most if bounded_above else None,
+        )
 
     def known_to(self, width: float) -> bool:
         """Whether lr50 is known to ± `width` octaves, or to lie beyond the range."""

@@ -49,7 +49,9 @@ class Plan:
 
     def config(self, cell: Cell) -> Config:
         """The frozen configuration of a cell."""
-        return with_rate(self.arms[cell.arm], cell.lr, cell.seed)
+        config = with_rate(self.arms[cell.arm], cell.lr, cell.seed)
+        name = config.tracker.run_name or f"{cell.arm} lr={cell.lr:.3g} s{cell.seed}"
+        return replace(config, tracker=replace(config.tracker, run_name=name))
 
     def add(self, arm: str, lr: float, seed: int) -> Cell:
         """The cell at this place, planned now if it was not."""
@@ -120,6 +122,8 @@ def planned(conf: Path, overrides: list[str]) -> tuple[Plan, Path, Config]:
     if study.strategy == FRONTIER:
         _refuse_schedules(fixed, axes)
         common, arms = for_search(common), {name: for_search(arm) for name, arm in arms.items()}
+    directory = Path(common.study_dir or f"studies/{study.name}-{identity(common, axes)}")
+    arms = {name: in_group(arm, directory.resolve().name) for name, arm in arms.items()}
     plan = Plan(study.name, study.strategy, arms, list(study.lr_range), seeds, study.width, study.max_runs)
     tried = rates if study.strategy == GRID else study.lr_range
     last_seed = max(seeds) if study.strategy == GRID else seeds[0] + study.max_runs - 1
@@ -129,7 +133,7 @@ def planned(conf: Path, overrides: list[str]) -> tuple[Plan, Path, Config]:
     if study.strategy == GRID:
         for name, rate, seed in itertools.product(arms, rates, seeds):
             plan.add(name, rate, seed)
-    return plan, Path(common.study_dir or f"studies/{study.name}-{identity(common, axes)}"), common
+    return plan, directory, common
 
 
 def _refuse_unasked(study: Any, rates: list[float]) -> None:
@@ -161,6 +165,11 @@ def for_search(config: Config) -> Config:
     """The configuration with a constant rate after the warm-up, and an end where a divergence is certain."""
     schedule = replace(config.schedule, kind="constant")
     return replace(config, schedule=schedule, train=replace(config.train, stop_early=True))
+
+
+def in_group(config: Config, group: str) -> Config:
+    """The configuration of a run that W&B shows in this group, unless it names another."""
+    return replace(config, tracker=replace(config.tracker, group=config.tracker.group or group))
 
 
 def _arms(fixed: list[str], variants: Iterable[str], axes: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:

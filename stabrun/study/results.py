@@ -36,15 +36,21 @@ def write(plan: Plan, directory: Path) -> dict[str, Any]:
     """
     rows = list(finished(plan, directory))
     told: dict[str, Any] = worded(answer(plan, rows))
-    write_whole(directory / "results.csv", table(rows))
+    write_whole(directory / "results.csv", as_csv(map(result, rows)))
     write_whole(directory / "study.json", json.dumps(told, indent=1) + "\n")
     return told
 
 
-def table(rows: Iterable[Row]) -> str:
-    """The rows as CSV; what a summary leaves open is an empty cell."""
+def result(row: Row) -> Row:
+    """A summary as a row of `results.csv`."""
+    flat = {**row, **row["by_strictness"]}
+    return {column: flat.get(column) for column in COLUMNS}
+
+
+def as_csv(rows: Iterable[Row]) -> str:
+    """What a row leaves open is an empty cell."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, **row["by_strictness"]} for row in rows)
+    writer.writerows(rows)
     return text.getvalue()

@@ -11,6 +11,7 @@ from stabrun.config import MistakeError
 from stabrun.model.describe import flops_per_token
 from stabrun.observe.console import warn
 from stabrun.observe.record import read_object
+from stabrun.observe.tracker import track_study
 from stabrun.study import answer, results
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING, Entry, Ledger
 from stabrun.study.plan import FILE, GRID, Plan, extended, load, planned, planning
@@ -44,6 +45,9 @@ def sweep(conf: Path, overrides: list[str], dry_run: bool) -> int:
     status = _supervise(directory, ledger, config.study.workers)
     plan = load(directory)
     facts = results.write(plan, directory)
+    if config.tracker.name == "wandb" and status != 130:
+        rows = [results.result(row) for row in results.finished(plan, directory)]
+        track_study(config.tracker, directory, rows, facts)
     entries = ledger.entries(plan.cells)
     print("\n".join([*matrix(plan, directory, entries), LEGEND, "", *answer.lines(facts), "", f"records: {directory}"]))
     for cell, entry in entries.items():
