@@ -8,7 +8,7 @@ import pytest
 from conftest import configured
 
 from stabrun.config import MistakeError, conf_dir, run_id
-from stabrun.study.plan import extended, load, planned
+from stabrun.study.plan import extended, load, planned, tokens_of
 
 QUESTION = ("study.variants=[baseline,qk_norm]", "study.lrs=[1e-2,1e-1]", "study.seeds=2")
 
@@ -155,3 +155,41 @@ def test_runs_of_a_study_are_one_group_with_names_that_read():
     assert [tracker.run_name for tracker in trackers[:2]] == [f"qk_norm n_layer=1 lr=0.2 s{seed}" for seed in (0, 1)]
     named, _, _ = planned(conf_dir(), [*words, "tracker.group=mine"])
     assert {config.tracker.group for config in named.arms.values()} == {"mine"}
+
+
+EXPERIMENTS = {
+    "quickstart": (5, 25, 2, "constant"),
+    "frontier": (5, 0, 3, "constant"),
+    "rybakov2024_divergence": (10, 60, 1, "cosine"),
+    "rybakov2024_perplexity": (6, 6, 1, "cosine"),
+    "wortsman2023_sensitivity": (2, 14, 3, "cosine"),
+}
+
+
+def test_each_experiment_is_held_here():
+    assert set(EXPERIMENTS) == {file.stem for file in (conf_dir() / "experiment").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_plans_what_it_says(name):
+    plan, directory, _ = planned(conf_dir(), [f"+experiment={name}"])
+    arms, places, seeds, schedule = EXPERIMENTS[name]
+    assert (len(plan.arms), len(plan.cells), len(plan.seeds)) == (arms, places * seeds, seeds)
+    assert {config.schedule.kind for config in plan.arms.values()} == {schedule}
+    assert directory.name.startswith(f"{name}-")
+
+
+def test_the_papers_settings_are_those_of_its_facts():
+    """PAPER.md's tables, sections 1 and 2, as far as the experiments take them over."""
+    divergence = planned(conf_dir(), ["+experiment=rybakov2024_divergence"])[0]
+    assert sorted({cell.lr for cell in divergence.cells.values()}) == [6e-3, 8e-3, 2e-2, 4e-2, 6e-2, 8e-2]
+    config = divergence.arms["baseline"]
+    assert config.train.batch_size * config.data.seq_len == 2_097_152
+    assert (config.train.precision, config.optim.clip, config.model.n_layer) == ("bf16", 1.0, 24)
+    perplexity = planned(conf_dir(), ["+experiment=rybakov2024_perplexity"])[0]
+    assert tokens_of(perplexity.arms["baseline"]) == pytest.approx(0.2e12, rel=1e-4)
+    wortsman = planned(conf_dir(), ["+experiment=wortsman2023_sensitivity"])[0]
+    config = wortsman.arms["qk_norm"]
+    assert (config.optim.z_loss, config.optim.weight_decay, config.optim.decay_independent) == (1e-4, 1e-4, True)
+    assert (config.train.steps, config.schedule.warmup_steps, config.schedule.min_lr) == (100_000, 5_000, 1e-5)
+    assert (config.train.batch_size, config.data.seq_len, config.model.attn.qk_norm) == (256, 512, "head")
