@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -174,6 +175,36 @@ def test_a_cell_that_cannot_be_trained_is_named(tmp_path):
     assert "it is not UTF-8 text" in done.stderr
     assert "Traceback" not in done.stderr
     assert "baseline  !     !" in done.stdout
+
+
+def test_two_sweeps_of_one_study_at_once_count_each_cell_once(undisturbed, tmp_path):
+    sweeps = [started(tmp_path), started(tmp_path)]
+    ends = [process.communicate(timeout=120) for process in sweeps]
+    assert [process.returncode for process in sweeps] == [0, 0], ends
+    assert rows(tmp_path) == rows(undisturbed[0])
+    claims = list((tmp_path / "study" / "ledger").glob("*.claim"))
+    assert len(claims) == len(rows(tmp_path)), "no cell was tried twice"
+
+
+def test_a_cell_that_runs_out_of_memory_is_named_and_the_rest_goes_on(tmp_path):
+    """Two vocabularies, of which one takes 10 GB and more; a worker may have 5 GB of address space in all."""
+    limit = 5 * 2**30
+    words = (*TINY, "model.vocab_size=256,15000000", "study.lrs=[1e-2]", "study.seeds=1", "study.workers=1", "study_dir=study")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stabrun", "sweep", *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "baseline vocab_size=15000000 lr=0.01 s0" in err
+    assert "could not be trained" in err
+    assert "memory" in err
+    assert [row["arm"] for row in rows(tmp_path)] == ["baseline vocab_size=256"]
+    assert len(list((tmp_path / "study" / "ledger").glob("*.failed"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""The slow ones, by `make disasters`: studies killed at thirty random moments, and an owner paused past its lease."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+from test_sweep import rows, started, swept, undisturbed  # noqa: F401  (a fixture)
+
+from stabrun.study.ledger import LEASE
+
+pytestmark = pytest.mark.slow
+
+
+def workers_of(process):
+    """The workers that a sweep has started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def ended(cell_dir):
+    return (cell_dir / "events.jsonl").read_text().count('"event": "complete"')
+
+
+@pytest.mark.parametrize("moment", range(30))
+def test_killed_at_a_random_moment_the_same_command_completes(undisturbed, tmp_path, moment):  # noqa: F811
+    """The sweep, one of its workers, or both: a worker's own orphans and successors train beside each other."""
+    dice = random.Random(moment)
+    process = started(tmp_path)
+    time.sleep(dice.uniform(0.5, 9.0))
+    whom = ("sweep", "worker", "both")[moment % 3]
+    if whom != "sweep" and (workers := workers_of(process)):
+        os.kill(dice.choice(workers), signal.SIGKILL)
+    if whom != "worker":
+        process.kill()
+    _, err = process.communicate(timeout=120)
+    if whom == "worker":
+        assert process.returncode == 0, err
+    last = swept(tmp_path)
+    assert last.returncode == 0, last.stderr
+    assert rows(tmp_path) == rows(undisturbed[0])
+    assert {ended(cell) for cell in (tmp_path / "study" / "runs").iterdir()} == {1}, "no finished cell runs again"
+
+
+def test_a_worker_paused_past_its_lease_spoils_nothing(undisturbed, tmp_path):  # noqa: F811
+    """Of two sweeps of one study; what it goes on to train after its pause is no longer its own."""
+    sweeps = [started(tmp_path), started(tmp_path)]
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("study/attempts/*/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    claims = sorted((tmp_path / "study" / "ledger").glob("*.claim"))
+    paused = int(json_of(claims[0])["pid"])
+    os.kill(paused, signal.SIGSTOP)
+    time.sleep(LEASE + 15)
+    os.kill(paused, signal.SIGCONT)
+    for process in sweeps:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert rows(tmp_path) == rows(undisturbed[0])
+    assert {ended(cell) for cell in (tmp_path / "study" / "runs").iterdir()} == {1}
+    assert list((tmp_path / "study" / "ledger").glob("*.0002.claim")), "the paused one's cell was taken over"
+
+
+def json_of(file):
+    import json
+
+    return json.loads(file.read_text())
