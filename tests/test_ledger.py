@@ -93,6 +93,24 @@ def test_a_killed_owner_is_dead_at_once(tmp_path):
     assert status(ledger) == DONE
 
 
+def test_a_killed_owner_is_dead_before_its_parent_takes_note(tmp_path):
+    holder, ledger = process(HOLDER, tmp_path, CELLS[0]), Ledger(tmp_path)
+    holder.stdout.readline()
+    assert claimed(ledger) is None
+    holder.kill()
+    deadline = time.monotonic() + 30
+    while (claim := claimed(ledger)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert claim.attempt == 2
+    holder.wait()
+
+
+def test_looking_makes_nothing(tmp_path):
+    assert Ledger(tmp_path / "study").entries(CELLS)[CELLS[0]].status == PLANNED
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_paused_owner_loses_its_cell_and_its_late_result_is_refused(tmp_path):
     """SIGSTOP past the lease, then SIGCONT: the first comes back when the second is at work, or has finished."""
     for cell, early in zip(CELLS, (True, False), strict=False):

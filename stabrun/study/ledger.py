@@ -57,33 +57,48 @@ def this_process() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "id": uuid.uuid4().hex[:8]}
 
 
+def gone(owner: dict[str, Any]) -> bool:
+    """Whether an owner's process has ended, as far as this machine knows: False for those of another one."""
+    return owner.get("host") == socket.gethostname() and owner.get("born") not in (None, _born(int(owner["pid"])))
+
+
 def _born(pid: int) -> str | None:
-    """When a process of this machine started, in clock ticks since the boot; None where there is none or no /proc."""
+    """When a process of this machine started, in clock ticks since the boot; None where there is none or no /proc.
+
+    One that has ended and that its parent has not yet taken note of is none.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
+        state, *facts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return None if state in "ZX" else facts[18]
+    except (OSError, ValueError, IndexError):
         return None
 
 
+def _names(folder: Path) -> list[str]:
+    """What a folder holds; nothing where there is none yet."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
 class Ledger:
-    """One process's view of a study's ledger."""
+    """One process's view of a study's ledger. Its folders are made by the first claim: looking writes nothing."""
 
     def __init__(self, directory: Path, lease: float = LEASE, clock: Callable[[], float] = time.monotonic) -> None:
         self.folder, self.runs, self.attempts = (directory / name for name in ("ledger", "runs", "attempts"))
-        for folder in (self.folder, self.runs, self.attempts):
-            folder.mkdir(parents=True, exist_ok=True)
         self.lease, self.clock, self.owner = lease, clock, this_process()
         self.seen: dict[tuple[str, int], tuple[str, float]] = {}  # the last beat of an attempt, and since when
 
     def entries(self, cells: Iterable[str]) -> dict[str, Entry]:
         """What is known of each cell now, from two lists of names."""
         known = {cell: Entry() for cell in cells}
-        for name in os.listdir(self.folder):
+        for name in _names(self.folder):
             found = NAME.fullmatch(name)
             if found and found[1] in known:
                 entry = known[found[1]]
                 getattr(entry, found[3]).add(int(found[2]))
-        for cell in os.listdir(self.runs):
+        for cell in _names(self.runs):
             if cell in known:
                 known[cell].done = True
         return known
@@ -102,6 +117,8 @@ class Ledger:
         if entry.status != PLANNED:
             return None
         attempt = entry.attempt + 1
+        for folder in (self.folder, self.runs, self.attempts):
+            folder.mkdir(parents=True, exist_ok=True)
         scratch = self.folder / f".{self.owner['id']}"
         scratch.write_text(json.dumps(self.owner) + "\n")
         try:
@@ -114,8 +131,7 @@ class Ledger:
 
     def alive(self, cell: str, attempt: int) -> bool:
         """Whether the owner of an attempt still works at it, as far as can be known."""
-        owner = self.owner_of(cell, attempt)
-        if owner.get("host") == self.owner["host"] and owner.get("born") not in (None, _born(int(owner["pid"]))):
+        if gone(self.owner_of(cell, attempt)):
             return False
         beat, now = self._beat(cell, attempt), self.clock()
         last, since = self.seen.setdefault((cell, attempt), (beat, now))
@@ -164,6 +180,10 @@ class Ledger:
     def path(self, cell: str, attempt: int, kind: str) -> Path:
         return self.folder / f"{cell}.{attempt:04d}.{kind}"
 
+    def place(self, cell: str, attempt: int) -> Path:
+        """Where an attempt trains."""
+        return self.attempts / f"{cell}.{attempt:04d}"
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -175,8 +195,7 @@ class Claim:
 
     @property
     def directory(self) -> Path:
-        """Where the attempt trains."""
-        return self.ledger.attempts / f"{self.cell}.{self.attempt:04d}"
+        return self.ledger.place(self.cell, self.attempt)
 
     def beat(self, step: int) -> bool:
         """Say that this attempt is alive and has done `step` updates. False where another owner has taken it over."""
@@ -208,5 +227,5 @@ class Claim:
 
     def before(self) -> Path | None:
         """The directory of the attempt that came last before this one and left anything to go on from."""
-        earlier = (self.ledger.attempts / f"{self.cell}.{n:04d}" for n in range(self.attempt - 1, 0, -1))
+        earlier = (self.ledger.place(self.cell, n) for n in range(self.attempt - 1, 0, -1))
         return next((directory for directory in earlier if directory.is_dir()), None)
