@@ -52,6 +52,7 @@ def test_offline_run_holds_the_values_of_the_record(tmp_path):
     started = next(record["run"] for record in inspected(folder) if record["type"] == "run")
     assert started["run_id"] == summary["run_id"]
     assert started["run_group"] == "qk_norm"
+    assert started["display_name"] == "qk_norm lr=1e-2 s0"
     assert started["job_type"] == "train"
     assert started["config"]["update"]["model"]["attn"]["qk_norm"] == "head"
     told = summary_of(folder)

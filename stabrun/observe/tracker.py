@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from stabrun.config import Config, TrackerConfig
 from stabrun.observe.console import warn
+from stabrun.observe.text import run_name
 
 os.environ.setdefault("WANDB_SILENT", "true")
 
@@ -35,7 +36,7 @@ class Tracker:
             directory,
             group=self.config.group or config.variant,
             job_type="train",
-            name=self.config.run_name or f"{config.variant} lr={config.optim.lr:g} s{config.seed}",
+            name=self.config.run_name or run_name(config.variant, config.optim.lr, config.seed),
             config=asdict(config),
         )
         self.run.define_metric("step")

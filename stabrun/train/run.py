@@ -16,6 +16,7 @@ from stabrun.observe.console import Console, warn
 from stabrun.observe.initial import findings
 from stabrun.observe.record import Record, worded, write_whole
 from stabrun.observe.tally import Tally
+from stabrun.observe.text import rate_text
 from stabrun.observe.tracker import Tracker
 from stabrun.observe.verdict import Judge
 from stabrun.train import checkpoint
@@ -109,7 +110,7 @@ class Run:
 
     def open_console(self) -> None:
         config = self.config
-        title = f"{config.variant}  lr {config.optim.lr:g}  seed {config.seed}  → {self.record.directory}"
+        title = f"{config.variant}  lr {rate_text(config.optim.lr)}  seed {config.seed}  → {self.record.directory}"
         self.console = Console(title, self.done, config.train.steps, self.judge.verdict)
         if sentence := unreached(config):
             self.console.say(sentence)
