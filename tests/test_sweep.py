@@ -51,7 +51,7 @@ def test_a_study_to_its_end_and_its_table(undisturbed):
     assert len(rows(folder)) == 8
     lines = told.splitlines()
     top = next(index for index, line in enumerate(lines) if line.startswith("lr "))
-    assert lines[top].split() == ["lr", "0.01", "0.1"]
+    assert lines[top].split() == ["lr", "1e-2", "0.1"]
     assert [line.split()[0] for line in lines[top + 1 : top + 3]] == ["baseline", "qk_norm"]
     assert all(len(mark) == 2 for line in lines[top + 1 : top + 3] for mark in line.split()[1:])
     answer = [line.split()[:4] for line in lines[-4:-2]]
@@ -70,7 +70,7 @@ def test_the_same_again_trains_nothing_and_more_seeds_extend(undisturbed, tmp_pa
     more = swept(tmp_path, "study.lrs=[1e-2,3e-2]", "study.seeds=1")
     assert (done.returncode, more.returncode) == (0, 0)
     assert "[9/10]" in more.stdout
-    assert "] baseline lr=0.03 s0" in more.stdout
+    assert "] baseline lr=3e-2 s0" in more.stdout
     assert len(rows(tmp_path)) == 10
     other = swept(tmp_path, "train.steps=20")
     assert other.returncode == 2
@@ -171,7 +171,7 @@ def test_a_cell_that_cannot_be_trained_is_named(tmp_path):
         tmp_path, "data=local", f"data.path={tmp_path / 'bad.txt'}", "study.seeds=1", "study.variants=[baseline]"
     )
     assert done.returncode == 1
-    assert "baseline lr=0.01 s0" in done.stderr
+    assert "baseline lr=1e-2 s0" in done.stderr
     assert "it is not UTF-8 text" in done.stderr
     assert "Traceback" not in done.stderr
     assert "baseline  !     !" in done.stdout
@@ -189,7 +189,14 @@ def test_two_sweeps_of_one_study_at_once_count_each_cell_once(undisturbed, tmp_p
 def test_a_cell_that_runs_out_of_memory_is_named_and_the_rest_goes_on(tmp_path):
     """Two vocabularies, of which one takes 10 GB and more; a worker may have 5 GB of address space in all."""
     limit = 5 * 2**30
-    words = (*TINY, "model.vocab_size=256,15000000", "study.lrs=[1e-2]", "study.seeds=1", "study.workers=1", "study_dir=study")
+    words = (
+        *TINY,
+        "model.vocab_size=256,15000000",
+        "study.lrs=[1e-2]",
+        "study.seeds=1",
+        "study.workers=1",
+        "study_dir=study",
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "stabrun", "sweep", *words],
         cwd=tmp_path,
@@ -229,4 +236,7 @@ def test_dry_run_tells_and_makes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     tokens = 8 * 30 * 4 * 16
     assert f"in all 8 of 8 cells, {tokens:,} tokens" in done.stdout
+    assert "by 1 worker" in done.stdout
+    assert "the times are lower bounds" in done.stdout
+    assert "GFLOP/s a worker" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ from typing import IO, Any
 from stabrun.config import MistakeError
 
 DECODER = json.JSONDecoder()
+TAIL = 1 << 16  # bytes at the end of a file in which its last row is looked for
 
 
 def dumps(row: dict[str, Any]) -> str:
@@ -80,6 +81,22 @@ def checked_row(row: dict[str, Any], path: Path) -> dict[str, Any]:
         if not is_number(row.get(key, 0.0)):
             raise MistakeError(f"{path}: {key} is no number at step {row['step']}.")
     return row
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole row of a JSON-lines file, from its end alone; None where there is none."""
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        size, reach = file.seek(0, os.SEEK_END), TAIL
+        while True:
+            start = max(0, size - reach)
+            file.seek(start)
+            lines = file.read(size - start).split(b"\n")  # the first may lack its beginning, the last its end
+            whole = lines[bool(start) : -1]
+            if whole or not start:
+                return parsed(whole[-1] + b"\n") if whole else None
+            reach *= 4
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
