@@ -17,6 +17,7 @@ commands
                         -m runs several:        stabrun train -m optim.lr=1e-2,1e-1 seed=0,1
   sweep [OVERRIDE…]     a study: study.variants × study.lrs × study.seeds by study.workers processes; the same
                         command again resumes or extends it  (--dry-run)
+  status DIR            what a study or a run is doing now, from another terminal  (--json)
   rerun RUN_DIR [OVERRIDE…]
                         one recorded run again, from its own config
   judge PATH            the verdict again, from a run, a study, or anyone's CSV, JSON lines,
@@ -101,6 +102,7 @@ def later(name: str) -> Callable[[list[str]], int]:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": later("train"),
     "sweep": later("sweep"),
+    "status": later("status"),
     "rerun": later("rerun"),
     "judge": later("judge"),
     "model": later("model"),

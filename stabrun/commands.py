@@ -86,6 +86,12 @@ def sweep(words: list[str], conf: Path) -> int:
     return run_study(conf, overrides, "--dry-run" in words)
 
 
+def status(words: list[str], conf: Path) -> int:
+    from stabrun import status
+
+    return status.status(words)
+
+
 def rerun(words: list[str], conf: Path) -> int:
     """Train again from a recorded configuration, in a directory of its own unless run_dir says otherwise."""
     from omegaconf import OmegaConf
@@ -163,4 +169,12 @@ def data(words: list[str], conf: Path) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "sweep": sweep, "rerun": rerun, "judge": judge, "model": model, "data": data}
+COMMANDS = {
+    "train": train,
+    "sweep": sweep,
+    "status": status,
+    "rerun": rerun,
+    "judge": judge,
+    "model": model,
+    "data": data,
+}
