@@ -280,3 +280,15 @@ def test_the_live_view_on_a_terminal_and_ctrl_c(tmp_path):
     assert "interrupted; the same command goes on from there." in plain
     live = plain[plain.index("0 of 8") : plain.rindex("lr  ")]
     assert max(map(len, live.splitlines())) <= 80
+
+
+def test_a_search_costs_at_most_its_budget(tmp_path):
+    plan = a_plan("study.strategy=frontier", "study.lr_range=[1e-2,1]", "study.max_runs=5")
+    whole = 30 * 4 * 16
+    ended = [{"run_id": "a", "arm": "qk_norm", "tokens_per_second": 100.0}] * 2
+    baseline, qk_norm = costs(plan, ended, speed=None)
+    assert (baseline.cells, baseline.tokens, baseline.seconds) == (5, 5 * whole, None)
+    assert (qk_norm.cells, qk_norm.seconds) == (3, 3 * whole / 100)
+    lines = list(described(plan, tmp_path, workers=2))
+    assert lines[0].startswith("baseline: up to 5 cells to train, 9,600 tokens")
+    assert lines[2].startswith("in all up to 10 cells, 19,200 tokens")

@@ -115,7 +115,7 @@ def test_the_table_of_a_grid_reads_as_its_numbers(tmp_path):
         ((0.15, 0.1, 0.2), "0.15 (0.1 to 0.2)"),
         ((2.8, 2.1, None), "2.8 (> 2.1)"),
         ((None, 3.0, None), "> 3"),
-        ((None, None, 0.003), "< 0.003"),
+        ((None, None, 0.003), "< 3e-3"),
         ((None, None, None), "?"),
     ],
 )

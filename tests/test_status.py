@@ -198,7 +198,9 @@ def test_a_study_s_finished_runs_stand_in_its_table(tmp_path):
     lines = told(tmp_path / "study").splitlines()
     assert lines[0] == "study: 4 of 4 done"
     assert stabrun("status", "study", cwd=tmp_path).stdout.splitlines() == lines
-    assert lines[1:] == swept.stdout.splitlines()[-5:-1]
+    shown = swept.stdout.splitlines()
+    top = next(index for index, line in enumerate(shown) if line.startswith("lr "))
+    assert lines[1:] == shown[top : top + 4]
     assert [cell["verdict"] is not None for cell in facts(tmp_path / "study")["cells"]] == [True] * 4
     dry = stabrun("sweep", *words, "study.lrs=[1e-2,2e-2]", "--dry-run", cwd=tmp_path)
     assert "qk_norm: 1 cells to train, 1,920 tokens, " in dry.stdout

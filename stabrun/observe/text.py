@@ -1,4 +1,8 @@
-"""Numbers as people read them, in tables, names and messages."""
+"""Numbers and tables as people read them."""
+
+from collections.abc import Iterable, Iterator
+
+GAP = 2  # spaces between columns
 
 
 def rate_text(lr: float) -> str:
@@ -26,3 +30,11 @@ def duration_text(seconds: float) -> str:
         return f"{hours} h {minutes} min" if minutes else f"{hours} h"
     days, hours = divmod(hours, 24)
     return f"{days} days {hours} h" if hours else f"{days} days"
+
+
+def aligned(rows: Iterable[list[str]]) -> Iterator[str]:
+    """Rows of cells, all of one number, as lines of columns."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield (" " * GAP).join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()

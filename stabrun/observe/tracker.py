@@ -104,6 +104,7 @@ def track_study(tracker: TrackerConfig, directory: Path, results: list[dict[str,
         run.log({"results": wandb.Table(columns, [list(row.values()) for row in results], allow_mixed_types=True)})
         run.summary.update(flat(answer))
         run.finish()
+        wandb.teardown()  # waits until all of it is on the disk
     except Exception as error:
         warn(f"W&B has no summary of the study ({type(error).__name__}: {error}); {directory}/study.json has.")
 

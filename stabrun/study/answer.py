@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from stabrun.observe.record import number
+from stabrun.observe.text import aligned, rate_text
 from stabrun.observe.verdict import DIVERGED, RULE, STANDARD, STRICTNESS, UNDECIDED
 from stabrun.study.frontier import Frontier, ratio
 from stabrun.study.grid import Curve, best_rate, gain, lowest, sensitivity
@@ -168,7 +169,7 @@ def rate_told(interval: dict[str, Any] | None) -> str:
     """`0.152 (0.131 to 0.176)`, or a bound: `> 3`."""
     if interval is None:
         return "-"
-    median, low, high = (interval[end] and f"{interval[end]:.3g}" for end in ("median", "low", "high"))
+    median, low, high = (interval[end] and rate_text(interval[end]) for end in ("median", "low", "high"))
     ends = f"{low} to {high}" if low and high else f"> {low}" if low else f"< {high}" if high else ""
     return f"{median} ({ends})" if median and ends else median or ends or "?"
 
@@ -211,14 +212,7 @@ GRID_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "diverged": lambda told: f"{count('diverged')(told)} of {count('runs')(told)}",
     "lr50": at(STANDARD, "lr50"),
     "best loss": lambda told: estimate_told(told.get("best_final_loss")),
-    "at lr": lambda told: f"{told['best_lr']:g}" if "best_lr" in told else "-",
+    "at lr": lambda told: rate_text(told["best_lr"]) if "best_lr" in told else "-",
     "gain": lambda told: estimate_told(told.get("gain")),
     "LR sensitivity": lambda told: estimate_told(told.get("lr_sensitivity")),
 }
-
-
-def aligned(rows: list[list[str]]) -> Iterator[str]:
-    """Rows of words as lines, each column as wide as its widest word."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()

@@ -2,14 +2,14 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from stabrun.observe.text import duration_text, rate_text, run_name
+from stabrun.observe.text import GAP, aligned, duration_text, rate_text, run_name
 from stabrun.study.ledger import DONE, FAILED, LEASE, PLANNED, RUNNING, Entry
 from stabrun.study.look import Attempt, Look, Looker, Row, seconds_left
 from stabrun.study.plan import GRID, Cell, Plan
@@ -26,7 +26,6 @@ COLOURS = {
     ".": "dim",
     "-": "dim",
 }
-GAP = 2  # spaces between columns
 BAR = 8  # characters of a progress bar
 TICKS = (1, 3, 2, 5)  # of each decade, the more telling ones first
 
@@ -93,7 +92,7 @@ def counts(look: Look) -> str:
 
 def at_work(look: Look) -> Iterator[str]:
     """A line for each running cell: name, progress, speed, owner, when it was last heard of."""
-    return _aligned([worker_facts(attempt) for attempt in look.running])
+    return aligned([worker_facts(attempt) for attempt in look.running])
 
 
 def worker_facts(attempt: Attempt) -> list[str]:
@@ -167,7 +166,7 @@ def matrix(look: Look) -> Iterator[str]:
     rates = sorted({cell.lr for cell in look.plan.cells.values()})
     rows = [["lr", *map(rate_text, rates)]]
     rows += [[arm, *(own.get(rate, "-") for rate in rates)] for arm, own in marked(look).items()]
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def along_axis(look: Look, width: int) -> Iterator[str]:
@@ -201,11 +200,3 @@ def _ticks(low: float, high: float, last: int, column: Callable[[float], int]) -
         if not "".join(room).strip():
             line[at : at + len(label)] = label
     return "".join(line).rstrip()
-
-
-def _aligned(rows: Iterable[list[str]]) -> Iterator[str]:
-    """Rows of cells, all of one number, as lines of columns."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield (" " * GAP).join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()

@@ -13,8 +13,7 @@ from stabrun.config import Config
 from stabrun.model.describe import flops_per_token
 from stabrun.observe.text import duration_text, rate_text
 from stabrun.study import results
-from stabrun.study.look import tokens_a_step
-from stabrun.study.plan import Plan
+from stabrun.study.plan import GRID, Plan, tokens_of
 from stabrun.study.results import Row
 
 # Prints the FLOPs a second of float32 matrix products of 1024³, the best of three.
@@ -32,7 +31,7 @@ GPU_TOOLS = ("nvidia-smi", "rocm-smi")
 
 @dataclass(frozen=True)
 class Cost:
-    """What is left of an arm. `seconds` of one worker: measured on its finished runs, else at least so many."""
+    """What is left of an arm, of a search at most. `seconds` of one worker: by its finished runs, else at least so many."""
 
     arm: str
     rates: list[float]
@@ -50,28 +49,32 @@ def costs(plan: Plan, rows: Iterable[Row], speed: float | None) -> list[Cost]:
     found = []
     for arm, config in plan.arms.items():
         cells = [cell for cell in plan.cells.values() if cell.arm == arm and cell.id not in done]
-        tokens = len(cells) * config.train.steps * tokens_a_step(config)
+        ended = sum(row["arm"] == arm for row in rows)
+        count = len(cells) if plan.strategy == GRID else max(0, plan.max_runs - ended)
+        tokens = count * tokens_of(config)
         flops = tokens * flops_per_token(config.model, config.data.seq_len)
         seen = [row["tokens_per_second"] for row in rows if row["arm"] == arm and row.get("tokens_per_second")]
         seconds = tokens / median(seen) if seen else flops / speed if speed else None
         rates = sorted({cell.lr for cell in cells})
-        found.append(Cost(arm, rates, len(cells), tokens, flops, seconds, bool(seen)))
+        found.append(Cost(arm, rates, count, tokens, flops, seconds, bool(seen)))
     return found
 
 
 def described(plan: Plan, directory: Path, workers: int) -> Iterator[str]:
     """What a study would train, in lines for people."""
     rows = list(results.finished(plan, directory))
-    unknown = {cell.arm for cell in plan.cells.values()} - {row["arm"] for row in rows}
+    unknown = plan.arms.keys() - {row["arm"] for row in rows}
     on_gpu = any(trains_on_gpu(config) for config in plan.arms.values())
     threads = next(iter(plan.arms.values())).train.threads or threads_each(workers)
     speed = matrix_speed(threads) if unknown and not on_gpu else None
     found = costs(plan, rows, speed)
+    most = "" if plan.strategy == GRID else "up to "
     for cost in found:
         rates = f", lr {', '.join(map(rate_text, cost.rates))}" if cost.rates else ""
-        yield f"{cost.arm}: {cost.cells} cells to train, {cost.tokens:,} tokens{_time([cost], workers)}{rates}"
+        yield f"{cost.arm}: {most}{cost.cells} cells to train, {cost.tokens:,} tokens{_time([cost], workers)}{rates}"
     cells, tokens, flops = (sum(getattr(cost, name) for cost in found) for name in ("cells", "tokens", "flops"))
-    yield f"in all {cells} of {len(plan.cells)} cells, {tokens:,} tokens, {flops:.3g} FLOPs{_time(found, workers)}"
+    of = f" of {len(plan.cells)}" if plan.strategy == GRID else ""
+    yield f"in all {most}{cells}{of} cells, {tokens:,} tokens, {flops:.3g} FLOPs{_time(found, workers)}"
     if speed is not None:
         yield (
             f"the times are lower bounds, at the speed of matrix products here, {speed / 1e9:.3g} GFLOP/s a worker"

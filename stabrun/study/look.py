@@ -152,11 +152,7 @@ def seconds_a_step(look: Look) -> dict[str, float]:
 
 
 def flops_a_step(config: Config) -> int:
-    return tokens_a_step(config) * flops_per_token(config.model, config.data.seq_len)
-
-
-def tokens_a_step(config: Config) -> int:
-    return config.train.batch_size * config.data.seq_len
+    return config.train.batch_size * config.data.seq_len * flops_per_token(config.model, config.data.seq_len)
 
 
 def _object(path: Path) -> Row:

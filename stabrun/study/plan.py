@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from stabrun.compose import composed_each, plainly
 from stabrun.config import RESULT, Config, MistakeError, check, config_of, marked, run_id
 from stabrun.observe.record import write_whole
+from stabrun.observe.text import run_name
 
 FILE = "study.yaml"
 FORMAT = 1
@@ -50,7 +51,7 @@ class Plan:
     def config(self, cell: Cell) -> Config:
         """The frozen configuration of a cell."""
         config = with_rate(self.arms[cell.arm], cell.lr, cell.seed)
-        name = config.tracker.run_name or f"{cell.arm} lr={cell.lr:.3g} s{cell.seed}"
+        name = config.tracker.run_name or run_name(cell.arm, cell.lr, cell.seed)
         return replace(config, tracker=replace(config.tracker, run_name=name))
 
     def add(self, arm: str, lr: float, seed: int) -> Cell:

@@ -41,11 +41,11 @@ def _next(ledger: Ledger, directory: Path) -> Claim | None:
 
     Waits while others are at work, for one of them may die, or end in a way that asks for more.
     """
-    looked_at: set[str] | None = None
+    looked_at: list[str] | None = None
     while True:
         plan = load(directory)
         entries = ledger.entries(plan.cells)
-        left = {cell for cell, entry in entries.items() if entry.status in (PLANNED, RUNNING)}
+        left = [cell for cell, entry in entries.items() if entry.status in (PLANNED, RUNNING)]
         for cell in sorted(left, key=lambda cell: entries[cell].status == RUNNING):
             if claim := ledger.claim(cell, entries[cell]):
                 return claim
