@@ -17,7 +17,8 @@ WANDB = Path(sys.executable).parent / "wandb"
 
 def inspected(folder):
     """The records of an offline W&B run, as its own tool prints them."""
-    done = subprocess.run([WANDB, "leet", "inspect", "--json", folder], capture_output=True, text=True, check=True)
+    done = subprocess.run([WANDB, "leet", "inspect", "--json", folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

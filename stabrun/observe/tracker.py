@@ -73,7 +73,7 @@ class Tracker:
 
 
 def opened(tracker: TrackerConfig, run_id: str, directory: Path, **facts: Any) -> Any:
-    """A W&B run under this id, the same one if it is there already."""
+    """A W&B run under this id, the same one if it is there already; whatever became of earlier ones of this process."""
     import wandb
 
     logging.getLogger("wandb").setLevel(logging.ERROR)
@@ -85,6 +85,7 @@ def opened(tracker: TrackerConfig, run_id: str, directory: Path, **facts: Any) -
         project=tracker.project,
         entity=tracker.entity,
         tags=tracker.tags or None,
+        reinit="create_new",
         settings=wandb.Settings(console="off", disable_git=False, init_timeout=30, x_disable_stats=True, silent=True),
         **facts,
     )
