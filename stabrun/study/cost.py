@@ -31,7 +31,7 @@ GPU_TOOLS = ("nvidia-smi", "rocm-smi")
 
 @dataclass(frozen=True)
 class Cost:
-    """What is left of an arm, of a search at most. `seconds` of a worker: by its finished runs, else at least so many."""
+    """What is left of an arm, of a search at most. `seconds` of a worker: by finished runs, else at least so many."""
 
     arm: str
     rates: list[float]
