@@ -1,0 +1,123 @@
+"""What a sweep costs beside its training, and what a second worker brings: run it with nothing else at work.
+
+    python scripts/bench_sweep.py throughput --pairs 3
+    python scripts/bench_sweep.py overhead +experiment=quickstart
+
+`throughput`: the same study of nano runs by one worker and by two of one thread each, in turn; runs a second from the
+moment the first run begins to the end of the last. `overhead`: a study's workers, with a clock around each update, each
+reading of its statistics and each validation; all else is not training: imports, start, W&B, record, verdict, ledger.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stabrun.config import conf_dir
+from stabrun.observe.record import read_events
+from stabrun.study.cost import threads_each
+from stabrun.study.plan import planned
+
+STUDY = (
+    "schedule=constant",
+    "train.steps=200",
+    "train.val_every=0",
+    "study.lrs=[1e-3,2e-3,3e-3,4e-3]",
+    "study.seeds=3",
+)
+
+
+def swept(folder: Path, workers: int) -> float:
+    """Runs a second of a study by so many workers, their start aside."""
+    words = (*STUDY, f"study.workers={workers}", f"study_dir={folder}")
+    command = [sys.executable, "-m", "stabrun", "sweep", *words]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
+    events = [list(read_events(file)) for file in folder.glob("runs/*/events.jsonl")]
+    began, ended = min(each[0]["time"] for each in events), max(each[-1]["time"] for each in events)
+    return len(events) / (ended - began)
+
+
+def throughput(pairs: int) -> None:
+    ratios = []
+    for number in range(pairs):
+        with tempfile.TemporaryDirectory() as scratch:
+            one, two = (swept(Path(scratch) / str(workers), workers) for workers in (1, 2))
+        ratios.append(two / one)
+        print(f"pair {number + 1}: {60 * one:.2f} and {60 * two:.2f} runs a minute, ratio {two / one:.3f}", flush=True)
+    print(f"two workers / one: median {statistics.median(ratios):.3f} of {pairs} pairs, lowest {min(ratios):.3f}")
+
+
+def overhead(words: list[str]) -> None:
+    plan, _, config = planned(conf_dir(), words)
+    workers = config.study.workers
+    with tempfile.TemporaryDirectory() as scratch:
+        plan.save(Path(scratch))
+        command = [sys.executable, __file__, "worker", scratch, str(time.time())]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads_each(workers))}
+        processes = [
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(workers)
+        ]
+        told = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
+        runs = len(list(Path(scratch).glob("runs/*/summary.json")))
+    total = sum(each["all"] for each in told)
+    for name in ("training", "imports", "W&B", "record", "verdict"):
+        spent = sum(each.get(name, 0.0) for each in told)
+        print(f"{name:<9} {spent:8.1f} s  {100 * spent / total:5.1f} %")
+    training = sum(each["training"] for each in told)
+    print(f"in all    {total:8.1f} s of {workers} workers for {runs} runs")
+    print(f"not training: {100 * (1 - training / total):.1f} %")
+
+
+def worker(directory: Path, began: float) -> None:
+    """A worker of the study with clocks in it; prints what it spent since it was started, in seconds, as JSON."""
+    from stabrun.observe.probe import Snapshot
+    from stabrun.observe.record import Record
+    from stabrun.observe.tracker import Tracker
+    from stabrun.observe.verdict import Judge
+    from stabrun.study.worker import work
+    from stabrun.train.trainer import Trainer
+
+    spent = {"imports": time.time() - began}
+    clocked = {
+        "training": ((Trainer, "step"), (Trainer, "validate"), (Snapshot, "read")),
+        "W&B": ((Tracker, "__init__"), (Tracker, "row"), (Tracker, "finish")),
+        "record": ((Record, "write"), (Record, "sync")),
+        "verdict": ((Judge, "add"), (Judge, "conclude")),
+    }
+    for name, methods in clocked.items():
+        for owner, method in methods:
+            setattr(owner, method, timed(getattr(owner, method), spent, name))
+    work(directory)
+    print(json.dumps(spent | {"all": time.time() - began}))
+
+
+def timed(method: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return method(*args, **options)
+        finally:
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
+
+    return call
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("throughput", "overhead", "worker"))
+    parser.add_argument("words", nargs="*", help="overrides of the study; of a worker, its folder")
+    parser.add_argument("--pairs", type=int, default=3)
+    asked = parser.parse_args()
+    if asked.what == "throughput":
+        throughput(asked.pairs)
+    elif asked.what == "overhead":
+        overhead(asked.words or ["+experiment=quickstart"])
+    else:
+        worker(Path(asked.words[0]), float(asked.words[1]))
