@@ -1,9 +1,6 @@
 """`stabrun sweep`: plan a study, start workers on this machine, show what comes, and end with its table."""
 
 import fcntl
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +11,12 @@ from stabrun.model.describe import flops_per_token
 from stabrun.observe.console import warn
 from stabrun.observe.record import read_object
 from stabrun.study import results
+from stabrun.study.crew import Crew
+from stabrun.study.launch import crew_of
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING, Entry, Ledger
 from stabrun.study.plan import FILE, GRID, Plan, extended, load, planned
 
 POLL = 0.3  # seconds between two looks at the ledger
-GRACE = 60.0  # seconds that workers have to end after Ctrl-C
 MARKS = {"converged": "c", "recovered": "r", "diverged": "D", "undecided": "?", RUNNING: ">", PLANNED: ".", FAILED: "!"}
 LEGEND = "c converged, r recovered, D diverged, ? undecided, > running, . planned, ! failed; a mark a seed"
 
@@ -31,6 +29,7 @@ def sweep(conf: Path, overrides: list[str], dry_run: bool) -> int:
     asked, directory, config = planned(conf, overrides)
     if asked.strategy != GRID:
         raise MistakeError("study.strategy=frontier: the search is not there yet; a grid is, with study.lrs=[…].")
+    crew = crew_of(conf, overrides, directory, config.study.workers)
     if dry_run:
         print("\n".join(described(_with_what_is_there(asked, directory), directory)))
         return 0
@@ -41,7 +40,7 @@ def sweep(conf: Path, overrides: list[str], dry_run: bool) -> int:
     ledger = Ledger(directory)
     ledger.forgive(plan.cells)
     print(f"{plan.name}: {len(plan.cells)} cells, {config.study.workers} workers → {directory}", flush=True)
-    status = _supervise(plan, directory, ledger, config.study.workers)
+    status = _supervise(plan, directory, ledger, crew)
     results.write(plan, directory)
     entries = ledger.entries(plan.cells)
     print("\n".join([*matrix(plan, directory, entries), LEGEND, f"records: {directory}"]))
@@ -72,11 +71,9 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _supervise(plan: Plan, directory: Path, ledger: Ledger, count: int) -> int:
-    """Keep `count` workers at work until no cell is left; 130 after Ctrl-C."""
-    workers: list[subprocess.Popen[bytes]] = []
+def _supervise(plan: Plan, directory: Path, ledger: Ledger, crew: Crew) -> int:
+    """Keep the crew at work until no cell is left; 130 after Ctrl-C."""
     told = {cell for cell, entry in ledger.entries(plan.cells).items() if entry.status == DONE}
-    lives = count + 3 * len(plan.cells)  # a worker that dies before it has a cell must not be started for ever
     try:
         while True:
             entries = ledger.entries(plan.cells)
@@ -85,37 +82,12 @@ def _supervise(plan: Plan, directory: Path, ledger: Ledger, count: int) -> int:
                 for cell in done:
                     print(said(plan, directory, cell, len(told) + 1), flush=True)
                     told.add(cell)
-            workers = [worker for worker in workers if worker.poll() is None]
             if all(entry.status in (DONE, FAILED) for entry in entries.values()):
-                return _ended(workers, 0)
-            while len(workers) < count and lives > 0:
-                workers.append(_worker(directory, count))
-                lives -= 1
-            if not workers:
-                raise OSError(f"workers die before they train; see {directory}/worker.log")
+                return crew.end(0)
+            crew.keep(sum(entry.attempt for entry in entries.values()))
             time.sleep(POLL)
     except KeyboardInterrupt:
-        return _ended(workers, 130)
-
-
-def _worker(directory: Path, count: int) -> "subprocess.Popen[bytes]":
-    threads = str(max(1, (os.cpu_count() or 1) // count))
-    command = [sys.executable, "-m", "stabrun.study.worker", str(directory)]
-    with open(directory / "worker.log", "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={"OMP_NUM_THREADS": threads, **os.environ})
-
-
-def _ended(workers: "list[subprocess.Popen[bytes]]", status: int) -> int:
-    """Wait for the workers, which have nothing left to do, or are asked to stop after their step."""
-    for worker in workers:
-        if status:
-            worker.terminate()
-    for worker in workers:
-        try:
-            worker.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            worker.kill()
-    return status
+        return crew.end(130)
 
 
 def said(plan: Plan, directory: Path, cell: str, number: int) -> str:
