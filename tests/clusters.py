@@ -24,6 +24,7 @@ QUESTION = (
     "train.checkpoint_every=5",
     "study_dir=study",
 )
+LONG = ("train.steps=1000", "train.checkpoint_every=100")  # time enough for a disaster
 TIMINGS = ("seconds", "tokens_per_second")
 
 os.environ["PATH"] += ":/usr/sbin:/sbin"
@@ -103,3 +104,9 @@ def crew_of_study(folder):
     """The process ids of all workers that a launcher ever started for the study: one sweep's."""
     (stop,) = (folder / "ledger").glob("*.stop")
     return [json.loads(file.read_text())["pid"] for file in (folder / "ledger").glob(f"{stop.stem}.*.claim")]
+
+
+def pids(parent, pattern):
+    """The children of a process whose command lines match."""
+    found = subprocess.run(["pgrep", "-P", str(parent), "-f", pattern], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]

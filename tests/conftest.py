@@ -82,11 +82,22 @@ def cache(tmp_path_factory):
     return Path(os.environ["STABRUN_CACHE"])
 
 
+def of_two_local_workers(folder, *words):
+    from clusters import rows, swept
+
+    swept(folder, *words)
+    return rows(folder)
+
+
 @pytest.fixture(scope="session")
 def undisturbed_rows(tmp_path_factory):
     """The rows of the study in `clusters`, by two workers of this machine."""
-    from clusters import rows, swept
+    return of_two_local_workers(tmp_path_factory.mktemp("undisturbed"))
 
-    folder = tmp_path_factory.mktemp("undisturbed")
-    swept(folder)
-    return rows(folder)
+
+@pytest.fixture(scope="session")
+def long_rows(tmp_path_factory):
+    """The rows of the same study, of longer runs."""
+    from clusters import LONG
+
+    return of_two_local_workers(tmp_path_factory.mktemp("long"), *LONG)

@@ -131,10 +131,6 @@ def test_the_stop_file_has_a_worker_leave_its_cell_with_a_checkpoint(tmp_path):
     thread.join()
     assert len(list(tmp_path.glob("attempts/*/checkpoints/step_*/meta.json"))) == 1
     with enrolled(Ledger(tmp_path), "cafe", 2) as stop:
-        deadline = time.monotonic() + 60
-        while not stop.asked:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
         work(tmp_path, stop=stop)
     (entry,) = Ledger(tmp_path).entries(plan.cells).values()
     assert (entry.status, entry.attempt) == (PLANNED, 1), "one that starts later takes no cell"

@@ -114,14 +114,12 @@ class Launched(Crew):
         if not self.batches:
             return 0
         self.ledger = self.ledger or Ledger(self.directory)
-        entry = self.ledger.entries([self.id])[self.id]
+        enrolled, alive = those_of(self.ledger, self.id)
         total = 0
         for batch in self.batches:
             numbers = set(range(batch.first, batch.first + batch.jobs))
-            enrolled = entry.claim & numbers
-            alive = [n for n in enrolled - entry.left if self.ledger.alive(self.id, n)]
-            waiting = batch.jobs - len(enrolled) if batch.launch.poll() is None else 0
-            total += len(alive) + waiting
+            waiting = len(numbers - enrolled) if batch.launch.poll() is None else 0
+            total += len(alive & numbers) + waiting
         return total
 
     def start(self, missing: int) -> None:
@@ -142,6 +140,12 @@ def awaited(processes: list[Process], status: int) -> int:
         except subprocess.TimeoutExpired:
             process.kill()
     return status
+
+
+def those_of(ledger: Ledger, crew: str) -> tuple[set[int], set[int]]:
+    """The numbers of a launched crew's workers that ever began, and of those that are still at work."""
+    entry = ledger.entries([crew])[crew]
+    return entry.claim, {number for number in entry.claim - entry.left if ledger.alive(crew, number)}
 
 
 def stop_file(directory: Path, crew: str) -> Path:

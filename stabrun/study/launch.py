@@ -21,10 +21,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from stabrun.compose import foreseen, hydra, plainly, refuse_code, the_hydra
 from stabrun.config import MistakeError, conf_dir
-from stabrun.study.crew import Crew, Launched, Local, stop_file
+from stabrun.study.crew import Crew, Launched, Local, stop_file, those_of
 from stabrun.study.ledger import Ledger
 from stabrun.study.plan import split_axes
 
+POLL = 0.5  # seconds between two looks whether the sweep is over
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
@@ -67,7 +68,7 @@ def join_ray(launcher: DictConfig) -> None:
 def launch(directory: Path, crew: str, first: int, jobs: int, words: list[str]) -> None:
     """Launch so many workers of a crew, numbered from `first` on, and wait for them. Raises what one of them raised."""
     folder = directory / "launcher" / crew
-    threading.Thread(target=cancel_at_the_end, args=(stop_file(directory, crew), folder), daemon=True).start()
+    threading.Thread(target=end_with_the_sweep, args=(directory, crew, folder), daemon=True).start()
     work = partial(at_work, str(directory), crew, os.getcwd(), jobs)
     with hydra(conf_dir()):
         whole = composed(words, folder)
@@ -81,11 +82,19 @@ def launch(directory: Path, crew: str, first: int, jobs: int, words: list[str]) 
         _ = job.return_value  # raises what the job raised
 
 
-def cancel_at_the_end(stop: Path, folder: Path) -> None:
-    """Wait until the sweep is over. No signal tells it, for Ray's client would end with its workers at once."""
-    while not stop.exists():
-        time.sleep(1.0)
+def end_with_the_sweep(directory: Path, crew: str, folder: Path) -> None:
+    """Wait until the sweep is over and its last worker has left, then end this process, whatever it waits for.
+
+    No signal does that, for Ray's client would end with its workers at once; nor does submitit: where Slurm keeps no
+    accounts, it waits for ever for a job that was taken out of the queue.
+    """
+    while not stop_file(directory, crew).exists():
+        time.sleep(POLL)
     cancel_queued(folder)
+    ledger = Ledger(directory)
+    while those_of(ledger, crew)[1]:
+        time.sleep(POLL)
+    os._exit(0)
 
 
 def cancel_queued(folder: Path) -> None:

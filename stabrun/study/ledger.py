@@ -58,11 +58,12 @@ def this_process() -> dict[str, Any]:
 
 
 def _born(pid: int) -> str | None:
-    """When a process of this machine started, in clock ticks since the boot; None where there is none or no /proc."""
+    """When a process of this machine started, in clock ticks since the boot; None where none lives, or no /proc."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        state, *facts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):
         return None
+    return None if state == "Z" else facts[18]
 
 
 class Ledger:

@@ -120,6 +120,7 @@ def enrolled(ledger: Ledger, crew: str, number: int) -> Iterator[Stop]:
         threading.Event(),
     )
     write_whole(ledger.path(crew, number, "claim"), json.dumps(ledger.owner) + "\n")
+    stop.asked = told.exists()
 
     def beat() -> None:
         for seconds in itertools.count():
