@@ -22,7 +22,7 @@ from typing import Any
 
 from stabrun.config import conf_dir
 from stabrun.observe.record import read_events
-from stabrun.study.cost import threads_each
+from stabrun.study.crew import threads_each
 from stabrun.study.plan import planned
 
 STUDY = (

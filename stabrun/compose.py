@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from stabrun.config import Config, MistakeError, check, conf_dir, keys
 
 OWN_CODE = ("hydra._internal.", "hydra_plugins.")
+EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launcher → what brings it
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def sentence(error: BaseException) -> str:
 
 
 def no_such_choice(group: str, name: str, options: str) -> str:
+    if group == "hydra/launcher" and name in EXTRAS:
+        return f"{group}={name}: its package is not installed; pip install 'stabrun[{EXTRAS[name]}]' brings it."
     return f"{group}={name}: there is no such {group}; it is one of {', '.join(options.split())}."
 
 

@@ -207,8 +207,8 @@ def test_a_cell_that_runs_out_of_memory_is_named_and_the_rest_goes_on(tmp_path):
     )
     _, err = process.communicate(timeout=240)
     assert process.returncode == 1
-    assert "baseline vocab_size=15000000 lr=0.01 s0" in err
-    assert "could not be trained" in err
+    assert "baseline vocab_size=15000000 lr=1e-2 s0" in err
+    assert "was given up after 2 attempts" in err
     assert "memory" in err
     assert [row["arm"] for row in rows(tmp_path)] == ["baseline vocab_size=256"]
     assert len(list((tmp_path / "study" / "ledger").glob("*.failed"))) == 2

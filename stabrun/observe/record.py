@@ -184,7 +184,7 @@ class Record:
 
 def write_whole(path: Path, text: str) -> None:
     """Replace a file at once: a reader sees the old text or the new one, and a full disk leaves the old."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     try:
         scratch.write_text(text)
         os.replace(scratch, path)

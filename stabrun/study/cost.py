@@ -13,6 +13,7 @@ from stabrun.config import Config
 from stabrun.model.describe import flops_per_token
 from stabrun.observe.text import duration_text, rate_text
 from stabrun.study import results
+from stabrun.study.crew import threads_each
 from stabrun.study.plan import GRID, Plan, tokens_of
 from stabrun.study.results import Row
 
@@ -93,11 +94,6 @@ def _time(costs: list[Cost], workers: int) -> str:
     text = duration_text(sum(cost.seconds or 0.0 for cost in left) / workers)
     bound = "" if all(cost.measured for cost in left) else "at least "
     return f", {bound}{text} by {workers} worker{'s' * (workers != 1)}"
-
-
-def threads_each(workers: int) -> int:
-    """How many threads a worker has, where all cores of this machine are shared among them."""
-    return max(1, (os.cpu_count() or 1) // workers)
 
 
 def trains_on_gpu(config: Config) -> bool:

@@ -90,6 +90,11 @@ class Ledger:
         self.lease, self.clock, self.owner = lease, clock, this_process()
         self.seen: dict[tuple[str, int], tuple[str, float]] = {}  # the last beat of an attempt, and since when
 
+    def make(self) -> None:
+        """Make the ledger's folders, if they are not there."""
+        for folder in (self.folder, self.runs, self.attempts):
+            folder.mkdir(parents=True, exist_ok=True)
+
     def entries(self, cells: Iterable[str]) -> dict[str, Entry]:
         """What is known of each cell now, from two lists of names."""
         known = {cell: Entry() for cell in cells}
@@ -117,8 +122,7 @@ class Ledger:
         if entry.status != PLANNED:
             return None
         attempt = entry.attempt + 1
-        for folder in (self.folder, self.runs, self.attempts):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.make()
         scratch = self.folder / f".{self.owner['id']}"
         scratch.write_text(json.dumps(self.owner) + "\n")
         try:

@@ -80,6 +80,22 @@ def with_rate(config: Config, lr: float, seed: int) -> Config:
     return replace(config, optim=replace(config.optim, lr=lr), seed=seed)
 
 
+class Latest:
+    """The plan of a study that may grow; its file is read again only when it has changed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.stamp: tuple[int, int] | None = None
+        self.known: Plan | None = None
+
+    def plan(self) -> Plan:
+        facts = (self.directory / FILE).stat()
+        stamp = facts.st_mtime_ns, facts.st_ino
+        if self.known is None or stamp != self.stamp:
+            self.known, self.stamp = load(self.directory), stamp
+        return self.known
+
+
 def tokens_of(config: Config) -> int:
     """Tokens of a whole run."""
     return config.train.steps * config.train.batch_size * config.data.seq_len

@@ -1,5 +1,7 @@
 """A worker: takes cells of a study from its ledger, trains each, and goes on until none is left."""
 
+import itertools
+import json
 import shutil
 import threading
 import time
@@ -10,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.config import MistakeError
+from stabrun.observe.record import write_whole
+from stabrun.study.crew import stop_file
 from stabrun.study.ledger import DONE, FAILED, LEASE, PLANNED, RUNNING, Claim, Ledger
 from stabrun.study.plan import Plan, load, planning
 from stabrun.study.results import finished
 from stabrun.study.search import next_run
 from stabrun.train.folder import INTERRUPTED
-from stabrun.train.run import Watch, train
+from stabrun.train.run import Stop, Watch, train
 
 BEATS = 6  # in a lease
 POLL = 0.5  # seconds between two looks, where all cells that are left have owners
@@ -26,23 +30,23 @@ class LostError(Exception):
     """Another owner has taken the cell over."""
 
 
-def work(directory: Path, lease: float = LEASE) -> None:
-    """Train the cells of the study in `directory` until each is done or given up.
+def work(directory: Path, lease: float = LEASE, stop: Stop | None = None) -> None:
+    """Train the cells of the study in `directory` until each is done or given up, or `stop` is asked for.
 
-    Raises KeyboardInterrupt after Ctrl-C, when the cell at hand has its checkpoint and is given back.
+    Raises KeyboardInterrupt when it was stopped and the cell at hand has its checkpoint and is given back.
     """
-    ledger = Ledger(directory, lease)
-    while claim := _next(ledger, directory):
-        attempt(load(directory), claim)
+    ledger, stop = Ledger(directory, lease), stop or Stop()
+    while claim := _next(ledger, directory, stop):
+        attempt(load(directory), claim, stop)
 
 
-def _next(ledger: Ledger, directory: Path) -> Claim | None:
+def _next(ledger: Ledger, directory: Path, stop: Stop) -> Claim | None:
     """A cell for this worker, planned now where a search needs it; None where none is left.
 
     Waits while others are at work, for one of them may die, or end in a way that asks for more.
     """
     looked_at: list[str] | None = None
-    while True:
+    while not stop.asked:
         plan = load(directory)
         entries = ledger.entries(plan.cells)
         left = [cell for cell, entry in entries.items() if entry.status in (PLANNED, RUNNING)]
@@ -56,6 +60,7 @@ def _next(ledger: Ledger, directory: Path) -> Claim | None:
         if not left:
             return None
         time.sleep(POLL)
+    return None
 
 
 def grow(ledger: Ledger, directory: Path) -> bool:
@@ -71,7 +76,7 @@ def grow(ledger: Ledger, directory: Path) -> bool:
     return run is not None
 
 
-def attempt(plan: Plan, claim: Claim) -> dict[str, Any] | None:
+def attempt(plan: Plan, claim: Claim, stop: Stop) -> dict[str, Any] | None:
     """Train one cell, from where an earlier attempt came to; its summary, or None where it failed or was lost.
 
     What goes wrong ends in the ledger, and the worker goes on.
@@ -80,7 +85,7 @@ def attempt(plan: Plan, claim: Claim) -> dict[str, Any] | None:
     try:
         _go_on_from_before(claim)
         with beating(claim) as watch:
-            summary = train(config, claim.directory, watch)
+            summary = train(config, claim.directory, watch, stop)
     except LostError:
         return None
     except KeyboardInterrupt:
@@ -126,6 +131,37 @@ def beating(claim: Claim) -> Iterator[Watch]:
         over.set()
         thread.join()
         claim.beat(step)
+
+
+@contextmanager
+def enrolled(ledger: Ledger, crew: str, number: int) -> Iterator[Stop]:
+    """Beat as a launched crew's worker while the block runs; what is given is asked to stop where the crew is."""
+    place, told, stop, over = (
+        Claim(ledger, crew, number),
+        stop_file(ledger.folder.parent, crew),
+        Stop(),
+        threading.Event(),
+    )
+    ledger.make()
+    write_whole(ledger.path(crew, number, "claim"), json.dumps(ledger.owner) + "\n")
+    stop.asked = told.exists()
+
+    def beat() -> None:
+        for seconds in itertools.count():
+            if seconds % round(ledger.lease / BEATS) == 0:
+                place.beat(seconds)
+            stop.asked = stop.asked or told.exists()
+            if over.wait(1.0):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield stop
+    finally:
+        over.set()
+        thread.join()
+        place.leave("it ended")
 
 
 def _go_on_from_before(claim: Claim) -> None:

@@ -42,10 +42,13 @@ Watch = Callable[[dict[str, Any]], None]
 ODD_SHOWN = 3  # degenerate batches a start that the console tells of
 
 
-def train(config: Config, directory: Path | None = None, watch: Watch | None = None) -> dict[str, Any]:
+def train(
+    config: Config, directory: Path | None = None, watch: Watch | None = None, stop: "Stop | None" = None
+) -> dict[str, Any]:
     """Train one run to its end, from its checkpoint if it has one. Returns its summary.
 
-    `directory` stands in for the configuration's own; `watch` is shown each row as it comes.
+    `directory` stands in for the configuration's own; `watch` is shown each row as it comes; `stop` can be asked by
+    others, where no signal reaches this process.
     Raises MistakeError where the configuration or the run directory does not allow it; a divergence raises nothing.
     """
     check(config)
@@ -59,7 +62,7 @@ def train(config: Config, directory: Path | None = None, watch: Watch | None = N
     trainer = Trainer(config, data)
     with claimed(config, directory) as record:  # another process may have begun or finished it meanwhile
         refuse_other_data(directory, data.manifest["hash"])
-        return finished(directory) or Run(trainer, record, watch).start()
+        return finished(directory) or Run(trainer, record, watch).start(stop)
 
 
 class Run:
@@ -89,13 +92,13 @@ class Run:
         self.watches += [watch] if watch else []
         self.before = {"step": self.done, "tokens": self.last["tokens"]}
 
-    def start(self) -> dict[str, Any]:
+    def start(self, stop: "Stop | None" = None) -> dict[str, Any]:
         directory = self.record.directory
         self.record.event("start", **self.before, environment=self.environment)
         self.open_console()
         began = time.monotonic()
         try:
-            with Stop() as stop:
+            with stop or Stop() as stop:
                 status = self.loop(stop)
         except Exception as error:
             self.record.event(FAILED, step=self.done, error=f"{type(error).__name__}: {error}")

@@ -1,0 +1,88 @@
+"""`stabrun sweep` with Hydra's launchers: what is refused, and submitit on this machine."""
+
+import os
+import signal
+
+import pytest
+from clusters import QUESTION, await_, ended, rows, submitit_there, sweeping, swept, training
+from conftest import TINY, stabrun
+
+from stabrun.compose import no_such_choice
+from stabrun.config import MistakeError, conf_dir
+from stabrun.study.crew import Local
+from stabrun.study.launch import crew_of
+
+HERE = "hydra/launcher=submitit_local"
+MARKS = (pytest.mark.slurm, submitit_there)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("hydra/launcher=slrum",), "hydra/launcher=slrum: there is no such hydra/launcher"),
+        (("hydra.launcher._target_=os.getcwd",), "it names code to run"),
+        (("+hydra.callbacks.x._target_=os.getcwd",), "it names code to run"),
+        pytest.param((HERE, "hydra.launcher.nodes=2"), "a job is one worker", marks=MARKS),
+        pytest.param((HERE, "hydra.launcher.nods=2"), "no such key", marks=MARKS),
+        pytest.param((HERE, "hydra.launcher.timeout_min=1,2"), "launched alike", marks=MARKS),
+    ],
+)
+def test_launchers_that_are_refused_make_nothing(tmp_path, words, said):
+    done = stabrun("sweep", *QUESTION, *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_launcher_whose_package_is_missing_is_named_with_what_brings_it():
+    assert "pip install 'stabrun[ray]'" in no_such_choice("hydra/launcher", "ray", "basic")
+
+
+def test_hydra_s_own_launcher_means_this_machine(tmp_path):
+    assert isinstance(crew_of(conf_dir(), [*TINY, "hydra/launcher=basic"], tmp_path, 2), Local)
+    with pytest.raises(MistakeError):
+        crew_of(conf_dir(), [*TINY, "hydra/launcher=slrum"], tmp_path, 2)
+
+
+@pytest.mark.slurm
+@submitit_there
+def test_submitit_s_workers_come_to_the_local_results(tmp_path, undisturbed_rows):
+    swept(tmp_path, HERE)
+    assert rows(tmp_path) == undisturbed_rows
+    assert [item.name for item in tmp_path.iterdir()] == ["study"]
+
+
+@pytest.mark.slurm
+@submitit_there
+def test_a_launched_worker_that_is_killed_is_replaced(tmp_path):
+    folder = tmp_path / "study"
+    with sweeping(tmp_path, HERE, "train.steps=20000") as process:
+        os.kill(await_(lambda: training(folder))[0], signal.SIGKILL)
+        crew = os.listdir(folder / "launcher")[0]
+        await_(lambda: (folder / "ledger" / f"{crew}.0003.claim").exists())
+        process.send_signal(signal.SIGINT)
+        assert ended(process)[0] == 130
+
+
+@pytest.mark.slurm
+@submitit_there
+def test_ctrl_c_reaches_launched_workers_by_the_stop_file(tmp_path):
+    folder = tmp_path / "study"
+    with sweeping(tmp_path, HERE, "train.steps=20000", "train.checkpoint_every=0") as process:
+        await_(lambda: len(list(folder.glob("attempts/*/metrics.jsonl"))) == 2)
+        process.send_signal(signal.SIGINT)
+        status, said = ended(process)
+    assert status == 130
+    assert "the same command goes on" in said
+    assert len(list(folder.glob("attempts/*/checkpoints/step_*/meta.json"))) == 2
+    assert len(list(folder.glob("ledger/*.left"))) == 4, "two cells, and two workers of the crew"
+
+
+@pytest.mark.slurm
+@submitit_there
+def test_plain_multirun_by_submitit(tmp_path):
+    words = ("-m", "hydra/launcher=submitit_local", "optim.lr=1e-2,1e-1")
+    done = stabrun("train", *words, *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 2
