@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stabrun.config import Config, MistakeError, check, conf_dir, keys
 
+SHELL = ("hydra.launcher.setup", "hydra.launcher.srun_args", "hydra.launcher.ray.init.runtime_env")
 OWN_CODE = ("hydra._internal.", "hydra_plugins.")
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launcher → what brings it
 
@@ -229,9 +230,16 @@ def to_config(whole: DictConfig, facts: Any) -> Config:
 
 
 def refuse_code(whole: DictConfig) -> None:
-    """MistakeError where a configuration names code for Hydra to run: callbacks, foreign targets or factories."""
+    """MistakeError where a configuration names code to run: callbacks, foreign targets or factories, shell commands.
+
+    A cluster may need the latter: they are allowed where they are typed, and not where a file has them.
+    """
     node = OmegaConf.to_container(whole.hydra, resolve=False)
     assert isinstance(node, dict)
+    typed = [word.lstrip("+~").partition("=")[0] for word in node["overrides"]["hydra"]]
+    for path in SHELL:
+        if OmegaConf.select(whole, path) and not any(word.startswith(path) for word in typed):
+            raise MistakeError(f"{path}: it names code to run, which a file may not; give it on the command line.")
     if node.get("callbacks"):
         raise MistakeError("hydra.callbacks: it names code to run, which stabrun refuses; remove it.")
     for path, value in _targets(node, "hydra"):

@@ -86,3 +86,18 @@ def test_plain_multirun_by_submitit(tmp_path):
     done = stabrun("train", *words, *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 2
+
+
+@pytest.mark.slurm
+@submitit_there
+def test_shell_commands_for_a_cluster_are_typed_and_not_read_from_a_file(tmp_path):
+    """`setup` is a list of lines that submitit puts into its script."""
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    sly = "# @package _global_\nhydra: {launcher: {setup: [touch /nowhere]}}\n"
+    (folder / "sly.yaml").write_text(sly)
+    words = (*QUESTION, "hydra/launcher=submitit_slurm", "--config-dir", tmp_path / "mine", "--dry-run")
+    assert stabrun("sweep", *words, "hydra.launcher.setup=[true]", cwd=tmp_path).returncode == 0
+    done = stabrun("sweep", *words, "+experiment=sly", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "hydra.launcher.setup: it names code to run" in done.stderr
