@@ -100,22 +100,23 @@ def test_further_axes_have_their_own_baselines(tmp_path):
 
 def test_the_table_of_a_grid_reads_as_its_numbers(tmp_path):
     _, told = a_study(tmp_path)
-    head, baseline, normed = lines(told)
+    head, baseline, normed, legend = lines(told)
+    assert legend.startswith("lr50: half of the seeds diverge")
     assert head.split("  ")[0] == ""
     assert baseline.startswith("baseline  2 of 6")
     assert "0 of 6" in normed
     gain = told["variants"]["qk_norm"]["gain"]
-    assert f"{gain['value']:.3f} ({gain['low']:.3f} to {gain['high']:.3f})" in normed
+    assert f"{gain['value']:.3f} ({gain['low']:.3f}–{gain['high']:.3f})" in normed
     assert baseline.index("2.015") == normed.index("1.915"), "the columns stand below each other"
 
 
 @pytest.mark.parametrize(
     ("interval", "said"),
     [
-        ((0.15, 0.1, 0.2), "0.15 (0.1 to 0.2)"),
+        ((0.15, 0.1, 0.2), "0.15 (0.1–0.2)"),
         ((2.8, 2.1, None), "2.8 (> 2.1)"),
         ((None, 3.0, None), "> 3"),
-        ((None, None, 0.003), "< 3e-3"),
+        ((None, None, 0.003), "< 0.003"),
         ((None, None, None), "?"),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_study_to_its_end_and_its_table(undisturbed):
     assert lines[top].split() == ["lr", "1e-2", "0.1"]
     assert [line.split()[0] for line in lines[top + 1 : top + 3]] == ["baseline", "qk_norm"]
     assert all(len(mark) == 2 for line in lines[top + 1 : top + 3] for mark in line.split()[1:])
-    answer = [line.split()[:4] for line in lines[-4:-2]]
+    answer = [line.split()[:4] for line in lines[-5:-3]]
     assert answer == [["baseline", "0", "of", "4"], ["qk_norm", "0", "of", "4"]]
     assert lines[-1] == "records: study"
 

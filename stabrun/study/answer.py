@@ -157,6 +157,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     for arm, told in facts["variants"].items():
         table.append([arm, *(say(told) for say in columns.values())])
     yield from aligned(table)
+    yield "lr50: half of the seeds diverge; lr10: a tenth; in brackets 95 % intervals; > and <: bounds"
     if like := facts.get("grid"):
         grid = f"{like['rates']} learning rates × {like['seeds']} seeds"
         yield (
@@ -166,20 +167,20 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def rate_told(interval: dict[str, Any] | None) -> str:
-    """`0.152 (0.131 to 0.176)`, or a bound: `> 3`."""
+    """`0.15 (0.13–0.18)`, or a bound: `> 3`."""
     if interval is None:
         return "-"
-    median, low, high = (interval[end] and rate_text(interval[end]) for end in ("median", "low", "high"))
-    ends = f"{low} to {high}" if low and high else f"> {low}" if low else f"< {high}" if high else ""
+    median, low, high = (interval[end] and f"{interval[end]:.2g}" for end in ("median", "low", "high"))
+    ends = f"{low}–{high}" if low and high else f"> {low}" if low else f"< {high}" if high else ""
     return f"{median} ({ends})" if median and ends else median or ends or "?"
 
 
 def estimate_told(estimate: dict[str, Any] | None) -> str:
-    """`0.473 (0.45 to 0.49)`, or the value alone where one seed allows no interval."""
+    """`0.473 (0.450–0.490)`, or the value alone where one seed allows no interval."""
     if estimate is None:
         return "-"
     value, low, high = (estimate[end] for end in ("value", "low", "high"))
-    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
+    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f}–{high:.3f})"
 
 
 def at(strictness: str, *path: str) -> Callable[[dict[str, Any]], str]:
@@ -194,6 +195,14 @@ def at(strictness: str, *path: str) -> Callable[[dict[str, Any]], str]:
     return say
 
 
+def midpoint(place: dict[str, Any] | None) -> str:
+    """The median alone of an arm's lr50, or its bound."""
+    if place is None:
+        return "-"
+    lr50 = place["lr50"]
+    return rate_told({"median": lr50["median"], "low": None, "high": None} if lr50["median"] else lr50)
+
+
 def count(name: str) -> Callable[[dict[str, Any]], str]:
     return lambda told: str(sum(place[name] for place in told["runs"]))
 
@@ -203,10 +212,9 @@ SEARCH_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "diverged": count("diverged"),
     "lr50": at(STANDARD, "lr50"),
     "lr10": at(STANDARD, "lr10"),
-    "lr50 lenient": at("lenient", "lr50"),
-    "lr50 strict": at("strict", "lr50"),
-    "lr50 / baseline's": at(STANDARD, "over", BASELINE),
-    "lr50 / qk_norm's": at(STANDARD, "over", QK_NORM),
+    "/ baseline's": at(STANDARD, "over", BASELINE),
+    "/ qk_norm's": at(STANDARD, "over", QK_NORM),
+    "lenient, strict": lambda told: ", ".join(midpoint(told["frontier"].get(name)) for name in ("lenient", "strict")),
 }
 GRID_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "diverged": lambda told: f"{count('diverged')(told)} of {count('runs')(told)}",
