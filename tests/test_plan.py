@@ -8,7 +8,7 @@ import pytest
 from conftest import configured
 
 from stabrun.config import MistakeError, conf_dir, run_id
-from stabrun.study.plan import extended, load, planned, tokens_of
+from stabrun.study.plan import Latest, extended, load, planned, tokens_of
 
 QUESTION = ("study.variants=[baseline,qk_norm]", "study.lrs=[1e-2,1e-1]", "study.seeds=2")
 
@@ -193,3 +193,14 @@ def test_the_papers_settings_are_those_of_its_facts():
     assert (config.optim.z_loss, config.optim.weight_decay, config.optim.decay_independent) == (1e-4, 1e-4, True)
     assert (config.train.steps, config.schedule.warmup_steps, config.schedule.min_lr) == (100_000, 5_000, 1e-5)
     assert (config.train.batch_size, config.data.seq_len, config.model.attn.qk_norm) == (256, 512, "head")
+
+
+def test_the_latest_plan_is_read_again_when_it_has_grown(tmp_path):
+    plan = asked(*QUESTION)
+    plan.save(tmp_path)
+    latest = Latest(tmp_path)
+    first = latest.plan()
+    assert latest.plan() is first
+    plan.add("baseline", 0.5, 0)
+    plan.save(tmp_path)
+    assert len(latest.plan().cells) == len(first.cells) + 1

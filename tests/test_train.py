@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from stabrun.config import MistakeError
 from stabrun.model.gpt import GPT
 from stabrun.observe.record import read_events, read_rows
+from stabrun.observe.verdict import Judge
 from stabrun.train import checkpoint, precision, run
 from stabrun.train.folder import seconds_spent
 from stabrun.train.optimizer import make_optimizer
@@ -397,3 +398,20 @@ def test_a_run_outlives_the_reader_of_its_output(tmp_path):
     done = subprocess.run(["bash", "-c", f"{shell} | head -1; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path)
     assert done.returncode == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "complete"
+
+
+def test_a_run_that_may_stop_early_ends_where_its_divergence_is_certain(tmp_path, monkeypatch):
+    """Its record is the beginning of the whole one's, and the same after an interruption."""
+    words = ("schedule=constant", "optim.lr=0.5", "train.checkpoint_every=5", "train.val_every=0", "train.steps=60")
+    train(tiny(*words, f"run_dir={tmp_path / 'whole'}"))
+    monkeypatch.setattr(Judge, "_is_certain", lambda self: len(self.losses) >= 45)  # looked at every ten rows
+    told = train(tiny(*words, f"run_dir={tmp_path / 'told'}"))
+    assert (told["status"], told["verdict"], told["steps"]) == ("complete", "diverged", 60)
+    early = tiny(*words, "train.stop_early=true", f"run_dir={tmp_path / 'early'}")
+    assert train_interrupted(early, monkeypatch, 12)["status"] == "interrupted"
+    summary = train(early)
+    assert (summary["status"], summary["verdict"]) == ("stopped", "diverged")
+    assert summary["certain_step"] == told["certain_step"] == summary["horizon"]
+    records = [(tmp_path / name / "metrics.jsonl").read_bytes().splitlines() for name in ("early", "whole")]
+    assert records[0] == records[1][: summary["steps"]]
+    assert train(early) == summary, "it is finished"
