@@ -12,6 +12,7 @@ import time
 
 import pytest
 from conftest import TINY, stabrun
+from test_tracker import inspected
 
 QUESTION = (
     *TINY,
@@ -75,6 +76,17 @@ def test_the_same_again_trains_nothing_and_more_seeds_extend(undisturbed, tmp_pa
     other = swept(tmp_path, "train.steps=20")
     assert other.returncode == 2
     assert "train.steps=30 (here 20)" in other.stderr
+
+
+def test_a_tracked_study_is_one_group_and_its_summary_is_sent_once(tmp_path):
+    words = ("tracker=wandb", "study.lrs=[1e-2]", "study.seeds=1", "study.variants=[qk_norm]")
+    for _ in range(2):
+        assert swept(tmp_path, *words).returncode == 0
+    (summary,) = (tmp_path / "study").glob("wandb/offline-run-*")
+    (run,) = (tmp_path / "study").glob("runs/*/wandb/offline-run-*")
+    told = [next(record["run"] for record in inspected(folder) if record["type"] == "run") for folder in (summary, run)]
+    assert [facts["run_group"] for facts in told] == ["study", "study"]
+    assert [facts["display_name"] for facts in told] == ["study: the answer", "qk_norm lr=1e-2 s0"]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
