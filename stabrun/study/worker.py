@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,13 +109,11 @@ def attempt(plan: Plan, claim: Claim, stop: Stop) -> dict[str, Any] | None:
 @contextmanager
 def beating(claim: Claim) -> Iterator[Watch]:
     """Beat for the claim while the block runs; what is given watches the rows, and raises LostError once it is lost."""
-    step, lost, over = 0, threading.Event(), threading.Event()
+    step, lost = 0, threading.Event()
 
     def beat() -> None:
-        while not over.is_set():
-            if not claim.beat(step):
-                lost.set()
-            over.wait(claim.ledger.lease / BEATS)
+        if not claim.beat(step):
+            lost.set()
 
     def watch(row: dict[str, Any]) -> None:
         nonlocal step
@@ -123,45 +121,52 @@ def beating(claim: Claim) -> Iterator[Watch]:
         if lost.is_set():
             raise LostError
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
     try:
-        yield watch
+        with meanwhile(beat, claim.ledger.lease / BEATS):
+            yield watch
     finally:
-        over.set()
-        thread.join()
         claim.beat(step)
 
 
 @contextmanager
 def enrolled(ledger: Ledger, crew: str, number: int) -> Iterator[Stop]:
     """Beat as a launched crew's worker while the block runs; what is given is asked to stop where the crew is."""
-    place, told, stop, over = (
-        Claim(ledger, crew, number),
-        stop_file(ledger.folder.parent, crew),
-        Stop(),
-        threading.Event(),
-    )
+    place, told, stop = Claim(ledger, crew, number), stop_file(ledger.folder.parent, crew), Stop()
     ledger.make()
     write_whole(ledger.path(crew, number, "claim"), json.dumps(ledger.owner) + "\n")
     stop.asked = told.exists()
+    seconds = itertools.count()
 
-    def beat() -> None:
-        for seconds in itertools.count():
-            if seconds % round(ledger.lease / BEATS) == 0:
-                place.beat(seconds)
-            stop.asked = stop.asked or told.exists()
-            if over.wait(1.0):
-                return
+    def look() -> None:
+        second = next(seconds)
+        if second % round(ledger.lease / BEATS) == 0:
+            place.beat(second)
+        stop.asked = stop.asked or told.exists()
 
-    thread = threading.Thread(target=beat, daemon=True)
+    try:
+        with meanwhile(look, 1.0):
+            yield stop
+    finally:
+        place.leave("it ended")
+
+
+@contextmanager
+def meanwhile(action: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call `action` at once and then every so many seconds, from another thread, while the block runs."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.is_set():
+            action()
+            over.wait(seconds)
+
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
-        yield stop
+        yield
     finally:
         over.set()
         thread.join()
-        place.leave("it ended")
 
 
 def _go_on_from_before(claim: Claim) -> None:
