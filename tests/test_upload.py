@@ -14,7 +14,7 @@ from test_tracker import history, inspected, summary_of
 
 from stabrun.config import MistakeError, conf_dir
 from stabrun.observe.record import read_rows, worded
-from stabrun.observe.tracker import flat, projection
+from stabrun.observe.tracker import flat, projection, track_study
 from stabrun.report import upload as module
 from stabrun.report.upload import upload
 from stabrun.study import results
@@ -35,6 +35,12 @@ def grown(directory, *words):
     for cell in plan.cells.values():
         train(plan.config(cell), directory / "runs" / cell.id)
     return plan
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    """Where W&B keeps a table until it is synced; a process uploads to one place only, the tests to many."""
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +124,7 @@ def test_a_second_upload_sends_nothing(study, capsys):
     before = files(study)
     assert upload([str(study)]) == 0
     assert files(study) == before
-    assert capsys.readouterr().out.splitlines()[-1] == "nothing to send: W&B has all of it."
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing to send."
 
 
 def test_a_dry_run_tells_and_sends_nothing(study, capsys):
@@ -205,12 +211,11 @@ def test_what_was_tracked_is_not_sent_twice(tmp_path, capsys, monkeypatch):
 
 
 def test_a_study_tracked_at_its_end_is_not_sent_twice(study, capsys):
-    from stabrun.observe.tracker import track_study
-
     plan = load(study)
     facts = results.write(plan, study)
     rows = [results.result(row) for row in results.finished(plan, study)]
-    track_study(tiny("tracker=wandb").tracker, study, rows, facts)
+    for _ in range(2):
+        track_study(tiny("tracker=wandb").tracker, study, rows, facts)
     assert upload([str(study)]) == 0
     assert len(offline(study)) == 1
     assert "the answer" not in capsys.readouterr().out
@@ -303,6 +308,16 @@ def test_a_study_under_way_sends_what_is_finished(study, run, capsys):
     assert upload([str(study)]) == 0
     assert "1 of 2 cells are not finished" in capsys.readouterr().out
     assert offline(run) == []
+
+
+def test_a_study_without_a_finished_run_sends_nothing(study, capsys):
+    shutil.rmtree(study / "runs")
+    assert upload([str(study)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "2 of 2 cells are not finished; the same command sends them later.",
+        "nothing to send.",
+    ]
+    assert offline(study) == []
 
 
 MISTAKES = [

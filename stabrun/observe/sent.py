@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stabrun.config import MistakeError
+from stabrun.config import MistakeError, TrackerConfig
 from stabrun.observe.record import read_object, write_whole
 
+ONLINE, OFFLINE = "online", "offline"
 FILE = "wandb/sent.json"  # a study's next attempt at a cell copies no `wandb/`: it begins anew, as its offline run does
 BLOCK = 1 << 20
 
@@ -46,6 +47,14 @@ def recall(directory: Path) -> Sent | None:
         return Sent(**read_object(file))
     except TypeError as error:
         raise MistakeError(f"{file} is damaged; without it everything is sent again.") from error
+
+
+def known(directory: Path, mode: str, tracker: TrackerConfig) -> Sent:
+    """What W&B has of a folder, there where it is to be sent. What only an offline run holds, no server has seen."""
+    before, here = recall(directory), Sent(mode, tracker.entity, tracker.project)
+    if before is None or (before.entity, before.project) != (here.entity, here.project):
+        return here
+    return here if (mode, before.mode) == (ONLINE, OFFLINE) else before
 
 
 def digest(value: Any) -> str:

@@ -11,10 +11,8 @@ from urllib.parse import urlsplit
 
 from stabrun.config import Config, TrackerConfig
 from stabrun.observe.console import warn
-from stabrun.observe.sent import Sent, digest, digests, file_digest, forget, note, recall
+from stabrun.observe.sent import OFFLINE, ONLINE, Sent, digest, digests, file_digest, forget, known, note, recall
 from stabrun.observe.text import run_name
-
-ONLINE, OFFLINE = "online", "offline"
 
 os.environ.setdefault("WANDB_SILENT", "true")
 
@@ -107,10 +105,12 @@ def opened(tracker: TrackerConfig, run_id: str, directory: Path, **facts: Any) -
 
 
 def track_study(tracker: TrackerConfig, directory: Path, results: list[dict[str, Any]], answer: dict[str, Any]) -> None:
-    """Put a study's results, as a table, and its answer into a summary run in the group of its runs."""
+    """Put a study's results, as a table, and its answer into a summary run in its group, where they are new."""
     try:
         import wandb
 
+        if known(directory, _mode(), tracker).summary == digest([results, answer]):
+            return
         send_study(tracker, directory, results, answer)
         wandb.teardown()  # waits until all of it is on the disk
     except Exception as error:

@@ -18,9 +18,9 @@ from stabrun.compose import Words, plainly
 from stabrun.config import Config, MistakeError, TrackerConfig, check, read_config, run_id
 from stabrun.observe.console import warn
 from stabrun.observe.record import checked_row, number, parsed, read_object, worded
-from stabrun.observe.sent import Sent, digest, digests, file_digest, recall
+from stabrun.observe.sent import OFFLINE, ONLINE, Sent, digest, digests, file_digest, known
 from stabrun.observe.text import run_name
-from stabrun.observe.tracker import OFFLINE, ONLINE, has_key, images, note_sent, opened_run, projection, send_study
+from stabrun.observe.tracker import has_key, images, note_sent, opened_run, projection, send_study
 from stabrun.status import OVER, held
 from stabrun.study import results
 from stabrun.study.answer import answer
@@ -92,7 +92,7 @@ def upload(words: list[str]) -> int:
 
 def told_at_the_end(count: int, directory: Path, mode: str, dry_run: bool, study: bool) -> str:
     if not count:
-        return "nothing to send: W&B has all of it."
+        return "nothing to send."
     if dry_run:
         return f"{counted(count, 'W&B run')} would be sent; nothing was."
     if mode == ONLINE:
@@ -135,21 +135,12 @@ def changed(tracker: TrackerConfig, changes: list[str]) -> TrackerConfig:
     from omegaconf import OmegaConf
 
     if foreign := [word for word in changes if not word.startswith("tracker.")]:
-        raise MistakeError(f"{foreign[0]}: upload takes the keys of tracker alone, such as tracker.project=NAME.")
+        raise MistakeError(f"{foreign[0]}: only the keys of tracker can be changed here, such as tracker.project=NAME.")
     with plainly():
         own = [word.removeprefix("tracker.") for word in changes]
         merged: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(tracker), OmegaConf.from_dotlist(own)))
     found: TrackerConfig = merged
     return found
-
-
-def known(directory: Path, tracker: TrackerConfig, mode: str) -> Sent:
-    """What W&B has of a folder, there where it is to be sent. What only an offline run holds, no server has seen."""
-    before = recall(directory)
-    here = Sent(mode, tracker.entity, tracker.project)
-    if before is None or (before.entity, before.project) != (here.entity, here.project):
-        return here
-    return here if mode == ONLINE and before.mode == OFFLINE else before
 
 
 def uploaded(directory: Path, changes: list[str], mode: str, dry_run: bool) -> bool:
@@ -162,7 +153,7 @@ def uploaded(directory: Path, changes: list[str], mode: str, dry_run: bool) -> b
     if live:
         print(f"{name}: it is being trained, and tracked as it goes; nothing to upload.")
         return False
-    before = known(directory, config.tracker, mode)
+    before = known(directory, mode, config.tracker)
     found = news(directory, before)
     for sentence in found.survey.damaged:
         warn(f"{directory / METRICS}: {sentence}")
@@ -261,12 +252,14 @@ def send(directory: Path, config: Config, before: Sent, found: News) -> None:
 
 
 def uploaded_study(plan: Plan, directory: Path, changes: list[str], mode: str, dry_run: bool) -> bool:
-    """Send a study's table, answer and figures. False where W&B has them."""
+    """Send a study's table, answer and figures. False where W&B has them, or no run is finished."""
     tracker = changed(next(iter(plan.arms.values())).tracker, changes)
     rows = list(results.finished(plan, directory))
+    if not rows:
+        return False
     told = worded(answer(plan, rows))
     table = [results.result(row) for row in rows]
-    figures, before = drawn(directory), known(directory, tracker, mode)
+    figures, before = drawn(directory), known(directory, mode, tracker)
     if (before.summary, before.figures) == (digest([table, told]), digests(figures)):
         return False
     parts = [counted(len(table), "row")] + ([counted(len(figures), "figure")] if figures else [])

@@ -20,7 +20,8 @@ from stabrun.config import MistakeError, TrackerConfig
 from stabrun.observe.console import warn
 from stabrun.observe.keys import METRICS, SITES, Metric
 from stabrun.observe.record import worded
-from stabrun.observe.tracker import ONLINE, has_key
+from stabrun.observe.sent import ONLINE
+from stabrun.observe.tracker import has_key
 from stabrun.report.upload import changed
 from stabrun.study import results
 from stabrun.study.answer import GRID_COLUMNS, SEARCH_COLUMNS, answer
