@@ -22,6 +22,10 @@ commands
                         one recorded run again, from its own config
   judge PATH            the verdict again, from a run, a study, or anyone's CSV, JSON lines,
                         trainer_state.json or log  (--json, --follow, --against OTHER, --step, --loss)
+  upload DIR [tracker.KEY=VALUE…]
+                        the record of a study or a run into W&B, once and under the runs' own ids  (--dry-run)
+  dashboard [STUDY_DIR] [tracker.KEY=VALUE…]
+                        a workspace in W&B, and a report of the study  (--dry-run prints them)
   model [OVERRIDE…]     parameters, FLOPs, memory, switches; trains nothing  (--json, --trace)
                         +check=init: variance and gradient by layer at the first weights
   variants              each variant, one line, and where it comes from
@@ -105,6 +109,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": later("status"),
     "rerun": later("rerun"),
     "judge": later("judge"),
+    "upload": later("upload"),
+    "dashboard": later("dashboard"),
     "model": later("model"),
     "variants": variants,
     "data": later("data"),

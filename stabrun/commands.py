@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,20 @@ def judge(words: list[str], conf: Path) -> int:
     return judging.judge(words)
 
 
+def upload(words: list[str], conf: Path) -> int:
+    from stabrun.report import upload
+
+    return upload.upload(words)
+
+
+def dashboard(words: list[str], conf: Path) -> int:
+    if find_spec("wandb_workspaces") is None:
+        raise MistakeError("dashboard: it needs the package wandb-workspaces: pip install 'stabrun[dashboard]'.")
+    from stabrun.report import workspace
+
+    return workspace.dashboard(words)
+
+
 def model(words: list[str], conf: Path) -> int:
     from stabrun.model.describe import describe, report
     from stabrun.observe.record import worded
@@ -175,6 +190,8 @@ COMMANDS = {
     "status": status,
     "rerun": rerun,
     "judge": judge,
+    "upload": upload,
+    "dashboard": dashboard,
     "model": model,
     "data": data,
 }

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from stabrun.config import Config, TrackerConfig
 from stabrun.observe.console import warn
+from stabrun.observe.sent import OFFLINE, ONLINE, Sent, digest, digests, file_digest, forget, known, note, recall
 from stabrun.observe.text import run_name
 
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -25,22 +26,14 @@ class Tracker:
 
     def __init__(self, config: Config, run_id: str, directory: Path, earlier: Iterable[dict[str, Any]]) -> None:
         self.config: TrackerConfig = config.tracker
+        self.directory, self.steps = directory, 0
         self.run: Any = None
         if self.config.name == "wandb":
             self._guard(lambda: self._start(config, run_id, directory, earlier))
 
     def _start(self, config: Config, run_id: str, directory: Path, earlier: Iterable[dict[str, Any]]) -> None:
-        self.run = opened(
-            self.config,
-            run_id,
-            directory,
-            group=self.config.group or config.variant,
-            job_type="train",
-            name=self.config.run_name or run_name(config.variant, config.optim.lr, config.seed),
-            config=asdict(config),
-        )
-        self.run.define_metric("step")
-        self.run.define_metric("*", step_metric="step")
+        forget(directory)
+        self.run = opened_run(config, run_id, directory)
         self.run.define_metric("train/loss", summary="min", step_metric="step")
         for row in earlier:
             self._log(row)
@@ -52,6 +45,7 @@ class Tracker:
     def _log(self, row: dict[str, Any]) -> None:
         if row["step"] >= (self.run.step or 0):
             self.run.log(projection(row, self.config.norms_every), step=row["step"])
+        self.steps = row["step"] + 1
 
     def finish(self, summary: dict[str, Any], interrupted: bool) -> None:
         """Put the run's summary beside W&B's own and close it; exit code 130 marks an interrupted run."""
@@ -62,6 +56,9 @@ class Tracker:
         self.run.summary.update({key: value for key, value in summary.items() if value is not None})
         self.run.finish(exit_code=exit_code)
         self.run = None
+        metrics = self.directory / "metrics.jsonl"
+        size, sha256 = metrics.stat().st_size, file_digest(metrics)
+        note_sent(self.config, self.directory, steps=self.steps, size=size, sha256=sha256, summary=digest(summary))
 
     def _guard(self, action: Callable[[], None]) -> None:
         try:
@@ -70,6 +67,22 @@ class Tracker:
             self.run = None
             reason = str(error).strip().split("\n")[0]
             warn(f"W&B is off from here on ({type(error).__name__}: {reason}); the record goes on.")
+
+
+def opened_run(config: Config, run_id: str, directory: Path) -> Any:
+    """The W&B run of a run: its name, group and configuration, and `step` as the axis of its metrics."""
+    run = opened(
+        config.tracker,
+        run_id,
+        directory,
+        group=config.tracker.group or config.variant,
+        job_type="train",
+        name=config.tracker.run_name or run_name(config.variant, config.optim.lr, config.seed),
+        config=asdict(config),
+    )
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def opened(tracker: TrackerConfig, run_id: str, directory: Path, **facts: Any) -> Any:
@@ -92,22 +105,55 @@ def opened(tracker: TrackerConfig, run_id: str, directory: Path, **facts: Any) -
 
 
 def track_study(tracker: TrackerConfig, directory: Path, results: list[dict[str, Any]], answer: dict[str, Any]) -> None:
-    """Put a study's results, as a table, and its answer into a summary run in the group of its runs."""
-    name = directory.resolve().name
-    # An offline table waits in W&B's data folder for its upload: it belongs to the study, and not to the user's home.
-    os.environ.setdefault("WANDB_DATA_DIR", str(directory.resolve() / "wandb"))
+    """Put a study's results, as a table, and its answer into a summary run in its group, where they are new."""
     try:
         import wandb
 
-        columns: list[Any] = list(results[0]) if results else []
-        group = tracker.group or name
-        run = opened(tracker, name, directory, group=group, job_type="study", name=f"{name}: the answer")
-        run.log({"results": wandb.Table(columns, [list(row.values()) for row in results], allow_mixed_types=True)})
-        run.summary.update(flat(answer))
-        run.finish()
+        if known(directory, _mode(), tracker).summary == digest([results, answer]):
+            return
+        send_study(tracker, directory, results, answer)
         wandb.teardown()  # waits until all of it is on the disk
     except Exception as error:
         warn(f"W&B has no summary of the study ({type(error).__name__}: {error}); {directory}/study.json has.")
+
+
+def send_study(
+    tracker: TrackerConfig,
+    directory: Path,
+    results: list[dict[str, Any]],
+    answer: dict[str, Any],
+    figures: Iterable[Path] = (),
+) -> None:
+    """The summary run of a study, under the name of its folder; each sending of it is a step."""
+    # An offline table waits in W&B's data folder for its upload: it belongs to the study, and not to the user's home.
+    os.environ.setdefault("WANDB_DATA_DIR", str(directory.resolve() / "wandb"))
+    import wandb
+
+    name = directory.resolve().name
+    columns: list[Any] = list(results[0]) if results else []
+    group = tracker.group or name
+    before = recall(directory)
+    run = opened(tracker, name, directory, group=group, job_type="study", name=f"{name}: the answer")
+    step = max(run.step or 0, before.steps if before else 0)
+    table = wandb.Table(columns, [list(row.values()) for row in results], allow_mixed_types=True)
+    run.log({"results": table, **images(figures)}, step=step)
+    run.summary.update(flat(answer))
+    run.finish()
+    sent = digest([results, answer])
+    note_sent(tracker, directory, steps=step + 1, summary=sent, figures=digests(figures))
+
+
+def images(figures: Iterable[Path]) -> dict[str, Any]:
+    """Figures as W&B shows them, `figures/<name>`."""
+    import wandb
+
+    return {f"figures/{file.stem}": wandb.Image(str(file)) for file in figures}
+
+
+def note_sent(tracker: TrackerConfig, directory: Path, **facts: Any) -> None:
+    """Keep what was sent of a run or a study, and where to."""
+    if (mode := _mode()) in (ONLINE, OFFLINE):
+        note(directory, Sent(mode, tracker.entity, tracker.project, **facts))
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -137,7 +183,11 @@ def _mode() -> Any:
     """WANDB_MODE where it is set; else online with an API key at hand, and offline without: never a prompt."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode
-    return "online" if os.environ.get("WANDB_API_KEY") or _in_netrc() else "offline"
+    return ONLINE if has_key() else OFFLINE
+
+
+def has_key() -> bool:
+    return bool(os.environ.get("WANDB_API_KEY")) or _in_netrc()
 
 
 def _in_netrc() -> bool:

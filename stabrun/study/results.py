@@ -41,12 +41,6 @@ def write(plan: Plan, directory: Path) -> dict[str, Any]:
     return told
 
 
-def answered(directory: Path) -> dict[str, Any] | None:
-    """What `study.json` holds; None where there is none yet."""
-    file = directory / "study.json"
-    return read_object(file) if file.exists() else None
-
-
 def result(row: Row) -> Row:
     """A summary as a row of `results.csv`."""
     flat = {**row, **row["by_strictness"]}

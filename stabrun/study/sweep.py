@@ -39,13 +39,12 @@ def sweep(conf: Path, overrides: list[str], dry_run: bool) -> int:
         ledger = Ledger(directory)
         renew(plan, directory, ledger)
     ledger.forgive(plan.cells)
-    before = results.answered(directory)
     cells = f"{len(plan.cells)} cells" if plan.strategy == GRID else f"up to {plan.max_runs} runs for each variant"
     print(f"{plan.name}: {cells}, {config.study.workers} workers → {directory}", flush=True)
     status = _supervise(directory, ledger, crew)
     plan = load(directory)
     facts = results.write(plan, directory)
-    if config.tracker.name == "wandb" and status != 130 and facts != before:
+    if config.tracker.name == "wandb" and status != 130:
         rows = [results.result(row) for row in results.finished(plan, directory)]
         track_study(config.tracker, directory, rows, facts)
     look = Looker(directory).look(plan)

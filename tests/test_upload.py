@@ -1,0 +1,360 @@
+"""`stabrun upload`, read back by W&B's own tool."""
+
+import fcntl
+import json
+import os
+import shutil
+import struct
+import zlib
+
+import pytest
+import wandb
+from conftest import TINY, tiny
+from test_tracker import history, inspected, summary_of
+
+from stabrun.config import MistakeError, conf_dir
+from stabrun.observe.record import read_rows, worded
+from stabrun.observe.tracker import flat, projection, track_study
+from stabrun.report import upload as module
+from stabrun.report.upload import upload
+from stabrun.study import results
+from stabrun.study.answer import answer
+from stabrun.study.plan import extended, load, planned
+from stabrun.train.run import train
+
+QUESTION = (*TINY, "study.variants=[baseline,qk_norm]", "study.seeds=1", "tracker.norms_every=4")
+
+
+def grown(directory, *words):
+    """A study of these words in `directory`, its cells trained."""
+    plan, _, _ = planned(conf_dir(), [*QUESTION, *words, f"study_dir={directory}"])
+    directory.mkdir(exist_ok=True)
+    if (directory / "study.yaml").exists():
+        plan = extended(load(directory), plan)
+    plan.save(directory)
+    for cell in plan.cells.values():
+        train(plan.config(cell), directory / "runs" / cell.id)
+    return plan
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    """Where W&B keeps a table until it is synced; a process uploads to one place only, the tests to many."""
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "edge-0123"
+    grown(folder, "study.lrs=[1e-2]")
+    return folder
+
+
+@pytest.fixture
+def study(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / whole.name)
+
+
+@pytest.fixture
+def run(study):
+    """One run of the study, as a folder of its own."""
+    return next((study / "runs").iterdir())
+
+
+def offline(directory):
+    """The offline runs of a folder, the first written first."""
+    return sorted((directory / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime_ns)
+
+
+def files(directory):
+    """What lies in a folder, and when it was written; but for the logs of W&B's own doings."""
+    found = (path for path in directory.rglob("*") if path.is_file() and path.suffix != ".log")
+    return {path: path.stat().st_mtime_ns for path in found}
+
+
+def records(directory):
+    return list(read_rows(directory / "metrics.jsonl"))
+
+
+def assert_holds(folder, rows, norms_every=4):
+    """The offline run has these rows, each as its projection, and no other."""
+    logged = history(folder)
+    assert [item["_step"] for item in logged] == [row["step"] for row in rows]
+    for row, item in zip(rows, logged, strict=True):
+        told = {key: value for key, value in item.items() if not key.startswith("_")}
+        assert told == pytest.approx(projection(row, norms_every), rel=1e-12)
+
+
+def assert_holds_summary(folder, directory):
+    told = summary_of(folder)
+    for key, value in json.loads((directory / "summary.json").read_text()).items():
+        if value is not None and not isinstance(value, dict):
+            assert told[key] == (pytest.approx(value) if isinstance(value, float) else value), key
+
+
+def test_a_study_equals_its_records(study, capsys):
+    assert upload([str(study)]) == 0
+    plan = load(study)
+    for cell in plan.cells.values():
+        directory = study / "runs" / cell.id
+        (folder,) = offline(directory)
+        assert_holds(folder, records(directory))
+        assert_holds_summary(folder, directory)
+        started = next(record["run"] for record in inspected(folder) if record["type"] == "run")
+        facts = {key: started[key] for key in ("run_id", "run_group", "job_type", "display_name", "project")}
+        assert facts == {
+            "run_id": cell.id, "run_group": "edge-0123", "job_type": "train", "display_name": f"{cell.arm} lr=1e-2 s0",
+            "project": "stabrun",
+        }  # fmt: skip
+        assert started["config"]["update"]["optim"]["lr"] == 0.01
+        lowest = min(row["train/loss"] for row in records(directory))
+        assert summary_of(folder)["train/loss"] == {"min": pytest.approx(lowest)}
+    rows = list(results.finished(plan, study))
+    (folder,) = offline(study)
+    (file,) = (folder / "files" / "media" / "table").glob("results*.json")
+    assert [row[0] for row in json.loads(file.read_text())["data"]] == list(plan.cells)
+    told = summary_of(folder)
+    for key, value in flat(worded(answer(plan, rows))).items():
+        assert told[key] == (pytest.approx(value) if isinstance(value, float) else value), key
+    assert "3 W&B runs written, offline" in capsys.readouterr().out
+
+
+def test_a_second_upload_sends_nothing(study, capsys):
+    upload([str(study)])
+    before = files(study)
+    assert upload([str(study)]) == 0
+    assert files(study) == before
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing to send."
+
+
+def test_a_dry_run_tells_and_sends_nothing(study, capsys):
+    before = files(study)
+    assert upload([str(study), "--dry-run"]) == 0
+    assert files(study) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" →")[0] for line in lines[:-1]] == [
+        "baseline lr=1e-2 s0: 30 rows, its summary",
+        "qk_norm lr=1e-2 s0: 30 rows, its summary",
+        "the answer: 2 rows",
+    ]
+
+
+def test_of_an_extended_study_only_the_new_runs_go(study):
+    upload([str(study)])
+    old = {cell: files(study / "runs" / cell) for cell in load(study).cells}
+    plan = grown(study, "study.lrs=[1e-2,1e-1]")
+    assert upload([str(study)]) == 0
+    for cell in plan.cells:
+        directory = study / "runs" / cell
+        assert len(offline(directory)) == 1
+        if cell in old:
+            assert files(directory) == old[cell]
+    first, second = offline(study)
+    assert [item["_step"] for folder in (first, second) for item in history(folder)] == [0, 1]
+
+
+def test_of_a_run_that_grew_only_the_new_rows_go(run, capsys):
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "summary.json").rename(run / "later.json")
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[:20]) + lines[20][:50])
+    assert upload([str(run)]) == 0
+    assert "line 21 is cut off, or is being written; it is left out" in capsys.readouterr().err
+    (run / "metrics.jsonl").write_bytes(b"".join(lines))
+    (run / "later.json").rename(run / "summary.json")
+    assert upload([str(run)]) == 0
+    first, second = offline(run)
+    assert_holds(first, records(run)[:20])
+    assert_holds(second, records(run)[20:])
+    assert_holds_summary(second, run)
+    lowest = min(row["train/loss"] for row in records(run))
+    assert summary_of(second)["train/loss"] == {"min": pytest.approx(lowest)}
+    exits = [record["exit"] for folder in (first, second) for record in inspected(folder) if record["type"] == "exit"]
+    assert [found.get("exit_code", 0) for found in exits] == [130, 0]
+
+
+def test_a_damaged_line_is_told_and_left_out(run, capsys):
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    rows = records(run)
+    lines[3], lines[7] = b"\xff{\n", b'{"step": 7}\n'
+    (run / "metrics.jsonl").write_bytes(b"".join(lines))
+    assert upload([str(run)]) == 0
+    assert_holds(offline(run)[0], [row for row in rows if row["step"] not in (3, 7)])
+    told = capsys.readouterr().err
+    assert "line 4 holds no row" in told
+    assert "line 8 holds no row" in told
+    assert "line 9" not in told
+
+
+def test_of_a_record_that_was_cut_back_no_step_goes_twice(run, capsys):
+    whole = (run / "metrics.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[:20]))
+    upload([str(run)])
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[:10]))
+    upload([str(run)])
+    assert "W&B keeps the 20 steps it has" in capsys.readouterr().err
+    (run / "metrics.jsonl").write_bytes(whole)
+    assert upload([str(run)]) == 0
+    assert [item["_step"] for folder in offline(run) for item in history(folder)] == list(range(30))
+
+
+def test_what_was_tracked_is_not_sent_twice(tmp_path, capsys, monkeypatch):
+    directory = tmp_path / "run"
+    train(tiny("tracker=wandb", f"run_dir={directory}"))
+    before = files(directory)
+    assert upload([str(directory)]) == 0
+    assert files(directory) == before
+    monkeypatch.delenv("WANDB_MODE")
+    capsys.readouterr()
+    upload([str(directory), "--dry-run"])  # no server has seen what an offline run holds
+    assert "30 rows, its summary → online" in capsys.readouterr().out
+
+
+def test_a_study_tracked_at_its_end_is_not_sent_twice(study, capsys):
+    plan = load(study)
+    facts = results.write(plan, study)
+    rows = [results.result(row) for row in results.finished(plan, study)]
+    for _ in range(2):
+        track_study(tiny("tracker=wandb").tracker, study, rows, facts)
+    assert upload([str(study)]) == 0
+    assert len(offline(study)) == 1
+    assert "the answer" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_that_is_tracked_begins_its_note_anew(tmp_path):
+    directory = tmp_path / "run"
+    train(tiny(f"run_dir={directory}"))
+    upload([str(directory)])
+    assert (directory / "wandb" / "sent.json").exists()
+    (directory / "summary.json").unlink()
+    train(tiny("tracker=wandb", f"run_dir={directory}"))
+    assert_holds(offline(directory)[-1], records(directory), norms_every=10)
+    assert json.loads((directory / "wandb" / "sent.json").read_text())["steps"] == 30
+    assert upload([str(directory)]) == 0
+    assert len(offline(directory)) == 2
+
+
+def test_a_run_that_is_tracked_now_is_left_to_its_tracker(tmp_path, capsys):
+    directory = tmp_path / "run"
+    train(tiny("tracker=wandb", f"run_dir={directory}"))
+    (directory / "wandb" / "sent.json").unlink()
+    with open(directory / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert upload([str(directory)]) == 0
+    assert "tracked as it goes" in capsys.readouterr().out
+    assert len(offline(directory)) == 1
+
+
+def test_another_project_gets_all_of_it(run):
+    upload([str(run)])
+    assert upload([str(run), "tracker.project=other", "tracker.entity=team"]) == 0
+    started = next(record["run"] for record in inspected(offline(run)[-1]) if record["type"] == "run")
+    assert (started["project"], started["entity"]) == ("other", "team")
+    assert_holds(offline(run)[-1], records(run))
+
+
+def test_after_a_fault_of_wandbs_the_same_command_goes_on(study, monkeypatch, capsys):
+    opened = module.opened_run
+    first, second = load(study).cells
+
+    def broken(config, run_id, directory):
+        if run_id == second:
+            raise wandb.errors.CommError("the server went\naway")
+        return opened(config, run_id, directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "opened_run", broken)
+        assert upload([str(study)]) == 1
+    assert "W&B: the server went away." in capsys.readouterr().err
+    assert upload([str(study)]) == 0
+    assert [len(offline(study / "runs" / cell)) for cell in (first, second)] == [1, 1]
+
+
+def a_png(path, colour):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    pixels = zlib.compress((b"\0" + bytes(colour) * 4) * 4)
+    header = struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
+def images(folder):
+    return {path.read_bytes() for path in (folder / "files" / "media" / "images").rglob("*.png")}
+
+
+def test_figures_go_once_and_again_when_they_change(study, run):
+    pytest.importorskip("PIL")
+    for place in (study, run):
+        a_png(place / "report" / "figures" / "curve.png", (255, 0, 0))
+    red = (study / "report" / "figures" / "curve.png").read_bytes()
+    upload([str(study)])
+    assert images(offline(study)[0]) == images(offline(run)[0]) == {red}
+    assert summary_of(offline(run)[0])["figures/curve"]["_type"] == "image-file"
+    assert history(offline(study)[0])[0]["figures/curve._type"] == "image-file"
+    before = files(study)
+    upload([str(study)])
+    assert files(study) == before
+    a_png(run / "report" / "figures" / "curve.png", (0, 255, 0))
+    upload([str(study)])
+    assert len(offline(study)) == 1
+    assert history(offline(run)[-1]) == []
+    assert images(offline(run)[-1]) == {(run / "report" / "figures" / "curve.png").read_bytes()}
+
+
+def test_a_study_under_way_sends_what_is_finished(study, run, capsys):
+    (run / "summary.json").unlink()
+    assert upload([str(study)]) == 0
+    assert "1 of 2 cells are not finished" in capsys.readouterr().out
+    assert offline(run) == []
+
+
+def test_a_study_without_a_finished_run_sends_nothing(study, capsys):
+    shutil.rmtree(study / "runs")
+    assert upload([str(study)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "2 of 2 cells are not finished; the same command sends them later.",
+        "nothing to send.",
+    ]
+    assert offline(study) == []
+
+
+MISTAKES = [
+    ([], ["DIR", "--dry-run"]),
+    (["--dry-run"], ["DIR"]),
+    (["nowhere"], ["nowhere", "no such folder"]),
+    (["."], ["neither a study nor a run"]),
+    (["RUN", "optim.lr=1"], ["optim.lr=1", "tracker"]),
+    (["RUN", "tracker.norms_every=0"], ["tracker.norms_every=0", "at least 1"]),
+    (["RUN", "tracker.projct=x"], ["projct"]),
+    (["RUN", "--force"], ["--force", "--dry-run"]),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
+def test_mistakes_are_sentences(words, named, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MistakeError) as mistake:
+        upload([word.replace("RUN", str(run)) for word in words])
+    assert all(part in str(mistake.value) for part in named)
+    assert offline(run) == []
+
+
+@pytest.mark.parametrize(("mode", "named"), [(None, "wandb login"), ("online", "API key"), ("disabled", "disabled")])
+def test_without_a_key_nothing_is_written(mode, named, run, tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if mode:
+        monkeypatch.setitem(os.environ, "WANDB_MODE", mode)
+    with pytest.raises(MistakeError, match=named):
+        upload([str(run)])
+    assert offline(run) == []
+
+
+def test_a_damaged_note_is_named(run):
+    upload([str(run)])
+    (run / "wandb" / "sent.json").write_text('{"mode": "offline"}')
+    with pytest.raises(MistakeError, match=r"sent\.json is damaged"):
+        upload([str(run)])
