@@ -22,6 +22,7 @@ commands
                         one recorded run again, from its own config
   judge PATH            the verdict again, from a run, a study, or anyone's CSV, JSON lines,
                         trainer_state.json or log  (--json, --follow, --against OTHER, --step, --loss)
+  report DIR [OTHER]    tables, figures and one page to open in a browser, of a study or a run; two side by side
   model [OVERRIDE…]     parameters, FLOPs, memory, switches; trains nothing  (--json, --trace)
                         +check=init: variance and gradient by layer at the first weights
   variants              each variant, one line, and where it comes from
@@ -105,6 +106,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": later("status"),
     "rerun": later("rerun"),
     "judge": later("judge"),
+    "report": later("report"),
     "model": later("model"),
     "variants": variants,
     "data": later("data"),

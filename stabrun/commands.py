@@ -131,6 +131,12 @@ def judge(words: list[str], conf: Path) -> int:
     return judging.judge(words)
 
 
+def report(words: list[str], conf: Path) -> int:
+    from stabrun.report.report import report as write_report
+
+    return write_report(words)
+
+
 def model(words: list[str], conf: Path) -> int:
     from stabrun.model.describe import describe, report
     from stabrun.observe.record import worded
@@ -175,6 +181,7 @@ COMMANDS = {
     "status": status,
     "rerun": rerun,
     "judge": judge,
+    "report": report,
     "model": model,
     "data": data,
 }

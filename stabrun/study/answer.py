@@ -167,7 +167,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
 
 def rate_told(interval: dict[str, Any] | None) -> str:
     """`0.152 (0.131 to 0.176)`, or a bound: `> 3`."""
-    if interval is None:
+    if not interval:
         return "-"
     median, low, high = (interval[end] and rate_text(interval[end]) for end in ("median", "low", "high"))
     ends = f"{low} to {high}" if low and high else f"> {low}" if low else f"< {high}" if high else ""
