@@ -5,17 +5,28 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import stabrun
+from conftest import TINY, stabrun
 from made import a_study
 
-from stabrun.config import MistakeError
+from stabrun.config import RESULT, MistakeError, conf_dir, marked
 from stabrun.observe.record import number
 from stabrun.report import sentences, style, tables
 from stabrun.report.choose import chosen, pair
+from stabrun.report.commands import overrides
 from stabrun.report.paper import beside_paper
+from stabrun.report.report import report
 from stabrun.report.source import opened, read_results, read_rows
+from stabrun.report.trace import LAYERED, POINTS, trace, traced
+from stabrun.study.plan import planned
+
+FIGURES = {
+    "loss_by_lr", "divergence_map", "clipped_share", "lead_times", "training_curves", "norms_out", "norms_in",
+    "norms_weight", "gradient_by_depth", "adam", "attention",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +130,8 @@ def test_what_is_missing_is_said(tmp_path):
             for kind in ("claim", "failed"):
                 (tmp_path / "failed" / "ledger" / f"{cell}.{attempt}.{kind}").write_text('{"reason": "boom"}')
     assert "each one that was tried failed" in state_of(tmp_path / "failed")
-    for name in ("empty", "one", "lost", "alone", "failed"):
-        done = stabrun("report", name, cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, ""), name
+    done = stabrun("report", "failed", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_damaged_line_is_noted_and_left_out(study, tmp_path):
@@ -189,11 +199,16 @@ def test_the_command_and_its_mistakes(study, tmp_path):
     first = stabrun("report", "study", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "qk_norm: half of the seeds diverge" in first.stdout
-    written = sorted(os.listdir(tmp_path / "study" / "report" / "tables"))
-    assert "variants.tex" in written
-    assert "runs.csv" in written
+    tables_there, figures_there = (os.listdir(tmp_path / "study" / "report" / name) for name in ("tables", "figures"))
+    assert {f"variants.{kind}" for kind in ("csv", "md", "tex")} | {"runs.csv", "leads.csv"} < set(tables_there)
+    names = {name.partition(".")[0] for name in figures_there}
+    assert names == FIGURES
+    assert sorted(figures_there) == sorted(f"{name}.{kind}" for name in names for kind in ("svg", "pdf", "png"))
+    bytes_of = {name: (tmp_path / "study" / "report" / "figures" / name).read_bytes() for name in figures_there}
     (tmp_path / "study" / "report" / "left over").touch()
     assert stabrun("report", "study", cwd=tmp_path).stdout == first.stdout
+    for name, there in bytes_of.items():
+        assert (tmp_path / "study" / "report" / "figures" / name).read_bytes() == there, "the same data, the same bytes"
     assert "left over" not in os.listdir(tmp_path / "study" / "report"), "a report is replaced whole"
     assert not [name for name in os.listdir(tmp_path / "study") if name.startswith(".report")]
     for words in ([], ["a", "b", "c"], ["--json"]):
@@ -203,9 +218,83 @@ def test_the_command_and_its_mistakes(study, tmp_path):
 
 
 def test_a_run_that_is_not_over(study, tmp_path):
-    shutil.copytree(next((study / "runs").iterdir()), tmp_path / "run")
+    stable, _ = pair(opened(study).rows)
+    shutil.copytree(study / "runs" / stable["run_id"], tmp_path / "run")
     whole = opened(tmp_path / "run")
     assert list(sentences.state(whole)) == []
     assert "converged (fell)" in dict(sentences.answers(whole))["baseline"]
     (tmp_path / "run" / "summary.json").unlink()
     assert "The run is not over (120 steps so far)" in state_of(tmp_path / "run")
+
+
+def test_curves_are_bounded_and_keep_their_ends_and_extremes():
+    rows = [
+        {"step": step, "train/loss": 1.0 + (step == 1234) * 50, "norm/out/qkv": [step, 2.0]} for step in range(5001)
+    ]
+    found = traced(rows)
+    assert len(found.loss) <= POINTS + 2
+    assert (1234, 51.0) in found.loss
+    curve = found.curves["norm/out/qkv"]
+    assert LAYERED / 2 <= len(curve.steps) <= LAYERED + 1
+    assert (curve.steps[0], curve.steps[-1]) == (0, 5000)
+    assert curve.layers[0] == [float(step) for step in curve.steps]
+
+
+def test_the_ratio_of_two_runs_norms(study):
+    source = opened(study)
+    sides = [row for row in pair(source.rows) if row]
+    traces = {row["run_id"]: trace(source, row["run_id"]) for row in sides}
+    table = tables.ratios(sides, traces)
+    records = [list(read_rows(study / "runs" / row["run_id"] / "metrics.jsonl", [])) for row in sides]
+    last = int(table.columns[-1].key.removeprefix("step_"))
+    by_hand = [record[last]["norm/out/qkv"][1] for record in records]
+    assert [cell.values[0] for cell in table.rows[1]][:3] == ["out", "qkv", 1]
+    assert table.rows[1][-1].values[0] == by_hand[1] / by_hand[0] > 2
+
+
+def test_without_the_extra_there_is_a_sentence(study, monkeypatch):
+    monkeypatch.setattr("stabrun.report.report.find_spec", lambda name: None)
+    with pytest.raises(MistakeError, match=r"pip install 'stabrun\[report\]'"):
+        report([str(study)])
+
+
+def test_a_report_imports_no_torch(study, tmp_path):
+    shutil.copytree(study, tmp_path / "study")
+    code = "import sys; from stabrun.report.report import report; report(['study']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_told_asks_the_same_question(study):
+    source = opened(study)
+    plan, _, _ = planned(conf_dir(), overrides(source))
+    assert set(plan.cells) == set(source.plan.cells)
+
+
+def test_the_command_told_of_a_search_with_a_further_axis(tmp_path):
+    words = (
+        "study.strategy=frontier",
+        "study.lr_range=[0.01,1]",
+        "model.n_layer=1,2",
+        "study.variants=[baseline,qk_norm]",
+    )
+    plan, _, _ = planned(conf_dir(), [*TINY, *words])
+    for folder in ("runs", "ledger"):
+        (tmp_path / folder).mkdir()
+    plan.save(tmp_path)
+    again, _, _ = planned(conf_dir(), overrides(opened(tmp_path)))
+    assert [marked(arm, RESULT) for arm in again.arms.values()] == [marked(arm, RESULT) for arm in plan.arms.values()]
+    assert (again.strategy, again.lr_range) == (plan.strategy, plan.lr_range)
+
+
+def test_two_studies_side_by_side(study, tmp_path):
+    shutil.copytree(study, tmp_path / "one")
+    a_study(tmp_path / "two", "model.n_layer=1", skip=3)
+    done = stabrun("report", "one", "two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    place = tmp_path / "one" / "report-beside-two"
+    row = next(csv.DictReader((place / "tables" / "side_by_side.csv").read_text().splitlines()))
+    told = [json.loads((tmp_path / name / "study.json").read_text())["variants"]["baseline"] for name in ("one", "two")]
+    assert [row["lr50_a"], row["lr50_b"]] == [str(one["frontier"]["standard"]["lr50"]["median"]) for one in told]
+    assert (place / "b" / "figures" / "loss_by_lr.svg").is_file()
+    assert not (tmp_path / "one" / "report").exists()

@@ -9,22 +9,21 @@ BASELINE = "baseline"
 
 
 def chosen(rows: list[Row]) -> list[Row]:
-    """By arm the lowest rate that diverged, the highest stable one, and the best loss: at most MOST, in this order.
+    """By arm the pair below, the best loss and the lowest rate that diverged: at most MOST, needed in this order.
 
-    They come back in the order of arms and rates.
+    They come back in the order of arms and rates; of a single arm there is room for more.
     """
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    picks = [pick(rows, arm) for pick in (lowest_diverged, highest_stable, best) for arm in arms]
+    picks = [pick(rows, arm) for pick in (first_beyond, highest_stable, best, lowest_diverged) for arm in arms]
+    picks += rows[: MOST // 3] if len(arms) == 1 else []
     kept = list({row["run_id"]: row for row in picks if row is not None}.values())[:MOST]
-    others = [row for row in rows if row not in kept and len(arms) == 1]  # of a single arm there is room for more
-    kept += others[: max(0, min(MOST // 3, MOST - len(kept)))]
     return sorted(kept, key=lambda row: (arms.index(row["arm"]), row["lr"], row["seed"]))
 
 
 def pair(rows: list[Row]) -> tuple[Row | None, Row | None]:
     """A stable and a diverged run to stand side by side: of the baseline, or of the first arm that has both."""
     arms = sorted(dict.fromkeys(row["arm"] for row in rows), key=lambda arm: arm.split(" ")[0] != BASELINE)
-    both = [(highest_stable(rows, arm), lowest_diverged(rows, arm)) for arm in arms]
+    both = [(highest_stable(rows, arm), first_beyond(rows, arm)) for arm in arms]
     for found in both:
         if None not in found:
             return found
@@ -37,16 +36,19 @@ def stable(row: Row) -> bool:
 
 
 def highest_stable(rows: list[Row], arm: str) -> Row | None:
-    """Of the stable runs below the lowest rate that diverged, where there are such, the one with the highest rate."""
     ends = [row for row in rows if row["arm"] == arm and stable(row)]
-    lost = lowest_diverged(rows, arm)
-    below = [row for row in ends if lost and row["lr"] < lost["lr"]]
-    return max(below or ends, key=lambda row: (row["lr"], -row["seed"]), default=None)
+    return max(ends, key=lambda row: (row["lr"], -row["seed"]), default=None)
 
 
-def lowest_diverged(rows: list[Row], arm: str) -> Row | None:
-    ends = [row for row in rows if row["arm"] == arm and row["verdict"] == DIVERGED]
+def lowest_diverged(rows: list[Row], arm: str, above: float = 0.0) -> Row | None:
+    ends = [row for row in rows if row["arm"] == arm and row["verdict"] == DIVERGED and row["lr"] >= above]
     return min(ends, key=lambda row: (row["lr"], row["seed"]), default=None)
+
+
+def first_beyond(rows: list[Row], arm: str) -> Row | None:
+    """The lowest rate that diverged at or above the highest stable one, where there is such a one."""
+    held = highest_stable(rows, arm)
+    return (held and lowest_diverged(rows, arm, held["lr"])) or lowest_diverged(rows, arm)
 
 
 def best(rows: list[Row], arm: str) -> Row | None:

@@ -9,11 +9,13 @@ from statistics import median
 from typing import Any
 
 from stabrun.observe.record import number
+from stabrun.observe.signals import ORDER as SITES
 from stabrun.observe.signals import SIGNALS
-from stabrun.observe.text import rate_text
+from stabrun.observe.text import rate_text, run_name
 from stabrun.observe.verdict import CONVERGED, DIVERGED, STANDARD, STRICTNESS
 from stabrun.report.choose import stable
-from stabrun.report.source import Row, Source
+from stabrun.report.source import RUN, Row, Source
+from stabrun.report.trace import Trace
 from stabrun.study.answer import BASELINE, QK_NORM, estimate_told, rate_told
 from stabrun.study.results import COLUMNS
 
@@ -186,7 +188,7 @@ def leads(source: Source) -> Table:
         found = [lead for lead in (lead_of(summary, signal) for summary in lost) if lead is not None]
         ends = [min(found), median(found), max(found)] if found else [None] * 3
         counts = [len(found), sum(lead > 0 for lead in found)]
-        rows.append([plain(value) for value in (signal.replace("_", " "), *counts, *ends, false)])
+        rows.append([whole_number(value) for value in (signal.replace("_", " "), *counts, *ends, false)])
     columns = [
         Column("signal", "signal"),
         Column("alarms", f"alarms in {len(lost)} diverged runs"),
@@ -200,9 +202,91 @@ def leads(source: Source) -> Table:
     return Table("leads", "Which signal broke away before the loss", columns, rows, note)
 
 
+def by_study(sources: dict[str, Source]) -> Table:
+    """A row an arm: lr50, bracket and lowest loss of each study, or the verdict of each run, side by side."""
+    arms = list(dict.fromkeys(arm for source in sources.values() for arm in source.arms))
+    columns, rows = [Column("variant", "variant")], [[plain(arm)] for arm in arms]
+    for letter, (label, source) in zip("ab", sources.items(), strict=True):
+        kinds = [kind for kind in OF_VARIANT + OF_GRID if kind[0].key in SIDE_BY_SIDE] if source.strategy != RUN else []
+        columns += [Column(f"{column.key}_{letter}", f"{label}, {column.label}", column.parts) for column, _ in kinds]
+        for arm, row in zip(arms, rows, strict=True):
+            told = source.variants.get(arm)
+            row += [cell(told) if told else Cell("–", (None,) * len(column.parts)) for column, cell in kinds]
+        if source.strategy == RUN:
+            facts = (
+                "lr",
+                "seed",
+                "verdict",
+                "reason",
+                "first_bad_step",
+                "first_bad_site",
+                "final_loss",
+                "val_perplexity",
+            )
+            columns += [Column(f"{key}_{letter}", f"{label}, {key.replace('_', ' ')}") for key in facts]
+            for arm, row in zip(arms, rows, strict=True):
+                own = source.rows[0] if arm in source.arms else {}
+                row += [result_cell(key, own[key]) if own else plain(None) for key in facts]
+    return Table("side_by_side", "By variant, side by side", columns, rows)
+
+
+SIDE_BY_SIDE = (
+    "runs",
+    "diverged",
+    "lr50",
+    "lr10",
+    "max_stable_lr",
+    "min_diverged_lr",
+    "best_final_loss",
+    "lr_sensitivity",
+)
+RATIO_STEPS = 5
+
+
+def ratios(sides: list[Row], traces: dict[str, Trace]) -> Table | None:
+    """How many times the stable run's norms the diverged run's are, by site and layer at a few common steps."""
+    if len(sides) < 2 or any(row["run_id"] not in traces for row in sides):
+        return None
+    held, lost = (traces[row["run_id"]].curves for row in sides)
+    names = [f"norm/{kind}/{site}" for kind in ("out", "in", "weight") for site in SITES]
+    both = [name for name in names if name in held and name in lost]
+    common = (
+        sorted(set.intersection(*(set(curves[name].steps) for curves in (held, lost) for name in both))) if both else []
+    )
+    if not common:
+        return None
+    steps = [common[round(place * (len(common) - 1) / (RATIO_STEPS - 1))] for place in range(RATIO_STEPS)]
+    steps = list(dict.fromkeys(steps))
+    rows = []
+    for name in both:
+        at = [dict(zip(curves[name].steps, curves[name].values, strict=True)) for curves in (held, lost)]
+        for layer in range(len(at[0][steps[0]])):
+            found = [quotient(at[1][step][layer], at[0][step][layer]) for step in steps]
+            rows.append([plain(name.split("/")[1]), plain(name.split("/")[2]), plain(layer), *map(significant, found)])
+    columns = [Column("norm", "norm"), Column("site", "site"), Column("layer", "layer")]
+    columns += [Column(f"step_{step}", f"step {step}") for step in steps]
+    told = [run_name(row["arm"], row["lr"], row["seed"]) for row in sides]
+    note = f"Norms of {told[1]} ({sides[1]['verdict']}) over those of {told[0]} ({sides[0]['verdict']})."
+    return Table("norm_ratios", "Norms: diverged over stable", columns, rows, note)
+
+
+def quotient(over: float, under: float) -> float | None:
+    return over / under if under and math.isfinite(over) and math.isfinite(under) else None
+
+
+def significant(value: float | None) -> Cell:
+    """Three digits."""
+    return Cell("–" if value is None else f"{value:.3g}", (value,))
+
+
 def lead_of(summary: Row, signal: str) -> int | None:
     found = summary.get("signals", {}).get(signal)
     return found.get("lead") if isinstance(found, dict) else None
+
+
+def whole_number(value: Any) -> Cell:
+    """A median of whole numbers may end in .5."""
+    return Cell(f"{value:g}", (value,)) if isinstance(value, float) else plain(value)
 
 
 def as_csv(table: Table) -> str:
