@@ -17,6 +17,7 @@ from stabrun.observe.record import number
 from stabrun.report import sentences, style, tables
 from stabrun.report.choose import chosen, pair
 from stabrun.report.commands import overrides
+from stabrun.report.figures import figures
 from stabrun.report.paper import beside_paper
 from stabrun.report.report import report
 from stabrun.report.source import opened, read_results, read_rows
@@ -106,6 +107,13 @@ def test_ratios_in_words(ends, said):
     assert sentences.over(dict(zip(("median", "low", "high"), ends, strict=True))) == said
 
 
+def drawn(directory):
+    """The names of the figures that a study has."""
+    source = opened(directory)
+    traces = {row["run_id"]: trace(source, row["run_id"]) for row in chosen(source.rows)}
+    return {name for name, _ in figures(source, traces)}
+
+
 def state_of(directory):
     return " ".join(sentences.state(opened(directory)))
 
@@ -130,6 +138,10 @@ def test_what_is_missing_is_said(tmp_path):
             for kind in ("claim", "failed"):
                 (tmp_path / "failed" / "ledger" / f"{cell}.{attempt}.{kind}").write_text('{"reason": "boom"}')
     assert "each one that was tried failed" in state_of(tmp_path / "failed")
+    names = {name: drawn(tmp_path / name) for name in ("empty", "one", "lost", "alone", "failed")}
+    assert names["empty"] == names["failed"] == set()
+    assert names["lost"] == names["alone"] == FIGURES
+    assert names["one"] == FIGURES - {"lead_times"}, "no run diverged"
     done = stabrun("report", "failed", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 

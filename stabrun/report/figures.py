@@ -32,6 +32,7 @@ METADATA: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationD
 NAMES = {"qkv": "QKV", "proj": "Proj", "fc1": "FC1", "fc2": "FC2"}
 NORMS = {"out": "output norm ‖Y‖", "in": "input norm ‖X‖", "weight": "weight norm ‖W‖"}
 NOTHING = Curve(0)
+BEYOND = 1.3  # how far the arrow of an end that is not known leads on
 LEVELS = {"lenient": ("v", 0.6), "standard": ("o", 1.0), "strict": ("^", 0.6)}  # strictness → marker, opacity
 
 Figure = Any
@@ -187,8 +188,10 @@ def interval(axes: Any, ends: Row, y: float, colour: str, alpha: float, mark: st
     if not known:
         return
     width = 1.3 if filled else 0.7
-    axes.plot([min(known), max(known)], [y, y], "-", color=colour, alpha=alpha, lw=width, zorder=2)
-    for end, side, arrow in ((low, min(known), "<"), (high, max(known), ">")):
+    left = min(known) / (BEYOND if low is None else 1)
+    right = max(known) * (BEYOND if high is None else 1)
+    axes.plot([left, right], [y, y], "-", color=colour, alpha=alpha, lw=width, zorder=2)
+    for end, side, arrow in ((low, left, "<"), (high, right, ">")):
         axes.plot(side, y, arrow if end is None else "|", color=colour, alpha=alpha, ms=4, zorder=2)
     if middle is not None:
         axes.plot(middle, y, mark, color=colour, alpha=alpha, ms=4, mfc=colour if filled else "white", zorder=3)

@@ -39,7 +39,7 @@ function draw(place, traces, layout) {
   const config = {responsive: true, displayModeBar: narrow() ? false : "hover", displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"], toImageButtonOptions: {format: "svg"}};
   const base = {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: css("--ink"), family: "inherit", size: 12},
-    margin: {l: 50, r: 10, t: 30, b: 45}, legend: {orientation: "h", y: -0.22, yanchor: "top"}, hovermode: "closest", height: 420, modebar: {bgcolor: "rgba(0,0,0,0)", color: css("--faint"), activecolor: css("--ink")},
+    margin: {l: 50, r: 10, t: 30, b: 45}, legend: {orientation: "h", y: -0.22, yanchor: "top", maxheight: 4000}, hovermode: "closest", height: 420, modebar: {bgcolor: "rgba(0,0,0,0)", color: css("--faint"), activecolor: css("--ink")},
   };
   return Plotly.react(place, traces, {...base, ...layout}, config);
 }
@@ -206,7 +206,7 @@ class Study {
     if (!known.length) return [];
     const told = `${label}: ${ends.median === null ? "?" : rate(ends.median)}, 95 % from ${ends.low === null ? "below the range" : rate(ends.low)} to ${ends.high === null ? "beyond the range" : rate(ends.high)}`;
     const opacity = (strong ? 1 : 0.6) * (solid ? 1 : 0.7), side = end => end === null;
-    const left = Math.min(...known), right = Math.max(...known);
+    const left = Math.min(...known) / (side(ends.low) ? 1.3 : 1), right = Math.max(...known) * (side(ends.high) ? 1.3 : 1);  // an arrow leads on
     return [
       {x: [left, right], y: [y, y], mode: "lines+markers", line: {color: colour, width: solid ? 2.5 : 1.2}, opacity, showlegend: false, hoverinfo: "skip",
         marker: {symbol: [side(ends.low) ? "triangle-left" : "line-ns-open", side(ends.high) ? "triangle-right" : "line-ns-open"], size: 7, color: colour}},
@@ -263,7 +263,7 @@ class Study {
     });
     const statistic = this.control("statistic").value, label = STATISTICS[statistic] ? `${STATISTICS[statistic]}, ${this.control("site").value}` : BY_LAYER[statistic] ?? SINGLE[statistic];
     const kind = {type: ["grad/clipped", "val/loss"].includes(statistic) ? "linear" : "log", exponentformat: "power"};
-    const both = sides.length > 1, layout = {annotations, shapes, height: stacked && both ? 640 : 420, showlegend: true, legend: {orientation: "h", y: stacked ? -0.12 : -0.2}};
+    const both = sides.length > 1, layout = {annotations, shapes, height: stacked && both ? 640 : 420, showlegend: true, legend: {orientation: "h", y: stacked ? -0.12 : -0.2, maxheight: 4000}};
     layout.xaxis = axis("step", {domain: both && !stacked ? [0, 0.485] : [0, 1], anchor: "y"});
     layout.yaxis = axis(label, {...kind, domain: both && stacked ? [0.56, 1] : [0, 1]});
     if (both) layout.xaxis2 = axis("step", {domain: stacked ? [0, 1] : [0.515, 1], anchor: stacked ? "y2" : "y"});
@@ -294,7 +294,7 @@ class Study {
       return {x: own.map(lead => lead.lead), y: own.map(lead => lead.signal), mode: "markers", name: text(arm), marker: {color: look.colour, symbol: look.symbol, size: 8, opacity: 0.8}, text: own.map(lead => this.name(this.runs.get(lead.run)))};
     });
     traces.push({x: this.data.signals.map(signal => signal.share), y: names, type: "bar", orientation: "h", xaxis: "x2", marker: {color: css("--faint")}, name: "false alarms", showlegend: false});
-    draw(place, traces, {yaxis: axis("", {categoryorder: "array", categoryarray: [...names].reverse()}), xaxis: axis(narrow() ? "steps before the loss" : "steps before the loss (below 0: after it)", {domain: [0, 0.7], zeroline: true, zerolinecolor: css("--faint")}), xaxis2: axis(narrow() ? "false alarms" : "false alarms, share of converged runs", {domain: [0.76, 1], range: [0, 1]}), height: 520, showlegend: true, margin: {l: 10, r: 10, t: 20, b: 60}});
+    draw(place, traces, {yaxis: axis("", {categoryorder: "array", categoryarray: [...names].reverse()}), xaxis: axis(narrow() ? "lead, steps" : "steps before the loss (below 0: after it)", {domain: [0, 0.7], zeroline: true, zerolinecolor: css("--faint")}), xaxis2: axis(narrow() ? "false" : "false alarms, share of converged runs", {domain: [0.76, 1], range: [0, 1]}), height: 520, showlegend: true, margin: {l: 10, r: 10, t: 20, b: 60}});
   }
 }
 
