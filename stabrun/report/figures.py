@@ -263,7 +263,15 @@ def training_curves(source: Source, traces: Traces) -> Figure | None:
             a_curve(panel, row, traces[row["run_id"]], source.summary(row["run_id"]), index, len(own))
         panel.set_xlabel("step")
         panel.set_title(arm, color=style.colour(arm), fontweight="bold")
-        panel.legend(loc="upper right", handlelength=1.2, borderaxespad=0.1, labelspacing=0.2, fontsize=6)
+        panel.legend(
+            loc="upper right",
+            handlelength=1.2,
+            borderaxespad=0.1,
+            labelspacing=0.2,
+            fontsize=6,
+            frameon=True,
+            edgecolor="none",
+        )
     start = max(loss for row in rows for _, loss in traces[row["run_id"]].loss[:1] if math.isfinite(loss))
     panels[0].set_ylim(None, start * 1.08)
     figure.supylabel("training loss (nats a token)", fontsize=8)
