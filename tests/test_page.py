@@ -235,6 +235,10 @@ class TestInChromium:
         page.click("[data-run]")
         assert len(plotted(page, "training_curves")) == count - 1
 
+        buttons = page.ask("[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)")
+        assert set(buttons) <= {"Download plot", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}, "none that sends"
+        assert bool(buttons) == (width == 1280)
+
         paper = "getComputedStyle(document.body).backgroundColor"
         assert (page.ask(paper) == "rgb(21, 24, 28)") == dark
         page.click("button.theme")

@@ -19,6 +19,9 @@ const TIMES = {light: ["#0d0887", "#5c01a6", "#9c179e", "#cc4778", "#ed7953", "#
 const text = word => String(word).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const number = value => typeof value === "number" ? value : null;
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+// Named one by one: plotly's own choice has a button that sends the data to its maker.
+const BUTTONS = ["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"];
+
 const theme = () => css("--paper") === "#fff" ? "light" : "dark";
 const narrow = () => window.innerWidth < 640;
 const median = values => { const v = [...values].sort((a, b) => a - b), m = v.length >> 1; return v.length % 2 ? v[m] : (v[m - 1] + v[m]) / 2; };
@@ -36,7 +39,7 @@ function rateAxis(more = {}) {
 }
 
 function draw(place, traces, layout) {
-  const config = {responsive: true, displayModeBar: narrow() ? false : "hover", displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"], toImageButtonOptions: {format: "svg"}};
+  const config = {responsive: true, displayModeBar: narrow() ? false : "hover", displaylogo: false, modeBarButtons: [BUTTONS], toImageButtonOptions: {format: "svg"}};
   const base = {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: css("--ink"), family: "inherit", size: 12},
     margin: {l: 50, r: 10, t: 30, b: 45}, legend: {orientation: "h", y: -0.22, yanchor: "top", maxheight: 4000}, hovermode: "closest", height: 420, modebar: {bgcolor: "rgba(0,0,0,0)", color: css("--faint"), activecolor: css("--ink")},
