@@ -22,6 +22,7 @@ commands
                         one recorded run again, from its own config
   judge PATH            the verdict again, from a run, a study, or anyone's CSV, JSON lines,
                         trainer_state.json or log  (--json, --follow, --against OTHER, --step, --loss)
+  report DIR [OTHER]    tables, figures and one page to open in a browser, of a study or a run; two side by side
   upload DIR [tracker.KEY=VALUE…]
                         the record of a study or a run into W&B, once and under the runs' own ids  (--dry-run)
   dashboard [STUDY_DIR] [tracker.KEY=VALUE…]
@@ -109,6 +110,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": later("status"),
     "rerun": later("rerun"),
     "judge": later("judge"),
+    "report": later("report"),
     "upload": later("upload"),
     "dashboard": later("dashboard"),
     "model": later("model"),

@@ -132,6 +132,12 @@ def judge(words: list[str], conf: Path) -> int:
     return judging.judge(words)
 
 
+def report(words: list[str], conf: Path) -> int:
+    from stabrun.report.report import report as write_report
+
+    return write_report(words)
+
+
 def upload(words: list[str], conf: Path) -> int:
     from stabrun.report import upload
 
@@ -190,6 +196,7 @@ COMMANDS = {
     "status": status,
     "rerun": rerun,
     "judge": judge,
+    "report": report,
     "upload": upload,
     "dashboard": dashboard,
     "model": model,

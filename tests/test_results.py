@@ -9,7 +9,7 @@ from conftest import TINY
 
 from stabrun.config import conf_dir
 from stabrun.observe.verdict import STRICTNESS
-from stabrun.study.answer import beside, by_arm, lines, rate_told
+from stabrun.study.answer import at, beside, by_arm, lines, rate_told
 from stabrun.study.frontier import Frontier, Grid
 from stabrun.study.plan import planned
 from stabrun.study.results import COLUMNS, write
@@ -122,6 +122,11 @@ def test_the_table_of_a_grid_reads_as_its_numbers(tmp_path):
 )
 def test_an_interval_in_words(interval, said):
     assert rate_told(dict(zip(("median", "low", "high"), interval, strict=True))) == said
+
+
+def test_an_arm_that_can_be_compared_to_none_has_no_ratio():
+    frontier = {"standard": {"lr50": None, "over": {}}}
+    assert at("standard", "over", "baseline")({"frontier": frontier}) == "-"
 
 
 def test_a_study_that_is_not_whole_has_no_sensitivity_yet(tmp_path):

@@ -168,7 +168,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
 
 def rate_told(interval: dict[str, Any] | None) -> str:
     """`0.15 (0.13–0.18)`, or a bound: `> 3`."""
-    if interval is None:
+    if not interval:
         return "-"
     median, low, high = (interval[end] and f"{interval[end]:.2g}" for end in ("median", "low", "high"))
     ends = f"{low}–{high}" if low and high else f"> {low}" if low else f"< {high}" if high else ""
