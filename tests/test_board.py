@@ -278,7 +278,7 @@ def test_the_live_view_on_a_terminal_and_ctrl_c(tmp_path):
     assert "0 of 8 done, 1 running, ETA " in plain
     assert re.search(r"baseline lr=1e-2 s0  [━─]{8} +\d+%  [\d.e+]+ steps/s  \S+:\d+, beat \d+ s ago", plain)
     assert "interrupted; the same command goes on from there." in plain
-    live = plain[plain.index("0 of 8") : plain.rindex("lr  ")]
+    live = plain[plain.index("0 of 8") : plain.rindex("\nlr  ")]
     assert max(map(len, live.splitlines())) <= 80
 
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 from conftest import tiny
 
 from stabrun.config import run_id
@@ -17,6 +18,7 @@ WANDB = Path(sys.executable).parent / "wandb"
 
 def inspected(folder):
     """The records of an offline W&B run, as its own tool prints them."""
+    wandb.teardown()  # waits until what this process sent is on the disk
     done = subprocess.run([WANDB, "leet", "inspect", "--json", folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -201,6 +201,7 @@ def test_of_a_record_that_was_cut_back_no_step_goes_twice(run, capsys):
 def test_what_was_tracked_is_not_sent_twice(tmp_path, capsys, monkeypatch):
     directory = tmp_path / "run"
     train(tiny("tracker=wandb", f"run_dir={directory}"))
+    wandb.teardown()  # waits until all of it is on the disk
     before = files(directory)
     assert upload([str(directory)]) == 0
     assert files(directory) == before
