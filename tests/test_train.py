@@ -209,11 +209,11 @@ def test_a_run_directory_serves_one_process(tmp_path, monkeypatch):
     config = tiny(f"run_dir={tmp_path / 'run'}")
     refused = []
 
-    def meddle(self):
+    def meddle(self, stop=None):
         with pytest.raises(MistakeError, match="another process") as error:
             train(config)
         refused.append(error)
-        return start(self)
+        return start(self, stop)
 
     start = Run.start
     monkeypatch.setattr(Run, "start", meddle)
