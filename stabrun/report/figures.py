@@ -331,14 +331,22 @@ def layered(sides: list[Row], traces: Traces, keys: Sequence[str], labels: Seque
             axes, curve = grid[line][column], traces[row["run_id"]].curves.get(key, NOTHING)
             for layer, values in enumerate(curve.layers):
                 axes.plot(curve.steps, values, color=colours(0.92 * layer / max(1, depth - 1)), lw=1.0)
-            log_values(axes)
-            mark_bad(axes, row)
-            if not column:
-                axes.set_ylabel(labels[line])
-        grid[0][column].set_title(side_title(row))
-        grid[-1][column].set_xlabel("step")
+            framed(grid, line, column, row, labels[line])
     depth_key(figure, grid, depth, colours)
     return figure
+
+
+def framed(grid: Any, line: int, column: int, row: Row, label: str) -> None:
+    """What each panel of runs side by side has: logarithmic values, the bad step, and words at the grid's edges."""
+    axes = grid[line][column]
+    log_values(axes)
+    mark_bad(axes, row)
+    if not column:
+        axes.set_ylabel(label)
+    if not line:
+        axes.set_title(side_title(row))
+    if line == len(grid) - 1:
+        axes.set_xlabel("step")
 
 
 def depth_key(figure: Figure, grid: Any, depth: int, colours: Any) -> None:
@@ -404,12 +412,7 @@ def adam(sides: list[Row], traces: Traces) -> Figure | None:
                 if curve:
                     tops = [max(values) for values in curve.values]
                     axes.plot(curve.steps, tops, line_style, color=shades[site], lw=1, label=NAMES[site])
-            log_values(axes)
-            mark_bad(axes, row)
-            if not column:
-                axes.set_ylabel(labels[line])
-        grid[0][column].set_title(side_title(row))
-        grid[-1][column].set_xlabel("step")
+            framed(grid, line, column, row, labels[line])
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, [f"{name}, largest layer" for name in names], loc="outside lower center", ncols=4)
     return figure
