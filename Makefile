@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(BIN)/stabrun sweep +experiment=quickstart
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # Slurm and Ray, disturbed in mid-study; Slurm is Debian's slurmctld slurmd munge slurm-client.
 disasters:

@@ -1,6 +1,5 @@
 """A study of six cells, and the scripts that start real clusters for it."""
 
-import csv
 import importlib.util
 import json
 import os
@@ -25,7 +24,6 @@ QUESTION = (
     "study_dir=study",
 )
 LONG = ("train.steps=1000", "train.checkpoint_every=100")  # time enough for a disaster
-TIMINGS = ("seconds", "tokens_per_second")
 
 os.environ["PATH"] += ":/usr/sbin:/sbin"
 submitit_there = pytest.mark.skipif(not importlib.util.find_spec("submitit"), reason="stabrun[slurm] is not installed")
@@ -77,12 +75,6 @@ def ended(process):
     out, err = process.communicate(timeout=300)
     assert "Traceback" not in err
     return process.returncode, out + err
-
-
-def rows(folder):
-    """`results.csv`, timings aside."""
-    with open(folder / "study" / "results.csv", newline="") as file:
-        return [{key: value for key, value in row.items() if key not in TIMINGS} for row in csv.DictReader(file)]
 
 
 def await_(what):

@@ -82,22 +82,19 @@ def cache(tmp_path_factory):
     return Path(os.environ["STABRUN_CACHE"])
 
 
-def of_two_local_workers(folder, *words):
-    from clusters import rows, swept
-
-    swept(folder, *words)
-    return rows(folder)
-
-
 @pytest.fixture(scope="session")
 def undisturbed_rows(tmp_path_factory):
-    """The rows of the study in `clusters`, by two workers of this machine."""
-    return of_two_local_workers(tmp_path_factory.mktemp("undisturbed"))
+    """The rows of the study in `clusters`."""
+    from clusters import QUESTION
+    from studies import rows_alone
+
+    return rows_alone(tmp_path_factory.mktemp("undisturbed"), *QUESTION)
 
 
 @pytest.fixture(scope="session")
 def long_rows(tmp_path_factory):
     """The rows of the same study, of longer runs."""
-    from clusters import LONG
+    from clusters import LONG, QUESTION
+    from studies import rows_alone
 
-    return of_two_local_workers(tmp_path_factory.mktemp("long"), *LONG)
+    return rows_alone(tmp_path_factory.mktemp("long"), *QUESTION, *LONG)

@@ -1,5 +1,6 @@
 """The slow ones, by `make disasters`: studies killed at thirty random moments, and an owner paused past its lease."""
 
+import json
 import os
 import random
 import signal
@@ -7,7 +8,8 @@ import subprocess
 import time
 
 import pytest
-from test_sweep import rows, started, swept, undisturbed  # noqa: F401  (a fixture)
+from studies import rows
+from test_sweep import alone, started, swept  # noqa: F401  (a fixture)
 
 from stabrun.study.ledger import LEASE
 
@@ -25,7 +27,7 @@ def ended(cell_dir):
 
 
 @pytest.mark.parametrize("moment", range(30))
-def test_killed_at_a_random_moment_the_same_command_completes(undisturbed, tmp_path, moment):  # noqa: F811
+def test_killed_at_a_random_moment_the_same_command_completes(alone, tmp_path, moment):  # noqa: F811
     """The sweep, one of its workers, or both: a worker's own orphans and successors train beside each other."""
     dice = random.Random(moment)
     process = started(tmp_path)
@@ -40,11 +42,11 @@ def test_killed_at_a_random_moment_the_same_command_completes(undisturbed, tmp_p
         assert process.returncode == 0, err
     last = swept(tmp_path)
     assert last.returncode == 0, last.stderr
-    assert rows(tmp_path) == rows(undisturbed[0])
+    assert rows(tmp_path) == alone
     assert {ended(cell) for cell in (tmp_path / "study" / "runs").iterdir()} == {1}, "no finished cell runs again"
 
 
-def test_a_worker_paused_past_its_lease_spoils_nothing(undisturbed, tmp_path):  # noqa: F811
+def test_a_worker_paused_past_its_lease_spoils_nothing(alone, tmp_path):  # noqa: F811
     """Of two sweeps of one study; what it goes on to train after its pause is no longer its own."""
     sweeps = [started(tmp_path), started(tmp_path)]
     deadline = time.monotonic() + 60
@@ -52,19 +54,13 @@ def test_a_worker_paused_past_its_lease_spoils_nothing(undisturbed, tmp_path):  
         assert time.monotonic() < deadline
         time.sleep(0.02)
     claims = sorted((tmp_path / "study" / "ledger").glob("*.claim"))
-    paused = int(json_of(claims[0])["pid"])
+    paused = json.loads(claims[0].read_text())["pid"]
     os.kill(paused, signal.SIGSTOP)
     time.sleep(LEASE + 15)
     os.kill(paused, signal.SIGCONT)
     for process in sweeps:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-    assert rows(tmp_path) == rows(undisturbed[0])
+    assert rows(tmp_path) == alone
     assert {ended(cell) for cell in (tmp_path / "study" / "runs").iterdir()} == {1}
     assert list((tmp_path / "study" / "ledger").glob("*.0002.claim")), "the paused one's cell was taken over"
-
-
-def json_of(file):
-    import json
-
-    return json.loads(file.read_text())

@@ -4,8 +4,9 @@ import os
 import signal
 
 import pytest
-from clusters import QUESTION, await_, ended, rows, submitit_there, sweeping, swept, training
+from clusters import QUESTION, await_, ended, submitit_there, sweeping, swept, training
 from conftest import TINY, stabrun
+from studies import rows
 
 from stabrun.compose import no_such_choice
 from stabrun.config import MistakeError, conf_dir

@@ -254,6 +254,22 @@ class TestInChromium:
             assert page.ask("document.querySelectorAll('[role=tabpanel]:not([hidden])').length") == 1
         clean(page, study)
 
+    def test_on_paper_all_is_light_and_as_wide_as_a_sheet(self, study, browser, width, dark):
+        page = browser(width=width, dark=dark)
+        page.open(study / "report" / "index.html")
+        look = (
+            "[[...document.querySelectorAll('[data-plot]')].map(plot => plot._fullLayout ? plot._fullLayout.width : 0),"
+            "getComputedStyle(document.body).backgroundColor]"
+        )
+        before = page.ask(look)
+        page.ask("void window.dispatchEvent(new Event('beforeprint'))")
+        assert page.ask(look) == [[960] * len(before[0]), "rgb(255, 255, 255)"]
+        page.ask("void window.dispatchEvent(new Event('afterprint'))")
+        page.ask("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        shown = [width for width in before[0] if width]
+        assert page.ask(look)[0][: len(shown)] == shown
+        assert page.ask(look)[1] == before[1]
+
     def test_an_attack_is_only_text(self, evil, browser, width, dark):
         page = browser(width=width, dark=dark)
         page.ask("window.alert = () => console.error('it ran')")

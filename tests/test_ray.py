@@ -4,7 +4,8 @@ import os
 import signal
 
 import pytest
-from clusters import LONG, await_, cluster, crew_of_study, ended, pids, ray_there, rows, sweeping, swept, training
+from clusters import LONG, await_, cluster, crew_of_study, ended, pids, ray_there, sweeping, swept, training
+from studies import rows
 
 pytestmark = [pytest.mark.ray, ray_there]
 

@@ -206,7 +206,7 @@ def test_text_is_escaped_in_markdown_and_latex():
     assert r"\textless{}script\textgreater{}alert(1)\textless{}/script\textgreater{}|a\_b" in tables.as_latex(table)
 
 
-def test_the_command_and_its_mistakes(study, tmp_path):
+def test_the_command_and_its_mistakes(study, tmp_path, monkeypatch, capsys):
     shutil.copytree(study, tmp_path / "study")
     first = stabrun("report", "study", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
@@ -218,13 +218,16 @@ def test_the_command_and_its_mistakes(study, tmp_path):
     assert sorted(figures_there) == sorted(f"{name}.{kind}" for name in names for kind in ("svg", "pdf", "png"))
     bytes_of = {name: (tmp_path / "study" / "report" / "figures" / name).read_bytes() for name in figures_there}
     (tmp_path / "study" / "report" / "left over").touch()
-    assert stabrun("report", "study", cwd=tmp_path).stdout == first.stdout
+    monkeypatch.chdir(tmp_path)
+    assert report(["study"]) == 0
+    assert capsys.readouterr().out == first.stdout
     for name, there in bytes_of.items():
         assert (tmp_path / "study" / "report" / "figures" / name).read_bytes() == there, "the same data, the same bytes"
     assert "left over" not in os.listdir(tmp_path / "study" / "report"), "a report is replaced whole"
     assert not [name for name in os.listdir(tmp_path / "study") if name.startswith(".report")]
     for words in ([], ["a", "b", "c"], ["--json"]):
-        assert stabrun("report", *words, cwd=tmp_path).returncode == 2
+        with pytest.raises(MistakeError, match="name a study or a run"):
+            report(words)
     with pytest.raises(MistakeError, match="neither a study nor a run"):
         opened(tmp_path)
 
@@ -303,8 +306,7 @@ def test_the_command_told_of_a_search_with_a_further_axis(tmp_path):
 def test_two_studies_side_by_side(study, tmp_path):
     shutil.copytree(study, tmp_path / "one")
     a_study(tmp_path / "two", "model.n_layer=1", skip=3)
-    done = stabrun("report", "one", "two", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert report([str(tmp_path / "one"), str(tmp_path / "two")]) == 0
     place = tmp_path / "one" / "report-beside-two"
     row = next(csv.DictReader((place / "tables" / "side_by_side.csv").read_text().splitlines()))
     told = [json.loads((tmp_path / name / "study.json").read_text())["variants"]["baseline"] for name in ("one", "two")]

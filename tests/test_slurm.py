@@ -15,13 +15,13 @@ from clusters import (
     crew_of_study,
     ended,
     pids,
-    rows,
     slurm_there,
     submitit_there,
     sweeping,
     swept,
     training,
 )
+from studies import rows
 
 pytestmark = [pytest.mark.slurm, submitit_there, slurm_there]
 

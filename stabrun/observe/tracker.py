@@ -27,6 +27,7 @@ class Tracker:
     def __init__(self, config: Config, run_id: str, directory: Path, earlier: Iterable[dict[str, Any]]) -> None:
         self.config: TrackerConfig = config.tracker
         self.directory, self.steps = directory, 0
+        self.there = 0  # rows that W&B has; asked once, for each question waits for W&B's own process
         self.run: Any = None
         if self.config.name == "wandb":
             self._guard(lambda: self._start(config, run_id, directory, earlier))
@@ -34,6 +35,7 @@ class Tracker:
     def _start(self, config: Config, run_id: str, directory: Path, earlier: Iterable[dict[str, Any]]) -> None:
         forget(directory)
         self.run = opened_run(config, run_id, directory)
+        self.there = self.run.step or 0
         self.run.define_metric("train/loss", summary="min", step_metric="step")
         for row in earlier:
             self._log(row)
@@ -43,7 +45,7 @@ class Tracker:
             self._guard(lambda: self._log(row))
 
     def _log(self, row: dict[str, Any]) -> None:
-        if row["step"] >= (self.run.step or 0):
+        if row["step"] >= self.there:
             self.run.log(projection(row, self.config.norms_every), step=row["step"])
         self.steps = row["step"] + 1
 
@@ -99,7 +101,14 @@ def opened(tracker: TrackerConfig, run_id: str, directory: Path, **facts: Any) -
         entity=tracker.entity,
         tags=tracker.tags or None,
         reinit="create_new",
-        settings=wandb.Settings(console="off", disable_git=False, init_timeout=30, x_disable_stats=True, silent=True),
+        settings=wandb.Settings(
+            console="off",
+            disable_git=False,
+            init_timeout=30,
+            x_disable_stats=True,
+            x_save_requirements=False,
+            silent=True,
+        ),
         **facts,
     )
 

@@ -21,6 +21,8 @@ const number = value => typeof value === "number" ? value : null;
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 // Named one by one: plotly's own choice has a button that sends the data to its maker.
 const BUTTONS = ["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"];
+const PRINTED = 960;  // pixels: a sheet on its side, A4 or letter
+let printed = 0;  // the width of a plot on paper while one prints, else 0: as wide as there is room
 
 const theme = () => css("--paper") === "#fff" ? "light" : "dark";
 const narrow = () => window.innerWidth < 640;
@@ -39,10 +41,10 @@ function rateAxis(more = {}) {
 }
 
 function draw(place, traces, layout) {
-  const config = {responsive: true, displayModeBar: narrow() ? false : "hover", displaylogo: false, modeBarButtons: [BUTTONS], toImageButtonOptions: {format: "svg"}};
+  const config = {responsive: true, displayModeBar: narrow() || printed ? false : "hover", displaylogo: false, modeBarButtons: [BUTTONS], toImageButtonOptions: {format: "svg"}};
   const base = {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: css("--ink"), family: "inherit", size: 12},
-    margin: {l: 50, r: 10, t: 30, b: 45}, legend: {orientation: "h", y: -0.22, yanchor: "top", maxheight: 4000}, hovermode: "closest", height: 420, modebar: {bgcolor: "rgba(0,0,0,0)", color: css("--faint"), activecolor: css("--ink")},
+    margin: {l: 50, r: 10, t: 30, b: 45}, legend: {orientation: "h", y: -0.22, yanchor: "top", maxheight: 4000}, hovermode: "closest", height: 420, ...(printed && {width: printed}), modebar: {bgcolor: "rgba(0,0,0,0)", color: css("--faint"), activecolor: css("--ink")},
   };
   return Plotly.react(place, traces, {...base, ...layout}, config);
 }
@@ -297,7 +299,7 @@ class Study {
       return {x: own.map(lead => lead.lead), y: own.map(lead => lead.signal), mode: "markers", name: text(arm), marker: {color: look.colour, symbol: look.symbol, size: 8, opacity: 0.8}, text: own.map(lead => this.name(this.runs.get(lead.run)))};
     });
     traces.push({x: this.data.signals.map(signal => signal.share), y: names, type: "bar", orientation: "h", xaxis: "x2", marker: {color: css("--faint")}, name: "false alarms", showlegend: false});
-    draw(place, traces, {yaxis: axis("", {categoryorder: "array", categoryarray: [...names].reverse()}), xaxis: axis(narrow() ? "lead, steps" : "steps before the loss (below 0: after it)", {domain: [0, 0.7], zeroline: true, zerolinecolor: css("--faint")}), xaxis2: axis(narrow() ? "false" : "false alarms, share of converged runs", {domain: [0.76, 1], range: [0, 1]}), height: 520, showlegend: true, margin: {l: 10, r: 10, t: 20, b: 60}});
+    draw(place, traces, {yaxis: axis("", {categoryorder: "array", categoryarray: [...names].reverse()}), xaxis: axis(narrow() ? "lead, steps" : "steps before the loss (below 0: after it)", {domain: [0, 0.7], zeroline: true, zerolinecolor: css("--faint")}), xaxis2: axis("false alarms", {domain: [0.76, 1], range: [0, 1]}), height: 520, showlegend: true, margin: {l: 10, r: 10, t: 20, b: 60}});
   }
 }
 
@@ -328,5 +330,14 @@ document.querySelector("button.theme").addEventListener("click", () => {
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 matchMedia("(max-width: 639px)").addEventListener("change", redraw);
-window.addEventListener("beforeprint", () => studies.forEach(study => study.render(true)));
+const paper = (width, theme, all) => {
+  printed = width;
+  if (theme) document.documentElement.dataset.theme = theme; else delete document.documentElement.dataset.theme;
+  studies.forEach(study => study.render(all));
+};
+window.addEventListener("beforeprint", () => {
+  const before = document.documentElement.dataset.theme;
+  paper(PRINTED, "light", true);
+  window.addEventListener("afterprint", () => paper(0, before, false), {once: true});
+});
 document.documentElement.dataset.ready = "yes";

@@ -151,7 +151,8 @@ def panels_of(source: Source, traces: Traces, tables: dict[str, Table]) -> dict[
                    "Squares: runs that diverged, of all at this rate. Below them lr50 (filled) and lr10 (hollow) with "
                    "their 95 % intervals, at three strictnesses of the rule: lenient ▼, standard ●, strict ▲. "
                    "An arrow leads out of the range.")
-            + plot("clipped_share", "Share of clipped steps", "Of each run.")
+            + plot("clipped_share", "Share of clipped steps",
+                   "A point a run: the share of its steps whose gradient was clipped.")
         )  # fmt: skip
         panels["rates"] = drawn if source.rows else none
     marks = "▼ counted as diverged, or as risen, from here; Y: a spike; | a restart."
@@ -164,7 +165,12 @@ def panels_of(source: Source, traces: Traces, tables: dict[str, Table]) -> dict[
         if traced
         else none
     )
-    signals = plot("lead_times", "Lead over the loss", "A point a diverged run.") if source.strategy != RUN else ""
+    signals = ""
+    if source.strategy != RUN:
+        signals = plot(
+            "lead_times", "Lead over the loss",
+            "A point a diverged run. False alarms: the share of the converged runs in which the signal broke away too.",
+        )  # fmt: skip
     panels["signals"] = (signals if source.rows else none) + table_html(tables.get("leads"))
     panels["tables"] = "".join(table_html(tables.get(name), traces) for name in ("variants", "paper", "runs"))
     panels["settings"] = settings(source)
@@ -239,9 +245,10 @@ def table_html(table: Table | None, traces: Traces | None = None) -> str:
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     tall = " tall" if len(table.rows) > 20 else ""
     return (
-        f'<h3>{escape(table.title)}</h3>{note}<div class="scroll{tall}" tabindex="0" role="region" '
+        f'<div data-of="{table.name}"><h3>{escape(table.title)}</h3>{note}'
+        f'<div class="scroll{tall}" tabindex="0" role="region" '
         f'aria-label="{escape(table.title)}"><table data-table="{table.name}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f"<tbody>{rows}</tbody></table></div></div>"
     )
 
 

@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 
 from stabrun.config import RESULT, Config, MistakeError, marked, read_config
 from stabrun.observe.record import Record, read_events, read_object, write_whole
-from stabrun.train import checkpoint
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # faults of the disk, not of a name
 COMPLETE, STOPPED, INTERRUPTED, FAILED = "complete", "stopped", "interrupted", "failed"
@@ -90,13 +89,6 @@ def note_environment(directory: Path, facts: dict[str, Any]) -> None:
     """Keep the environment of the first start."""
     if not (directory / "environment.json").exists():
         write_whole(directory / "environment.json", json.dumps(facts, indent=1) + "\n")
-
-
-def resume_point(record: Record) -> tuple[int, Path | None, list[dict[str, Any]], int]:
-    """The updates done, their checkpoint, the rows of the record cut back to it, and how many were cut."""
-    found = checkpoint.latest(record.directory / "checkpoints")
-    step, path = found if found else (0, None)
-    return step, path, *record.cut(step)
 
 
 def seconds_spent(directory: Path) -> float:

@@ -31,7 +31,6 @@ from stabrun.train.folder import (
     note_environment,
     refuse_other_data,
     refuse_strangers,
-    resume_point,
     seconds_spent,
 )
 from stabrun.train.schedule import learning_rate, unreached
@@ -72,7 +71,8 @@ class Run:
         self.trainer, self.config, self.record = trainer, trainer.config, record
         self.environment = environment(trainer.device, trainer.data.manifest["hash"], trainer.compiled)
         note_environment(record.directory, self.environment)
-        self.done, path, earlier, later = resume_point(record)
+        self.done, path = checkpoint.latest(record.directory / "checkpoints") or (0, None)
+        earlier, later = record.cut(self.done)
         if later:
             warn(
                 f"{record.directory}: {later} of {self.done + later} recorded steps have no checkpoint; trained again."
