@@ -23,7 +23,7 @@ QUESTION = (
     "train.checkpoint_every=5",
     "study_dir=study",
 )
-LONG = ("train.steps=1000", "train.checkpoint_every=100")  # time enough for a disaster
+LONG = ("train.steps=2500", "train.checkpoint_every=100")  # time enough for a disaster
 
 os.environ["PATH"] += ":/usr/sbin:/sbin"
 submitit_there = pytest.mark.skipif(not importlib.util.find_spec("submitit"), reason="stabrun[slurm] is not installed")
