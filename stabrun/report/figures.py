@@ -71,10 +71,10 @@ def written(figure: Figure, kind: str) -> bytes:
     import matplotlib
 
     file = io.BytesIO()
-    with matplotlib.rc_context(RC):
-        if figure.get_layout_engine() is not None:  # laid out once, and drawn in each format
+    with matplotlib.rc_context({**RC, "figure.constrained_layout.use": False}):
+        if figure.get_layout_engine() is not None:  # laid out once; with an engine, each format would be drawn twice
             figure.get_layout_engine().execute(figure)
-            figure.set_layout_engine("none")
+            figure.set_layout_engine(None)
         figure.savefig(file, format=kind, dpi=200, metadata=METADATA[kind])
     return file.getvalue()
 
