@@ -51,7 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: Ctrl-C must not spoil the exit
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("stabrun: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        resumable = {*words[:1]} & {"train", "rerun", "sweep"}
+        goes_on = "; the same command goes on from the last checkpoint" if resumable else ""
+        print(f"stabrun: interrupted{goes_on}.", file=sys.stderr)
         status = 130
     except OSError as error:  # stdout's reader has gone, or its disk is full
         if not isinstance(error, BrokenPipeError):
