@@ -229,11 +229,11 @@ def send(directory: Path, config: Config, before: Sent, found: News) -> None:
     """
     run = opened_run(config, run_id(config), directory)
     run.define_metric("train/loss", summary="none", step_metric="step")
-    survey = found.survey
+    survey, first = found.survey, max(found.first, run.step or 0)  # asked once: each question waits for W&B's process
     for row, end in rows_of(directory / METRICS) if survey.steps > found.first else ():
         if end > survey.size:
             break
-        if isinstance(row, dict) and row["step"] >= max(found.first, run.step or 0):
+        if isinstance(row, dict) and row["step"] >= first:
             run.log(projection(row, config.tracker.norms_every), step=row["step"])
     if survey.lowest is not None:
         run.summary.update({"train/loss": {"min": survey.lowest}})
