@@ -19,14 +19,13 @@ from stabrun.report.tables import lead_of
 from stabrun.report.trace import Curve, Trace
 from stabrun.study.answer import estimate_told
 
-MISSING = "report: figures need matplotlib and plotly: pip install 'stabrun[report]'."
 COLUMN, PAGE = 3.4, 7.0  # inches: one column of a paper, and both
 RC: dict[Any, Any] = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
     "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "grid.linewidth": 0.5, "lines.linewidth": 1.2, "lines.markersize": 4, "legend.frameon": False,
     "axes.axisbelow": True,
-    "text.parse_math": False, "svg.hashsalt": "stabrun", "pdf.fonttype": 42, "figure.constrained_layout.use": True,
+    "text.parse_math": False, "svg.hashsalt": "stabrun", "pdf.fonttype": 42,
 }  # fmt: skip
 METADATA: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
 NAMES = {"qkv": "QKV", "proj": "Proj", "fc1": "FC1", "fc2": "FC2"}
@@ -71,7 +70,7 @@ def written(figure: Figure, kind: str) -> bytes:
     import matplotlib
 
     file = io.BytesIO()
-    with matplotlib.rc_context({**RC, "figure.constrained_layout.use": False}):
+    with matplotlib.rc_context(RC):
         if figure.get_layout_engine() is not None:  # laid out once; with an engine, each format would be drawn twice
             figure.get_layout_engine().execute(figure)
             figure.set_layout_engine(None)
@@ -82,7 +81,7 @@ def written(figure: Figure, kind: str) -> bytes:
 def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure as Canvas
 
-    figure = Canvas(figsize=(width, height))
+    figure = Canvas(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
