@@ -12,6 +12,7 @@ import pytest
 from conftest import TINY, stabrun
 from made import a_study
 
+from stabrun import commands
 from stabrun.config import RESULT, MistakeError, conf_dir, marked
 from stabrun.observe.record import number
 from stabrun.report import sentences, style, tables
@@ -226,8 +227,8 @@ def test_the_command_and_its_mistakes(study, tmp_path, monkeypatch, capsys):
     assert "left over" not in os.listdir(tmp_path / "study" / "report"), "a report is replaced whole"
     assert not [name for name in os.listdir(tmp_path / "study") if name.startswith(".report")]
     for words in ([], ["a", "b", "c"], ["--json"]):
-        with pytest.raises(MistakeError, match="name a study or a run"):
-            report(words)
+        assert commands.run("report", words, conf_dir()) == 2
+        assert "name a study or a run" in capsys.readouterr().err
     with pytest.raises(MistakeError, match="neither a study nor a run"):
         opened(tmp_path)
 

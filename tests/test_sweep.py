@@ -78,9 +78,10 @@ def test_a_tracked_study_is_one_group_and_its_summary_is_sent_once(tmp_path):
     assert [facts["display_name"] for facts in told] == ["study: the answer", "qk_norm lr=1e-2 s0"]
 
 
-def test_killed_at_any_moment_the_same_command_completes(alone, tmp_path):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_moment_the_same_command_completes(alone, tmp_path, seed):
     """Twice: all of it at once, and the sweep alone, whose workers go on beside those of the next."""
-    dice, orphans = random.Random(0), None
+    dice, orphans = random.Random(seed), None
     for whole in (True, False):
         process = started(tmp_path)
         time.sleep(dice.uniform(1.0, 5.0))
