@@ -232,6 +232,12 @@ def test_bad_studies_make_nothing(tmp_path, words, said):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_process_of_a_sweep_imports_no_torch(tmp_path):
+    """Its workers do; it would wait a second for nothing."""
+    program = "import sys; from stabrun.study.sweep import sweep; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path).returncode == 0
+
+
 def test_dry_run_tells_and_makes_nothing(tmp_path):
     done = stabrun("sweep", *QUESTION, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
