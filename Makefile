@@ -39,7 +39,7 @@ bench: $(STAMP)
 	$(BIN)/python scripts/bench_step.py
 
 docs: $(STAMP)
-	$(BIN)/python -m stabrun.observe.keys > docs/metrics.md
+	$(BIN)/python -m stabrun.record.metrics > docs/metrics.md
 
 clean:
 	rm -rf $(VENV) dist build

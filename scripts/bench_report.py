@@ -22,10 +22,10 @@ import yaml
 
 from stabrun.compose import Words
 from stabrun.config import conf_dir
-from stabrun.observe.record import dumps
-from stabrun.observe.verdict import Judge
+from stabrun.record.jsonl import dumps
 from stabrun.study.plan import Cell, Plan, planned
 from stabrun.study.results import write
+from stabrun.verdict.judge import Judge
 
 VARIANTS = ["baseline", "qk_norm", "qk_norm_cap", "qkv_norm", "qk_fc_norm"]
 SEEDS = 10

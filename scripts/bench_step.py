@@ -113,7 +113,7 @@ def our_loop(model_name: str, observed: bool, folder: str) -> Callable[[int], No
     from stabrun.compose import Words, composed
     from stabrun.config import conf_dir
     from stabrun.data.shards import prepare
-    from stabrun.observe.record import Record
+    from stabrun.record.jsonl import Record
     from stabrun.train.run import Run
     from stabrun.train.trainer import Trainer
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.config import conf_dir
-from stabrun.observe.record import read_events
-from stabrun.study.crew import threads_each
+from stabrun.record.jsonl import read_events
 from stabrun.study.plan import planned
+from stabrun.study.pool import threads_each
 
 STUDY = (
     "schedule=constant",
@@ -77,16 +77,16 @@ def overhead(words: list[str]) -> None:
 
 def worker(directory: Path, began: float) -> None:
     """A worker of the study with clocks in it; prints what it spent since it was started, in seconds, as JSON."""
-    from stabrun.observe.probe import Snapshot
-    from stabrun.observe.record import Record
-    from stabrun.observe.tracker import Tracker
-    from stabrun.observe.verdict import Judge
+    from stabrun.observe.probe import PendingRow
+    from stabrun.record.jsonl import Record
     from stabrun.study.worker import work
+    from stabrun.train.tracker import Tracker
     from stabrun.train.trainer import Trainer
+    from stabrun.verdict.judge import Judge
 
     spent = {"imports": time.time() - began}
     clocked = {
-        "training": ((Trainer, "step"), (Trainer, "validate"), (Snapshot, "read")),
+        "training": ((Trainer, "step"), (Trainer, "validate"), (PendingRow, "read")),
         "W&B": ((Tracker, "__init__"), (Tracker, "row"), (Tracker, "finish")),
         "record": ((Record, "write"), (Record, "sync")),
         "verdict": ((Judge, "add"), (Judge, "conclude")),

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from stabrun.observe.record import read_metrics
-from stabrun.observe.signals import SIGNALS
-from stabrun.observe.verdict import STRICTNESS, Judge
+from stabrun.record.jsonl import read_metrics
+from stabrun.verdict.judge import STRICTNESS, Judge
+from stabrun.verdict.signals import SIGNALS
 
 CORPUS = Path(__file__).parent.parent / "tests" / "data" / "curves.npz.xz"
 NEAR, FAR = (

@@ -19,7 +19,7 @@ import numpy as np
 
 from stabrun.compose import Words, composed
 from stabrun.config import conf_dir, run_id
-from stabrun.observe.record import number, read_rows
+from stabrun.record.jsonl import number, read_rows
 
 VARIANTS = (  # those that there were when the corpus was trained
     "baseline", "fc_norm", "layer_scale", "qk_fc_norm", "qk_norm", "qk_norm_cap", "qkv_norm", "sigma_reparam",
@@ -55,7 +55,7 @@ def plan() -> Iterator[list[str]]:
 
 
 def train_one(job: tuple[list[str], str]) -> str:
-    from stabrun.judging import verdict_line
+    from stabrun.cli.judge import verdict_line
     from stabrun.train.run import train
 
     words, runs = job

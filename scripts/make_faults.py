@@ -18,7 +18,7 @@ from torch import nn
 
 from stabrun.compose import Words, composed
 from stabrun.config import conf_dir
-from stabrun.observe.record import read_rows
+from stabrun.record.jsonl import read_rows
 from stabrun.train.run import Run
 from stabrun.train.trainer import Trainer
 
@@ -86,7 +86,7 @@ def planted(step: Callable[..., object], trainer: Trainer, kind: str, layer: int
 
 def train_one(job: tuple[tuple[str, list[str], str, int], str]) -> str:
     from stabrun.data.shards import prepare
-    from stabrun.train.folder import claimed
+    from stabrun.record.run_dir import claimed
 
     (name, words, kind, layer), runs = job
     config = composed(conf_dir(), Words.parse([*FIXED, *words, f"run_dir={Path(runs) / name}"]))

@@ -1,5 +1,5 @@
 """`python -m stabrun`."""
 
-from stabrun.cli import main
+from stabrun.cli.main import main
 
 main()

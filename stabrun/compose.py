@@ -1,4 +1,4 @@
-"""Hydra's composition as plain functions: overrides → a checked `Config`, every mistake a `MistakeError`."""
+"""Hydra's composition as plain functions: overrides → a checked `Config`, every mistake a `UserError`."""
 
 import difflib
 import re
@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stabrun.config import Config, MistakeError, check, conf_dir, keys
+from stabrun.config import Config, UserError, check, conf_dir, keys
 
 SHELL = ("hydra.launcher.setup", "hydra.launcher.srun_args", "hydra.launcher.ray.init.runtime_env")
 OWN_CODE = ("hydra._internal.", "hydra_plugins.")
@@ -36,14 +36,14 @@ class Words:
 
     @staticmethod
     def parse(words: list[str], flags: tuple[str, ...] = ("-m", "--cfg", "--config-dir DIR")) -> "Words":
-        """MistakeError at a flag that is not among `flags`."""
+        """UserError at a flag that is not among `flags`."""
         overrides, multirun, show = [], False, False
         rest = iter(words)
         for word in rest:
             flag = {"--multirun": "-m", "-c": "--cfg"}.get(word, word.partition("=")[0])
             if flag.startswith("-") and flag not in (known.split()[0] for known in flags):
                 there = f"there are {' and '.join(flags)}" if flags else "this command has none"
-                raise MistakeError(f"{word}: no such flag here; {there}.")
+                raise UserError(f"{word}: no such flag here; {there}.")
             if flag == "-m":
                 multirun = True
             elif flag == "--cfg":
@@ -51,12 +51,12 @@ class Words:
             elif flag == "--config-dir":
                 folder = Path(word.partition("=")[2] or next(rest, ""))
                 if not folder.name or not folder.is_dir():
-                    raise MistakeError(f"--config-dir {folder}: there is no such folder.")
+                    raise UserError(f"--config-dir {folder}: there is no such folder.")
                 overrides.append(f"hydra.searchpath=[file://{folder.resolve()}]")
             elif "hydra.searchpath" in word:  # Hydra imports the package that a pkg:// path names
-                raise MistakeError(f"{word}: search paths can name code to run; a folder is added by --config-dir DIR.")
+                raise UserError(f"{word}: search paths can name code to run; a folder is added by --config-dir DIR.")
             elif "=" not in word.lstrip("=~"):
-                raise MistakeError(f"{word}: an override is KEY=VALUE, such as optim.lr=3e-2 or +variant=qk_norm.")
+                raise UserError(f"{word}: an override is KEY=VALUE, such as optim.lr=3e-2 or +variant=qk_norm.")
             else:
                 overrides.append(word)
         return Words(overrides, multirun, show)
@@ -64,11 +64,11 @@ class Words:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Turn what Hydra, OmegaConf and YAML raise into a MistakeError of a sentence or two."""
+    """Turn what Hydra, OmegaConf and YAML raise into a UserError of a sentence or two."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise MistakeError(sentence(error)) from error
+        raise UserError(sentence(error)) from error
 
 
 def sentence(error: BaseException) -> str:
@@ -168,24 +168,24 @@ def multirun(conf: Path, words: Words, job: Callable[[Config], None]) -> None:
     All are composed and checked before the first is run; one whose run is refused afterwards does not stop the rest.
     """
 
-    def checked(task_config: DictConfig) -> Config | MistakeError:
+    def checked(task_config: DictConfig) -> Config | UserError:
         try:
             with plainly():
                 return to_config(task_config, HydraConfig.get())
-        except MistakeError as error:
+        except UserError as error:
             return error
 
-    def called(task_config: DictConfig) -> MistakeError | None:
+    def called(task_config: DictConfig) -> UserError | None:
         try:
             job(to_config(task_config, HydraConfig.get()))
-        except MistakeError as error:
+        except UserError as error:
             return error
         return None
 
     def each(task: Callable[[DictConfig], Any], overrides: list[str]) -> None:
         batches = the_hydra().multirun("config", task, overrides)
         for result in (result.return_value for batch in batches for result in batch):
-            if isinstance(result, MistakeError):
+            if isinstance(result, UserError):
                 raise result
 
     with plainly(), hydra(conf), TemporaryDirectory() as scratch:
@@ -206,11 +206,11 @@ def the_hydra() -> Any:
 
 @contextmanager
 def foreseen(overrides: list[str]) -> Iterator[None]:
-    """Hydra meets overrides that it did not foresee with a bare exception: a MistakeError."""
+    """Hydra meets overrides that it did not foresee with a bare exception: a UserError."""
     try:
         yield
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
-        raise MistakeError(f"{' '.join(overrides)}: these overrides do not go together ({error}).") from error
+        raise UserError(f"{' '.join(overrides)}: these overrides do not go together ({error}).") from error
 
 
 def to_config(whole: DictConfig, facts: Any) -> Config:
@@ -221,7 +221,7 @@ def to_config(whole: DictConfig, facts: Any) -> Config:
     known = {k.path for k in keys()}
     for path in _leaves(OmegaConf.to_container(whole, resolve=True)):
         if path not in known:
-            raise MistakeError(no_such_key(path))
+            raise UserError(no_such_key(path))
     config: Any = OmegaConf.to_object(whole)
     if chosen:
         config.variant = "+".join(chosen)
@@ -230,7 +230,7 @@ def to_config(whole: DictConfig, facts: Any) -> Config:
 
 
 def refuse_code(whole: DictConfig) -> None:
-    """MistakeError where a configuration names code to run: callbacks, foreign targets or factories, shell commands.
+    """UserError where a configuration names code to run: callbacks, foreign targets or factories, shell commands.
 
     A cluster may need the latter: they are allowed where they are typed, and not where a file has them.
     """
@@ -239,12 +239,12 @@ def refuse_code(whole: DictConfig) -> None:
     typed = [word.lstrip("+~").partition("=")[0] for word in node["overrides"]["hydra"]]
     for path in SHELL:
         if OmegaConf.select(whole, path) and not any(word.startswith(path) for word in typed):
-            raise MistakeError(f"{path}: it names code to run, which a file may not; give it on the command line.")
+            raise UserError(f"{path}: it names code to run, which a file may not; give it on the command line.")
     if node.get("callbacks"):
-        raise MistakeError("hydra.callbacks: it names code to run, which stabrun refuses; remove it.")
+        raise UserError("hydra.callbacks: it names code to run, which stabrun refuses; remove it.")
     for path, value in _targets(node, "hydra"):
         if not str(value).startswith(OWN_CODE):
-            raise MistakeError(f"{path}={value}: it names code to run; only Hydra's own launchers are allowed.")
+            raise UserError(f"{path}={value}: it names code to run; only Hydra's own launchers are allowed.")
 
 
 def _variants(override: str) -> list[str]:

@@ -23,7 +23,7 @@ def conf_dir() -> Path:
     return next(d for d in (package / "conf", package.parent / "conf") if (d / "config.yaml").is_file())
 
 
-class MistakeError(Exception):
+class UserError(Exception):
     """Something typed or configured wrongly; its text is one or two sentences for the user, exit status 2."""
 
 
@@ -321,17 +321,17 @@ def run_dir(config: Config) -> Path:
 
 
 def check(config: Config) -> None:
-    """Raise MistakeError at the first key out of bounds, or keys that do not fit each other."""
+    """Raise UserError at the first key out of bounds, or keys that do not fit each other."""
     for k in keys():
         if problem := k.problem(value_of(config, k.path)):
-            raise MistakeError(problem)
+            raise UserError(problem)
     for wrong, sentence in _misfits(config):
         if wrong:
-            raise MistakeError(sentence)
+            raise UserError(sentence)
 
 
 def read_config(file: Path) -> Config:
-    """A recorded `config.yaml`, checked against the schema. MistakeError where it is none, or not whole."""
+    """A recorded `config.yaml`, checked against the schema. UserError where it is none, or not whole."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -342,9 +342,9 @@ def read_config(file: Path) -> Config:
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), recorded))
         lost = [path for path in marked(config, RESULT) if OmegaConf.select(recorded, path, default=nothing) is nothing]
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise MistakeError(f"{file}: it is no configuration of a run.") from error
+        raise UserError(f"{file}: it is no configuration of a run.") from error
     if lost:
-        raise MistakeError(f"{file}: it is not whole, for {lost[0]} is missing.")
+        raise UserError(f"{file}: it is not whole, for {lost[0]} is missing.")
     check(config)
     return config
 

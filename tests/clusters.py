@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import TINY, stabrun
+from helpers import TINY, stabrun
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 QUESTION = (

@@ -1,17 +1,18 @@
 """Studies from made-up records: what `stabrun sweep` would have left, in a moment and with numbers that are known."""
 
+import csv
 import json
 import math
 from dataclasses import asdict
 
 import yaml
-from conftest import TINY
+from helpers import TINY
 
 from stabrun.config import conf_dir
-from stabrun.observe.record import dumps
-from stabrun.observe.verdict import Judge
+from stabrun.record.jsonl import dumps
 from stabrun.study.plan import planned
 from stabrun.study.results import write
+from stabrun.verdict.judge import STRICTNESS, Judge
 
 SITES = "qkv", "proj", "fc1", "fc2"
 EVERY = "norm/out", "norm/in", "norm/weight", "norm/grad"
@@ -77,3 +78,34 @@ def a_row(step, steps, layers, cell, lost):
             row |= {f"{name}/{site}": [1e-4 * grown * (layer + 1)] * layers for layer, site in enumerate(SITES)}
         row |= {"attn/max_logit": [3 * grown] * layers, "attn/entropy": [2.5 / grown] * layers}
     return row
+
+
+RATES = (1e-2, 1e-1, 1.0)
+
+
+def summaries(directory, arms=("baseline", "qk_norm"), seeds=2, missing=()):
+    """A plan, and the summaries of all of its runs but the `missing` ones: (arm, rate, seed)."""
+    words = f"study.variants=[{','.join(arms)}]", f"study.lrs=[{','.join(map(str, RATES))}]", f"study.seeds={seeds}"
+    plan, _, _ = planned(conf_dir(), [*TINY, *words])
+    for cell in plan.cells.values():
+        if (cell.arm, cell.lr, cell.seed) in missing:
+            continue
+        lost = cell.lr == 1.0 and cell.arm == "baseline"
+        better = 0.1 * (cell.arm == "qk_norm")
+        final = "nan" if lost else 2.0 + cell.lr + 0.01 * cell.seed - better
+        facts = {
+            "run_id": cell.id, "variant": cell.arm, "lr": cell.lr, "seed": cell.seed, "status": "complete",
+            "verdict": "diverged" if lost else "converged", "final_loss": final, "init_loss": 6.0, "reason": "",
+            "by_strictness": dict.fromkeys(STRICTNESS, "diverged" if lost else "converged") | strictly(cell),
+            "first_bad_step": None, "spikes": {"count": 1}, "tokens": 100,
+        }  # fmt: skip
+        (directory / "runs" / cell.id).mkdir(parents=True)
+        (directory / "runs" / cell.id / "summary.json").write_text(json.dumps(facts))
+    write(plan, directory)
+    with open(directory / "results.csv", newline="") as file:
+        return list(csv.DictReader(file)), json.loads((directory / "study.json").read_text())
+
+
+def strictly(cell):
+    """The strict rule calls one more run diverged."""
+    return {"strict": "diverged"} if (cell.arm, cell.lr) == ("baseline", 0.1) else {}

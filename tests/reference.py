@@ -8,7 +8,7 @@ import math
 from functools import cache
 
 import torch
-from conftest import configured
+from helpers import configured
 
 from stabrun.config import rotated
 

@@ -1,25 +1,13 @@
 import os
 import re
 import resource
-import signal
 import subprocess
 
 import pytest
-from conftest import TINY, VARIANTS, stabrun, tiny
+from helpers import TINY, VARIANTS, run, stabrun, tiny
 
 import stabrun as package
-from stabrun.cli import main
 from stabrun.train.run import train
-
-
-def run(capsys, *words):
-    """Exit status, stdout and stderr of `stabrun WORDS` in this process."""
-    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    for which, handler in before.items():
-        signal.signal(which, handler)
-    return ended.value.code, *capsys.readouterr()
 
 
 @pytest.fixture(autouse=True)
@@ -295,7 +283,7 @@ def test_help_and_version(capsys):
 
 def test_help_and_variants_import_nothing_heavy(tmp_path):
     ask = (
-        "import sys\nfrom stabrun.cli import dispatch\n"
+        "import sys\nfrom stabrun.cli.main import dispatch\n"
         "dispatch(['--help']); dispatch(['variants'])\n"
         "heavy = {'torch', 'hydra', 'omegaconf', 'wandb', 'numpy', 'rich', 'yaml'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"

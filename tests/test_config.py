@@ -6,9 +6,9 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import PRESETS, VARIANTS, configured, stabrun, tiny
+from helpers import PRESETS, VARIANTS, configured, stabrun, tiny
 
-from stabrun.config import RESULT, Config, MistakeError, check, conf_dir, keys, marked, run_id
+from stabrun.config import RESULT, Config, UserError, check, conf_dir, keys, marked, run_id
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,7 +90,7 @@ def test_keys_that_do_not_fit_each_other(change, named):
     config = Config()
     for part, values in change.items():
         setattr(config, part, dataclasses.replace(getattr(config, part), **values))
-    with pytest.raises(MistakeError, match=named):
+    with pytest.raises(UserError, match=named):
         check(config)
 
 

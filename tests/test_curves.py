@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny
+from helpers import run, tiny
 from omegaconf import OmegaConf
-from test_cli import run
 
-from stabrun.observe.record import Record, dumps, worded
-from stabrun.observe.verdict import STRICTNESS, Judge
+from stabrun.record.jsonl import Record, dumps, jsonable
+from stabrun.verdict.judge import STRICTNESS, Judge
 
 DATA = Path(__file__).parent / "data"
 
@@ -111,4 +110,4 @@ def test_live_resumed_and_judged_afterwards_are_the_same_bytes(curves, faults, t
         (directory / "metrics.jsonl").write_text(text)
         afterwards = json.loads(run(capsys, "judge", directory, "--json")[1])
         del afterwards["path"], afterwards["notes"]
-        assert json.dumps(afterwards) == json.dumps(worded(asdict(live))) == json.dumps(worded(asdict(resumed)))
+        assert json.dumps(afterwards) == json.dumps(jsonable(asdict(live))) == json.dumps(jsonable(asdict(resumed)))

@@ -11,19 +11,19 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from conftest import configured, tiny
+from helpers import configured, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from stabrun.config import DataConfig, MistakeError, ModelConfig
+from stabrun.config import DataConfig, ModelConfig, UserError
 from stabrun.data import hub, parts, shards, tokenizer
 from stabrun.data.batches import starts, training_batch, validation_batch
 from stabrun.data.corpus import EMBEDDED, split_blocks
 from stabrun.data.degenerate import digest, findings
 from stabrun.data.shards import Tokens, prepare
-from stabrun.observe.record import read_events
+from stabrun.record.jsonl import read_events
 from stabrun.train.run import train
 from stabrun.train.trainer import Trainer
 
@@ -133,14 +133,14 @@ def test_several_processes_ask_at_the_same_time(tmp_path):
 def test_texts_that_cannot_be_used(tmp_path, content, said):
     (tmp_path / "a.txt").write_bytes(content)
     data = DataConfig(name="local", path=str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "c"))
-    with pytest.raises(MistakeError, match=said):
+    with pytest.raises(UserError, match=said):
         prepare(data, ModelConfig())
     assert not list((tmp_path / "c").glob("*.part"))
 
 
 def test_a_pipe_is_no_text(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(MistakeError, match="regular file"):
+    with pytest.raises(UserError, match="regular file"):
         prepare(DataConfig(name="local", path=str(tmp_path / "pipe"), cache_dir=str(tmp_path / "c")), ModelConfig())
 
 
@@ -157,7 +157,7 @@ def test_links_in_a_circle_folders_and_pipes_are_passed_over(tmp_path):
 @pytest.mark.parametrize("content", [b"junk", lzma.compress(b"words " * 999)[:-20]])
 def test_a_damaged_xz_is_no_text(tmp_path, content):
     (tmp_path / "text.xz").write_bytes(content)
-    with pytest.raises(MistakeError, match="no whole"):
+    with pytest.raises(UserError, match="no whole"):
         prepare(DataConfig(name="local", path=str(tmp_path / "text.xz"), cache_dir=str(tmp_path / "c")), ModelConfig())
 
 
@@ -166,7 +166,7 @@ def test_cut_shard_is_noticed(tmp_path):
     prepare(data, ModelConfig())
     shard = next(tmp_path.glob("*/train-00000.bin"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(MistakeError, match="cut short"):
+    with pytest.raises(UserError, match="cut short"):
         prepare(data, ModelConfig())
 
 
@@ -284,14 +284,14 @@ def test_a_folder_that_datasets_can_load_stands_for_the_hub(tmp_path):
         ({"text_key": "id"}, "no text, but int"),
         ({"config": "fr"}, "'fr' not found"),
     ):
-        with pytest.raises(MistakeError, match=said):
+        with pytest.raises(UserError, match=said):
             prepare(DataConfig(**(vars(data) | wrong)), ModelConfig())
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
 def test_a_dataset_of_the_hub_is_pinned_and_needs_no_network_again(tmp_path, monkeypatch):
     data = DataConfig(name="hub", path="org/name", cache_dir=str(tmp_path), revision="v1")
-    with pytest.raises(MistakeError, match=r"data.path=org/name: HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match=r"data.path=org/name: HF_HUB_OFFLINE is set"):
         prepare(data, ModelConfig())
     read = []
     monkeypatch.setattr(hub, "commit", lambda config: "c0ffee")
@@ -317,7 +317,7 @@ def test_what_the_hub_says_becomes_a_sentence(tmp_path, monkeypatch, error, said
 
     monkeypatch.setattr("datasets.load_dataset", fail)
     monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_, **__: ["train"])
-    with pytest.raises(MistakeError, match=said):
+    with pytest.raises(UserError, match=said):
         list(hub.documents(DataConfig(name="hub", path="org/name"), "c0ffee"))
 
 
@@ -332,7 +332,7 @@ def test_an_extra_that_is_not_installed_is_named(tmp_path, monkeypatch, library,
     monkeypatch.chdir(tmp_path)
     as_table(tmp_path)
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(MistakeError, match=rf"pip install 'stabrun\[{extra}\]'"):
+    with pytest.raises(UserError, match=rf"pip install 'stabrun\[{extra}\]'"):
         prepare(DataConfig(cache_dir="cache", **data), ModelConfig())
 
 
@@ -356,7 +356,7 @@ def test_anyones_tokenizer_file(tmp_path):
     assert prepared.train.read(0, len(prepared.train)).tolist() == expected
     raw = (tmp_path / "tokenizer.json").read_bytes()
     assert prepared.manifest["tokenizer_sha256"] == hashlib.sha256(raw).hexdigest()
-    with pytest.raises(MistakeError, match=r"model.vocab_size=256: the tokenizer has 401 tokens"):
+    with pytest.raises(UserError, match=r"model.vocab_size=256: the tokenizer has 401 tokens"):
         prepare(data, ModelConfig())
     gpt2_like(tmp_path / "tokenizer.json", ["other text"])
     assert shards.name(data, ModelConfig(vocab_size=1000)) != prepared.folder.name
@@ -367,13 +367,13 @@ def test_files_that_are_no_tokenizer(tmp_path, content):
     if content is not None:
         (tmp_path / "t.json").write_bytes(content)
     data = DataConfig(tokenizer=str(tmp_path / "t.json"), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(MistakeError, match=r"data.tokenizer=.*(no such file|no tokenizer.json)"):
+    with pytest.raises(UserError, match=r"data.tokenizer=.*(no such file|no tokenizer.json)"):
         prepare(data, ModelConfig())
 
 
 def test_a_tokenizer_of_the_hub_is_asked_for_once(tmp_path, monkeypatch):
     data = DataConfig(tokenizer="gpt2", tokenizer_revision="e7da7f2", cache_dir=str(tmp_path))
-    with pytest.raises(MistakeError, match=r"data.tokenizer=gpt2: it is neither.*cannot be reached"):
+    with pytest.raises(UserError, match=r"data.tokenizer=gpt2: it is neither.*cannot be reached"):
         prepare(data, ModelConfig(vocab_size=1000))
     asked = []
     inner = Tokenizer(models.BPE())
@@ -474,7 +474,7 @@ def test_a_file_that_is_bad_among_good_ones_is_named(tmp_path, file, content, sa
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "0.txt").write_text("good text " * 500)
     (tmp_path / "texts" / file).write_bytes(content)
-    with pytest.raises(MistakeError, match=said) as raised:
+    with pytest.raises(UserError, match=said) as raised:
         prepare(local(tmp_path / "texts"), ModelConfig())
     assert str(tmp_path / "texts" / file) in str(raised.value)
     assert os.listdir(tmp_path / "cache") == [file for file in os.listdir(tmp_path / "cache") if file.endswith(".lock")]
@@ -485,7 +485,7 @@ def test_a_file_that_is_bad_among_good_ones_is_named(tmp_path, file, content, sa
 )
 def test_a_column_that_is_no_text(tmp_path, key, said):
     as_table(tmp_path)
-    with pytest.raises(MistakeError, match=f"data.text_key={key}: .*{said}"):
+    with pytest.raises(UserError, match=f"data.text_key={key}: .*{said}"):
         prepare(local(tmp_path / "a.parquet", text_key=key), ModelConfig())
 
 
@@ -494,7 +494,7 @@ def test_a_parquet_spoilt_in_its_middle(tmp_path):
     raw = bytearray((tmp_path / "a.parquet").read_bytes())
     raw[4:2000] = bytes(1996)
     (tmp_path / "a.parquet").write_bytes(raw)
-    with pytest.raises(MistakeError, match="no whole Parquet"):
+    with pytest.raises(UserError, match="no whole Parquet"):
         prepare(local(tmp_path / "a.parquet"), ModelConfig())
 
 
@@ -567,7 +567,7 @@ def test_a_token_out_of_range_ends_the_run_in_a_sentence(tmp_path):
     trainer = Trainer(config, replace(data, train=Tokens(shards, data.train.starts)))
     places = ((step, starts(data.train, 0, step, 4, 16)) for step in range(1000))
     steps = (step for step, starting in places if ((starting >= 984) & (starting <= 1000)).any())
-    with pytest.raises(MistakeError, match=r"token 1000: sequence \d holds token 300, and the vocabulary has 256"):
+    with pytest.raises(UserError, match=r"token 1000: sequence \d holds token 300, and the vocabulary has 256"):
         trainer.batch(next(steps))
 
 
@@ -601,11 +601,11 @@ def test_hidden_folders_are_passed_over(tmp_path):
 
 def test_what_would_be_read_as_something_else_is_refused(tmp_path):
     (tmp_path / "x.csv").write_text("text\nsome\n")
-    with pytest.raises(MistakeError, match=r"x.csv: it is none of .txt, .jsonl, .parquet"):
+    with pytest.raises(UserError, match=r"x.csv: it is none of .txt, .jsonl, .parquet"):
         prepare(DataConfig(name="local", path=str(tmp_path / "x.csv"), cache_dir=str(tmp_path / "c")), ModelConfig())
     table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
     parquet.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(MistakeError, match="several columns of that name"):
+    with pytest.raises(UserError, match="several columns of that name"):
         prepare(
             DataConfig(name="local", path=str(tmp_path / "x.parquet"), cache_dir=str(tmp_path / "c")), ModelConfig()
         )
@@ -614,5 +614,5 @@ def test_what_would_be_read_as_something_else_is_refused(tmp_path):
     words.save(str(tmp_path / "words.json"))
     (tmp_path / "x.txt").write_text("some other words " * 100)
     data = DataConfig(name="local", path=str(tmp_path / "x.txt"), cache_dir=str(tmp_path / "c"))
-    with pytest.raises(MistakeError, match="it cannot tell 'some other"):
+    with pytest.raises(UserError, match="it cannot tell 'some other"):
         prepare(replace(data, tokenizer=str(tmp_path / "words.json")), ModelConfig())

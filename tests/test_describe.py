@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import PRESETS, VARIANTS, configured
+from helpers import PRESETS, VARIANTS, configured
 from reference import small
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import VARIANTS, a_trainer
+from helpers import VARIANTS, a_trainer
 from reference import small
 from torch import nn
 from torch._dynamo.utils import counters

@@ -8,8 +8,7 @@ import subprocess
 import time
 
 import pytest
-from studies import rows
-from test_sweep import alone, started, swept  # noqa: F401  (a fixture)
+from studies import rows, started, swept
 
 from stabrun.study.ledger import LEASE
 
@@ -27,7 +26,7 @@ def ended(cell_dir):
 
 
 @pytest.mark.parametrize("moment", range(30))
-def test_killed_at_a_random_moment_the_same_command_completes(alone, tmp_path, moment):  # noqa: F811
+def test_killed_at_a_random_moment_the_same_command_completes(alone, tmp_path, moment):
     """The sweep, one of its workers, or both: a worker's own orphans and successors train beside each other."""
     dice = random.Random(moment)
     process = started(tmp_path)
@@ -46,7 +45,7 @@ def test_killed_at_a_random_moment_the_same_command_completes(alone, tmp_path, m
     assert {ended(cell) for cell in (tmp_path / "study" / "runs").iterdir()} == {1}, "no finished cell runs again"
 
 
-def test_a_worker_paused_past_its_lease_spoils_nothing(alone, tmp_path):  # noqa: F811
+def test_a_worker_paused_past_its_lease_spoils_nothing(alone, tmp_path):
     """Of two sweeps of one study; what it goes on to train after its pause is no longer its own."""
     sweeps = [started(tmp_path), started(tmp_path)]
     deadline = time.monotonic() + 60

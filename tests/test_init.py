@@ -5,14 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import VARIANTS, configured, tiny
-from test_cli import run
+from helpers import VARIANTS, configured, run, tiny
 from torch import nn
 
-from stabrun.checking import check_initial
-from stabrun.config import MistakeError
+from stabrun.config import UserError
 from stabrun.model.gpt import GPT
-from stabrun.observe.record import read_events
+from stabrun.record.jsonl import read_events
+from stabrun.train.initial_check import check_initial
 from stabrun.train.run import train
 
 N, D = 3, 32
@@ -73,7 +72,7 @@ def test_spread_of_each_matrix_is_its_formula(init):
 
 
 def test_sigma_reparam_cannot_start_at_zero():
-    with pytest.raises(MistakeError, match="spectral norm, here 0"):
+    with pytest.raises(UserError, match="spectral norm, here 0"):
         configured("+variant=sigma_reparam", "model.init=zero_out")
 
 

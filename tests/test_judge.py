@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, stabrun, tiny
-from test_cli import run
+from helpers import TINY, run, stabrun, tiny
 
 from stabrun.train.run import train
 
@@ -248,7 +247,7 @@ def test_memory_does_not_grow_by_a_dictionary_a_row(tmp_path):
             file.write("step,loss\n")
             file.writelines(f"{i},{3 + (i % 7) / 100}\n" for i in range(count))
         ask = (
-            "import resource, sys\nfrom stabrun.judging import judge\njudge([sys.argv[1]])\n"
+            "import resource, sys\nfrom stabrun.cli.judge import judge\njudge([sys.argv[1]])\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
         )
         done = subprocess.run([sys.executable, "-c", ask, str(tmp_path / "long.csv")], capture_output=True, text=True)

@@ -5,13 +5,13 @@ import signal
 
 import pytest
 from clusters import QUESTION, await_, ended, submitit_there, sweeping, swept, training
-from conftest import TINY, stabrun
+from helpers import TINY, stabrun
 from studies import rows
 
 from stabrun.compose import no_such_choice
-from stabrun.config import MistakeError, conf_dir
-from stabrun.study.crew import Local
+from stabrun.config import UserError, conf_dir
 from stabrun.study.launch import crew_of
+from stabrun.study.pool import LocalPool
 
 HERE = "hydra/launcher=submitit_local"
 MARKS = (pytest.mark.slurm, submitit_there)
@@ -41,8 +41,8 @@ def test_a_launcher_whose_package_is_missing_is_named_with_what_brings_it():
 
 
 def test_hydra_s_own_launcher_means_this_machine(tmp_path):
-    assert isinstance(crew_of(conf_dir(), [*TINY, "hydra/launcher=basic"], tmp_path, 2), Local)
-    with pytest.raises(MistakeError):
+    assert isinstance(crew_of(conf_dir(), [*TINY, "hydra/launcher=basic"], tmp_path, 2), LocalPool)
+    with pytest.raises(UserError):
         crew_of(conf_dir(), [*TINY, "hydra/launcher=slrum"], tmp_path, 2)
 
 

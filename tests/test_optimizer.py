@@ -1,10 +1,10 @@
 import pytest
 import torch
-from conftest import a_trainer, tiny
+from helpers import a_trainer, tiny
 from torch import nn
 
 from stabrun.model.gpt import GPT
-from stabrun.observe.record import read_rows
+from stabrun.record.jsonl import read_rows
 from stabrun.train.objective import cross_entropy, z_loss
 from stabrun.train.optimizer import clip_by_norm, clip_by_value, gradient_norms, make_optimizer, set_rate
 from stabrun.train.run import train

@@ -2,11 +2,11 @@ import math
 import random
 
 import pytest
-from conftest import configured
+from helpers import configured
 
-from stabrun.observe.overfit import overfit
-from stabrun.observe.verdict import Judge
 from stabrun.train.run import train
+from stabrun.verdict.judge import Judge
+from stabrun.verdict.overfit import overfit
 
 
 def curves(rise, since=200, count=400, every=20, train_rise=0.0):

@@ -5,9 +5,9 @@ import resource
 import time
 
 import pytest
-from conftest import configured
+from helpers import configured
 
-from stabrun.config import MistakeError, conf_dir, run_id
+from stabrun.config import UserError, conf_dir, run_id
 from stabrun.study.plan import Latest, extended, load, planned, tokens_of
 
 QUESTION = ("study.variants=[baseline,qk_norm]", "study.lrs=[1e-2,1e-1]", "study.seeds=2")
@@ -76,7 +76,7 @@ def test_what_is_planned_is_frozen(tmp_path):
     mine.write_text("# @package _global_\nmodel: {attn: {soft_cap: 10.0}}\n")
     plan = load(tmp_path)
     assert {plan.config(cell).model.attn.soft_cap for cell in plan.cells.values()} == {20.0}
-    with pytest.raises(MistakeError, match=r"model.attn.soft_cap=20.0 \(here 10.0\)"):
+    with pytest.raises(UserError, match=r"model.attn.soft_cap=20.0 \(here 10.0\)"):
         extended(plan, asked(*words))
 
 
@@ -92,10 +92,10 @@ def test_a_larger_question_extends_and_keeps_its_folder():
 
 
 def test_a_contradicting_question_is_refused():
-    with pytest.raises(MistakeError, match=r"train.steps=500 \(here 30\)"):
+    with pytest.raises(UserError, match=r"train.steps=500 \(here 30\)"):
         extended(asked(*QUESTION), asked(*QUESTION, "train.steps=30"))
     search = "study.strategy=frontier", "study.lr_range=[1e-3,1]", "study.variants=[baseline]"
-    with pytest.raises(MistakeError, match=r"strategy=grid \(here frontier\)"):
+    with pytest.raises(UserError, match=r"strategy=grid \(here frontier\)"):
         extended(asked(*QUESTION), asked(*search))
 
 
@@ -121,7 +121,7 @@ def test_a_contradicting_question_is_refused():
     ],
 )
 def test_bad_studies_are_refused_before_anything_runs(words, said):
-    with pytest.raises(MistakeError) as error:
+    with pytest.raises(UserError) as error:
         asked(*words)
     assert said in str(error.value)
 
@@ -129,9 +129,9 @@ def test_bad_studies_are_refused_before_anything_runs(words, said):
 @pytest.mark.parametrize("content", ["", "format: 1\n", "{", "format: 9\narms: {}\ncells: []\n", "[1]"])
 def test_a_damaged_plan_is_named(tmp_path, content):
     (tmp_path / "study.yaml").write_text(content)
-    with pytest.raises(MistakeError, match=r"study\.yaml"):
+    with pytest.raises(UserError, match=r"study\.yaml"):
         load(tmp_path)
-    with pytest.raises(MistakeError, match="it is no study"):
+    with pytest.raises(UserError, match="it is no study"):
         load(tmp_path / "nowhere")
 
 

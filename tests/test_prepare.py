@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import stabrun
+from helpers import stabrun
 
-from stabrun.config import DataConfig, MistakeError, ModelConfig
+from stabrun.config import DataConfig, ModelConfig, UserError
 from stabrun.data import parts, shards, tokenizer
 from stabrun.data.corpus import EMBEDDED
 from stabrun.data.progress import Progress
@@ -30,7 +30,7 @@ import sys
 from stabrun.data import parts
 parts.CHUNK = 50_000
 if __name__ == "__main__":
-    from stabrun.cli import main
+    from stabrun.cli.main import main
     main(sys.argv[1:])
 """
 
@@ -296,7 +296,7 @@ def forge(folder):
 def test_a_damaged_folder_is_noticed_and_left(folder, damage, said):
     damage(folder)
     before = contents(folder)
-    with pytest.raises(MistakeError, match=f"{said}.*; remove {folder} to prepare it anew"):
+    with pytest.raises(UserError, match=f"{said}.*; remove {folder} to prepare it anew"):
         prepare(DataConfig(cache_dir=str(folder.parent)), ModelConfig())
     assert contents(folder) == before
 
@@ -305,7 +305,7 @@ def test_training_verifies_the_first_shards_and_prepare_all(folder, monkeypatch)
     monkeypatch.setattr(shards, "CHECKED_BYTES", 1_000_000)
     flip(folder / "val-00000.bin")
     prepare(DataConfig(cache_dir=str(folder.parent)), ModelConfig())
-    with pytest.raises(MistakeError, match=r"val-00000.bin is missing or damaged"):
+    with pytest.raises(UserError, match=r"val-00000.bin is missing or damaged"):
         opened(folder, float("inf"))
     done = stabrun("data", "prepare", f"data.cache_dir={folder.parent}", cwd=folder.parent)
     assert done.returncode == 2

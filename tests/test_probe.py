@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import a_trainer, tiny
+from helpers import a_trainer, tiny
 from torch import nn
 from torch.nn import functional as F
 

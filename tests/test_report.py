@@ -9,20 +9,20 @@ import subprocess
 import sys
 
 import pytest
-from conftest import TINY, stabrun
+from helpers import TINY, stabrun
 from made import a_study
 
-from stabrun import commands
-from stabrun.config import RESULT, MistakeError, conf_dir, marked
-from stabrun.observe.record import number
+from stabrun.cli import commands
+from stabrun.config import RESULT, UserError, conf_dir, marked
+from stabrun.record.jsonl import number
 from stabrun.report import sentences, style, tables
-from stabrun.report.choose import chosen, pair
 from stabrun.report.commands import overrides
 from stabrun.report.figures import figures
 from stabrun.report.paper import beside_paper
 from stabrun.report.report import report
+from stabrun.report.run_curves import LAYERED, POINTS, trace, traced
+from stabrun.report.selection import chosen, pair
 from stabrun.report.source import opened, read_results, read_rows
-from stabrun.report.trace import LAYERED, POINTS, trace, traced
 from stabrun.study.plan import planned
 
 FIGURES = {
@@ -70,7 +70,7 @@ def test_the_runs_table_is_results_csv(study):
 def test_a_sentence_a_variant(study):
     told = json.loads((study / "study.json").read_text())["variants"]["qk_norm"]["frontier"]["standard"]
     arms = dict(sentences.answers(opened(study)))
-    from stabrun.observe.text import rate_text
+    from stabrun.text import rate_text
 
     median, low, high = (rate_text(told["lr50"][end]) for end in ("median", "low", "high"))
     start = f"half of the seeds diverge at a learning rate of {median} (95 % interval {low} to {high})"
@@ -229,7 +229,7 @@ def test_the_command_and_its_mistakes(study, tmp_path, monkeypatch, capsys):
     for words in ([], ["a", "b", "c"], ["--json"]):
         assert commands.run("report", words, conf_dir()) == 2
         assert "name a study or a run" in capsys.readouterr().err
-    with pytest.raises(MistakeError, match="neither a study nor a run"):
+    with pytest.raises(UserError, match="neither a study nor a run"):
         opened(tmp_path)
 
 
@@ -270,7 +270,7 @@ def test_the_ratio_of_two_runs_norms(study):
 
 def test_without_the_extra_there_is_a_sentence(study, monkeypatch):
     monkeypatch.setattr("stabrun.report.report.find_spec", lambda name: None)
-    with pytest.raises(MistakeError, match=r"pip install 'stabrun\[report\]'"):
+    with pytest.raises(UserError, match=r"pip install 'stabrun\[report\]'"):
         report([str(study)])
 
 

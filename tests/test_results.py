@@ -1,52 +1,21 @@
 """`results.csv`, `study.json` and the table of the answer, from made-up summaries."""
 
-import csv
-import json
 from dataclasses import asdict
 
 import pytest
-from conftest import TINY
+from helpers import TINY
+from made import RATES, summaries
 
 from stabrun.config import conf_dir
-from stabrun.observe.verdict import STRICTNESS
-from stabrun.study.answer import at, beside, by_arm, lines, rate_told
 from stabrun.study.frontier import Frontier, Grid
 from stabrun.study.plan import planned
-from stabrun.study.results import COLUMNS, write
-
-RATES = (1e-2, 1e-1, 1.0)
-
-
-def a_study(directory, arms=("baseline", "qk_norm"), seeds=2, missing=()):
-    """A plan, and the summaries of all of its runs but the `missing` ones: (arm, rate, seed)."""
-    words = f"study.variants=[{','.join(arms)}]", f"study.lrs=[{','.join(map(str, RATES))}]", f"study.seeds={seeds}"
-    plan, _, _ = planned(conf_dir(), [*TINY, *words])
-    for cell in plan.cells.values():
-        if (cell.arm, cell.lr, cell.seed) in missing:
-            continue
-        lost = cell.lr == 1.0 and cell.arm == "baseline"
-        better = 0.1 * (cell.arm == "qk_norm")
-        final = "nan" if lost else 2.0 + cell.lr + 0.01 * cell.seed - better
-        facts = {
-            "run_id": cell.id, "variant": cell.arm, "lr": cell.lr, "seed": cell.seed, "status": "complete",
-            "verdict": "diverged" if lost else "converged", "final_loss": final, "init_loss": 6.0, "reason": "",
-            "by_strictness": dict.fromkeys(STRICTNESS, "diverged" if lost else "converged") | strictly(cell),
-            "first_bad_step": None, "spikes": {"count": 1}, "tokens": 100,
-        }  # fmt: skip
-        (directory / "runs" / cell.id).mkdir(parents=True)
-        (directory / "runs" / cell.id / "summary.json").write_text(json.dumps(facts))
-    write(plan, directory)
-    with open(directory / "results.csv", newline="") as file:
-        return list(csv.DictReader(file)), json.loads((directory / "study.json").read_text())
-
-
-def strictly(cell):
-    """The strict rule calls one more run diverged."""
-    return {"strict": "diverged"} if (cell.arm, cell.lr) == ("baseline", 0.1) else {}
+from stabrun.study.results import COLUMNS
+from stabrun.study.summary import at, beside, by_arm, lines, rate_told
+from stabrun.verdict.judge import STRICTNESS
 
 
 def test_a_row_a_run(tmp_path):
-    rows, _ = a_study(tmp_path)
+    rows, _ = summaries(tmp_path)
     assert [(row["arm"], float(row["lr"]), int(row["seed"])) for row in rows] == [
         (arm, rate, seed) for arm in ("baseline", "qk_norm") for rate in RATES for seed in (0, 1)
     ]
@@ -57,7 +26,7 @@ def test_a_row_a_run(tmp_path):
 
 
 def test_numbers_by_arm(tmp_path):
-    _, told = a_study(tmp_path)
+    _, told = summaries(tmp_path)
     facts = {name: told[name] for name in ("name", "strategy", "cells", "runs", "tokens")}
     assert facts == {"name": "study", "strategy": "grid", "cells": 12, "runs": 12, "tokens": 1200}
     baseline, normed = told["variants"]["baseline"], told["variants"]["qk_norm"]
@@ -80,7 +49,7 @@ def test_numbers_by_arm(tmp_path):
 
 
 def test_the_frontier_of_a_grid_is_bayes_over_its_rates(tmp_path):
-    _, told = a_study(tmp_path)
+    _, told = summaries(tmp_path)
     runs = [(0.01, False)] * 2 + [(0.1, False)] * 2 + [(1.0, True)] * 2
     by_hand = Frontier.of(Grid(0.01, 1.0), runs).rate_at(0.5)
     assert told["variants"]["baseline"]["frontier"]["standard"]["lr50"] == asdict(by_hand)
@@ -99,7 +68,7 @@ def test_further_axes_have_their_own_baselines(tmp_path):
 
 
 def test_the_table_of_a_grid_reads_as_its_numbers(tmp_path):
-    _, told = a_study(tmp_path)
+    _, told = summaries(tmp_path)
     head, baseline, normed, legend = lines(told)
     assert legend.startswith("lr50: half of the seeds diverge")
     assert head.split("  ")[0] == ""
@@ -130,7 +99,7 @@ def test_an_arm_that_can_be_compared_to_none_has_no_ratio():
 
 
 def test_a_study_that_is_not_whole_has_no_sensitivity_yet(tmp_path):
-    rows, told = a_study(tmp_path, missing={("qk_norm", 1.0, 1)})
+    rows, told = summaries(tmp_path, missing={("qk_norm", 1.0, 1)})
     assert len(rows) == 11
     told = told["variants"]
     assert "lr_sensitivity" not in told["qk_norm"]
@@ -139,11 +108,11 @@ def test_a_study_that_is_not_whole_has_no_sensitivity_yet(tmp_path):
 
 
 def test_one_seed_and_nothing_finished(tmp_path):
-    _, told = a_study(tmp_path / "one", seeds=1)
+    _, told = summaries(tmp_path / "one", seeds=1)
     assert told["variants"]["baseline"]["lr_sensitivity"]["low"] is None
     places = {(arm, rate, 0) for arm in ("baseline", "qk_norm") for rate in RATES}
     (tmp_path / "none" / "runs").mkdir(parents=True)
-    rows, told = a_study(tmp_path / "none", seeds=1, missing=places)
+    rows, told = summaries(tmp_path / "none", seeds=1, missing=places)
     assert rows == []
     bare = {"runs": [], "max_stable_lr": None, "min_diverged_lr": None, "separated": False}
     assert told["variants"]["baseline"] == bare | {"frontier": dict.fromkeys(STRICTNESS)}

@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from conftest import a_trainer, tiny
-from test_train import train_interrupted
+from helpers import a_trainer, tiny, train_interrupted
 
-from stabrun.observe.record import read_rows
-from stabrun.observe.verdict import Judge
+from stabrun.record.jsonl import read_rows
 from stabrun.train.run import train
+from stabrun.verdict.judge import Judge
 
 FP16 = "train.precision=fp16", "train.loss_scale=1024", "train.loss_scale_growth=4", "observe.slow_every=1"
 

@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from conftest import tiny
+from helpers import tiny
 
 from stabrun.train.schedule import learning_rate, unreached
 

@@ -6,14 +6,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers import TINY
 from scipy.stats import norm
 
-from stabrun.config import MistakeError, conf_dir
-from stabrun.study.answer import answer
+from stabrun.config import UserError, conf_dir
 from stabrun.study.frontier import Frontier
 from stabrun.study.plan import planned
 from stabrun.study.search import diverged_cost, frontier, grid_of, next_run, outcome
+from stabrun.study.summary import answer
 
 RANGE = (3e-3, 3.0)
 
@@ -149,5 +149,5 @@ def test_the_plan_of_a_search_holds_its_rate_and_may_stop_early():
     ],
 )
 def test_searches_that_cannot_be_asked(word, said):
-    with pytest.raises(MistakeError, match=said.replace("[", r"\[")):
+    with pytest.raises(UserError, match=said.replace("[", r"\[")):
         a_plan(word)

@@ -10,11 +10,11 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
 
 import pytest
-from conftest import TINY, stabrun
+from helpers import TINY, stabrun
 
-from stabrun import commands
+from stabrun.cli import commands
+from stabrun.cli.status import status
 from stabrun.config import conf_dir
-from stabrun.status import status
 from stabrun.study.ledger import Ledger
 from stabrun.study.plan import planned
 

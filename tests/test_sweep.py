@@ -10,32 +10,9 @@ import sys
 import time
 
 import pytest
-from conftest import TINY, stabrun
-from studies import rows, rows_alone
-from test_tracker import inspected
-
-QUESTION = (
-    *TINY,
-    "study.variants=[baseline,qk_norm]",
-    "study.lrs=[1e-2,1e-1]",
-    "study.seeds=2",
-    "train.checkpoint_every=5",
-)
-
-
-def started(folder, *words):
-    """A sweep in a session of its own, so that all of it can be killed."""
-    command = [sys.executable, "-m", "stabrun", "sweep", *QUESTION, "study.workers=2", "study_dir=study", *words]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-
-
-def swept(folder, *words):
-    return stabrun("sweep", *QUESTION, "study.workers=2", "study_dir=study", *words, cwd=folder)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return rows_alone(tmp_path_factory.mktemp("alone"), *QUESTION)
+from helpers import TINY, stabrun
+from studies import QUESTION, rows, started, swept
+from wandb_files import inspected
 
 
 def test_a_study_to_its_end_the_same_again_and_a_larger_one(alone, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stabrun.observe.text import duration_text, rate_text, run_name
+from stabrun.text import duration_text, rate_text, run_name
 
 
 @pytest.mark.parametrize(

@@ -1,39 +1,15 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import wandb
-from conftest import tiny
+from helpers import tiny
+from wandb_files import history, inspected, summary_of
 
 from stabrun.config import run_id
-from stabrun.observe import tracker
-from stabrun.observe.record import read_rows
-from stabrun.observe.tracker import Tracker, projection
+from stabrun.record.jsonl import read_rows
+from stabrun.study import tracking
+from stabrun.train import tracker
 from stabrun.train.run import Run, train
-
-WANDB = Path(sys.executable).parent / "wandb"
-
-
-def inspected(folder):
-    """The records of an offline W&B run, as its own tool prints them."""
-    wandb.teardown()  # waits until what this process sent is on the disk
-    done = subprocess.run([WANDB, "leet", "inspect", "--json", folder], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def history(folder):
-    return [record["history"]["item"] for record in inspected(folder) if record["type"] == "history"]
-
-
-def summary_of(folder):
-    merged = {}
-    for record in inspected(folder):
-        if record["type"] == "summary":
-            merged |= record["summary"].get("update", {})
-    return merged
+from stabrun.train.tracker import Tracker, projection
 
 
 def assert_equal_to_record(directory, norms_every):
@@ -111,7 +87,7 @@ def test_mode_needs_no_prompt(monkeypatch, tmp_path, environment, mode):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert tracker._mode() == mode
+    assert tracker.wandb_mode() == mode
 
 
 def test_a_login_counts_as_a_key(monkeypatch, tmp_path):
@@ -119,9 +95,9 @@ def test_a_login_counts_as_a_key(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert tracker._mode() == "online"
+    assert tracker.wandb_mode() == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert tracker._mode() == "offline"
+    assert tracker.wandb_mode() == "offline"
 
 
 def test_a_study_has_a_summary_run_with_its_table_and_numbers(tmp_path, monkeypatch):
@@ -136,7 +112,7 @@ def test_a_study_has_a_summary_run_with_its_table_and_numbers(tmp_path, monkeypa
     }
     directory = tmp_path / "edge-0123"
     directory.mkdir()
-    tracker.track_study(tiny("tracker=wandb").tracker, directory, rows, answer)
+    tracking.track_study(tiny("tracker=wandb").tracker, directory, rows, answer)
     folder = directory / "wandb" / "latest-run"
     started = next(record["run"] for record in inspected(folder) if record["type"] == "run")
     facts = {key: started[key] for key in ("run_id", "run_group", "job_type", "display_name")}

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, configured, stabrun, tiny
+from helpers import TINY, configured, stabrun, tiny, train_interrupted
 from safetensors.torch import load_file, save_file
 
-from stabrun.config import MistakeError
+from stabrun.config import UserError
 from stabrun.model.gpt import GPT
-from stabrun.observe.record import read_events, read_rows
-from stabrun.observe.verdict import Judge
+from stabrun.record.jsonl import read_events, read_rows
+from stabrun.record.run_dir import seconds_spent
 from stabrun.train import checkpoint, precision, run
-from stabrun.train.folder import seconds_spent
 from stabrun.train.optimizer import make_optimizer
 from stabrun.train.run import Run, train
+from stabrun.verdict.judge import Judge
 
 RICH = ("+variant=qk_norm_cap", "model.dropout=0.1", "train.val_every=9", "train.checkpoint_every=8")
 
@@ -68,20 +68,6 @@ def test_same_data_whatever_the_learning_rate(tmp_path):
     assert first[0] == first[1]
 
 
-def train_interrupted(config, monkeypatch, at):
-    """Train, with Ctrl-C in step `at`. Returns the summary."""
-    launch = Run.launch
-
-    def interrupted(self, step):
-        if step == at:
-            signal.raise_signal(signal.SIGINT)
-        return launch(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "launch", interrupted)
-        return train(config)
-
-
 @pytest.mark.parametrize("at", range(30))
 def test_interrupted_at_any_step_and_started_again(tmp_path, whole, monkeypatch, at):
     config = tiny(*RICH, f"run_dir={tmp_path / 'run'}")
@@ -117,7 +103,7 @@ def test_killed_and_started_again(tmp_path, whole, rows):
     words = ["train", *TINY, *RICH, "run_dir=run"]
     program = (
         "import os, signal, sys\n"
-        "from stabrun.observe.record import Record\n"
+        "from stabrun.record.jsonl import Record\n"
         "write, count = Record.write, [0]\n"
         "def deadly(self, row):\n"
         "    write(self, row)\n"
@@ -126,7 +112,7 @@ def test_killed_and_started_again(tmp_path, whole, rows):
         "        self.file.write('{\"step\": ')\n"  # half a line, as a kill leaves it
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "Record.write = deadly\n"
-        "from stabrun.cli import main\n"
+        "from stabrun.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
     killed = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True)
@@ -210,7 +196,7 @@ def test_a_run_directory_serves_one_process(tmp_path, monkeypatch):
     refused = []
 
     def meddle(self, stop=None):
-        with pytest.raises(MistakeError, match="another process") as error:
+        with pytest.raises(UserError, match="another process") as error:
             train(config)
         refused.append(error)
         return start(self, stop)
@@ -269,7 +255,7 @@ def test_data_that_changed_under_a_run_are_noticed(tmp_path, monkeypatch):
             train(config)
         before = metrics(tmp_path / "run")
         text.write_text("and it came to pass " * 1000)
-        with pytest.raises(MistakeError, match="began on other data"):
+        with pytest.raises(UserError, match="began on other data"):
             train(config)
         assert metrics(tmp_path / "run") == before
 
@@ -355,7 +341,7 @@ def test_a_damaged_file_is_named_and_kept(tmp_path, monkeypatch, file, content):
         assert train(config)["status"] == "complete"
         return
     said = "other data" if file == "environment.json" and content.startswith("{") else Path(file).name
-    with pytest.raises(MistakeError, match=said):
+    with pytest.raises(UserError, match=said):
         train(config)
     assert (tmp_path / "run" / file).read_text() == content
 
@@ -365,7 +351,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
     other = GPT(tiny("model.d_model=32").model, config.data.seq_len, seed=0)
     path = tmp_path / "run" / "checkpoints" / "step_00000013" / "model.safetensors"
     save_file({name: p.data for name, p in other.named_parameters()}, path)
-    with pytest.raises(MistakeError, match="another model"):
+    with pytest.raises(UserError, match="another model"):
         train(config)
 
 
@@ -388,7 +374,7 @@ def test_time_is_that_of_all_starts_up_to_their_last_event(tmp_path):
 
 def test_a_model_too_large_for_the_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "free_memory", lambda: 1 << 18)
-    with pytest.raises(MistakeError, match=r"a step needs about .* and 256\.0 KiB are free"):
+    with pytest.raises(UserError, match=r"a step needs about .* and 256\.0 KiB are free"):
         train(tiny(f"run_dir={tmp_path / 'run'}"))
     assert not (tmp_path / "run").exists()
 

@@ -9,18 +9,19 @@ import zlib
 
 import pytest
 import wandb
-from conftest import TINY, tiny
-from test_tracker import history, inspected, summary_of
+from helpers import TINY, tiny
+from wandb_files import history, inspected, summary_of
 
-from stabrun.config import MistakeError, conf_dir
-from stabrun.observe.record import read_rows, worded
-from stabrun.observe.tracker import flat, projection, track_study
-from stabrun.report import upload as module
-from stabrun.report.upload import upload
+from stabrun.config import UserError, conf_dir
+from stabrun.publish import upload as module
+from stabrun.publish.upload import upload
+from stabrun.record.jsonl import jsonable, read_rows
 from stabrun.study import results
-from stabrun.study.answer import answer
 from stabrun.study.plan import extended, load, planned
+from stabrun.study.summary import answer
+from stabrun.study.tracking import flat, track_study
 from stabrun.train.run import train
+from stabrun.train.tracker import projection
 
 QUESTION = (*TINY, "study.variants=[baseline,qk_norm]", "study.seeds=1", "tracker.norms_every=4")
 
@@ -114,7 +115,7 @@ def test_a_study_equals_its_records(study, capsys):
     (file,) = (folder / "files" / "media" / "table").glob("results*.json")
     assert [row[0] for row in json.loads(file.read_text())["data"]] == list(plan.cells)
     told = summary_of(folder)
-    for key, value in flat(worded(answer(plan, rows))).items():
+    for key, value in flat(jsonable(answer(plan, rows))).items():
         assert told[key] == (pytest.approx(value) if isinstance(value, float) else value), key
     assert "3 W&B runs written, offline" in capsys.readouterr().out
 
@@ -336,7 +337,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("words", "named"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
 def test_mistakes_are_sentences(words, named, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(MistakeError) as mistake:
+    with pytest.raises(UserError) as mistake:
         upload([word.replace("RUN", str(run)) for word in words])
     assert all(part in str(mistake.value) for part in named)
     assert offline(run) == []
@@ -349,7 +350,7 @@ def test_without_a_key_nothing_is_written(mode, named, run, tmp_path, monkeypatc
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     if mode:
         monkeypatch.setitem(os.environ, "WANDB_MODE", mode)
-    with pytest.raises(MistakeError, match=named):
+    with pytest.raises(UserError, match=named):
         upload([str(run)])
     assert offline(run) == []
 
@@ -357,5 +358,5 @@ def test_without_a_key_nothing_is_written(mode, named, run, tmp_path, monkeypatc
 def test_a_damaged_note_is_named(run):
     upload([str(run)])
     (run / "wandb" / "sent.json").write_text('{"mode": "offline"}')
-    with pytest.raises(MistakeError, match=r"sent\.json is damaged"):
+    with pytest.raises(UserError, match=r"sent\.json is damaged"):
         upload([str(run)])

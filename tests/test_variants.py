@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import VARIANTS
+from helpers import VARIANTS
 from reference import small
 from torch import nn
 from torch.nn import functional as F

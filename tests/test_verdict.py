@@ -7,15 +7,15 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import tiny
+from helpers import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stabrun.observe.chart import level, trailing_means
-from stabrun.observe.record import read_rows
-from stabrun.observe.spikes import spike_rate, spike_score
-from stabrun.observe.verdict import STRICTNESS, Judge
+from stabrun.record.jsonl import read_rows
 from stabrun.train.run import train
+from stabrun.verdict.chart import level, trailing_means
+from stabrun.verdict.judge import STRICTNESS, Judge
+from stabrun.verdict.spikes import spike_rate, spike_score
 
 
 def judged(losses, planned=None, **columns):
@@ -140,7 +140,7 @@ def test_a_run_cut_short_is_not_called_stable():
 
 
 def test_judging_needs_no_torch():
-    ask = "import sys, stabrun.observe.verdict; sys.exit('torch' in sys.modules)"
+    ask = "import sys, stabrun.verdict.judge; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", ask]).returncode == 0
 
 

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import TINY
+from helpers import TINY
 
 from stabrun.config import conf_dir
 from stabrun.study.ledger import DONE, FAILED, Ledger

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from stabrun.config import DataConfig, MistakeError
+from stabrun.config import DataConfig, UserError
 from stabrun.data import formats, hub
 from stabrun.data.formats import Document
 
@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 
 
 def files(config: DataConfig) -> list[Path]:
-    """The corpus's files, in order. MistakeError where there are none."""
+    """The corpus's files, in order. UserError where there are none."""
     if config.name == "embedded":
         return [EMBEDDED]
     path = Path(config.path or "")
@@ -40,12 +40,12 @@ def files(config: DataConfig) -> list[Path]:
             file for file in path.rglob("*") if os.path.isfile(file) and wanted(file) and not hidden(file, path)
         )
         if not found:
-            raise MistakeError(f"data.path={path}: the folder holds no .txt, .jsonl or .parquet file.")
+            raise UserError(f"data.path={path}: the folder holds no .txt, .jsonl or .parquet file.")
         return found
     if not path.exists():
-        raise MistakeError(f"data.path={path}: there is no such file or folder.")
+        raise UserError(f"data.path={path}: there is no such file or folder.")
     if not path.is_file():
-        raise MistakeError(f"data.path={path}: it is neither a regular file nor a folder.")
+        raise UserError(f"data.path={path}: it is neither a regular file nor a folder.")
     return [path]
 
 
@@ -75,7 +75,7 @@ def revision(config: DataConfig) -> str | None:
 def blocks(config: DataConfig, at: str | None = None) -> Iterator[Block]:
     """The text in blocks, document by document, of the hub's dataset `at` a revision.
 
-    An empty document is passed over. MistakeError where something is damaged or no text, or a file is empty.
+    An empty document is passed over. UserError where something is damaged or no text, or a file is empty.
     """
     left = config.max_documents
     for source, documents in _sources(config, at):
@@ -90,7 +90,7 @@ def blocks(config: DataConfig, at: str | None = None) -> Iterator[Block]:
                 if not left:
                     return
         if empty:
-            raise MistakeError(f"data.path={source}: it holds no text.")
+            raise UserError(f"data.path={source}: it holds no text.")
 
 
 def _sources(config: DataConfig, at: str | None) -> Iterator[tuple[str, Iterator[Document]]]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stabrun.config import MistakeError
+from stabrun.config import UserError
 
 BLOCK = 1 << 16  # characters; whole blocks go to training or to validation
 ROWS = 1024  # of a Parquet file, held in memory at a time
@@ -24,9 +24,9 @@ Document = Iterator[str]
 
 
 def documents(file: Path, text_key: str) -> Iterator[Document]:
-    """The file's documents, in order. MistakeError where it is damaged, no UTF-8, or has no text under `text_key`."""
+    """The file's documents, in order. UserError where it is damaged, no UTF-8, or has no text under `text_key`."""
     if _ending(file) in TABLES:
-        raise MistakeError(
+        raise UserError(
             f"data.path={file}: it is none of {', '.join(FORMATS)}; end its name in .txt to read it as text."
         )
     return FORMATS.get(_ending(file), _text)(file, text_key)
@@ -48,11 +48,11 @@ def _text(file: Path, text_key: str) -> Iterator[Document]:
             with _whole(file), _opener(file)(file, "rt", encoding="utf-8-sig", newline="") as text:
                 while block := text.read(BLOCK):
                     if "\0" in block:
-                        raise MistakeError(f"data.path={file}: it holds zero bytes, so it is no text file.")
+                        raise UserError(f"data.path={file}: it holds zero bytes, so it is no text file.")
                     yield block
         except UnicodeDecodeError as error:
             where = f"{error.reason} at byte {_bad_byte(file)}"
-            raise MistakeError(f"data.path={file}: it is not UTF-8 text ({where}).") from error
+            raise UserError(f"data.path={file}: it is not UTF-8 text ({where}).") from error
 
     yield blocks()
 
@@ -71,20 +71,20 @@ def _field(line: bytes, text_key: str, where: str) -> str:
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise MistakeError(f"{where} is not UTF-8 ({error.reason} at its byte {error.start}).") from error
+        raise UserError(f"{where} is not UTF-8 ({error.reason} at its byte {error.start}).") from error
     except (ValueError, RecursionError) as error:
-        raise MistakeError(f"{where} is no whole JSON object.") from error
+        raise UserError(f"{where} is no whole JSON object.") from error
     if not isinstance(row, dict):
-        raise MistakeError(f"{where} is no JSON object.")
+        raise UserError(f"{where} is no JSON object.")
     if text_key not in row:
-        raise MistakeError(f"{where} has no field data.text_key={text_key}; {those_there(row)}.")
+        raise UserError(f"{where} has no field data.text_key={text_key}; {those_there(row)}.")
     text = "" if row[text_key] is None else row[text_key]
     if not isinstance(text, str):
-        raise MistakeError(f"{where} holds no text under data.text_key={text_key}, but {type(text).__name__}.")
+        raise UserError(f"{where} holds no text under data.text_key={text_key}, but {type(text).__name__}.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise MistakeError(f"{where} holds half of a surrogate pair, which is no character.") from error
+        raise UserError(f"{where} holds half of a surrogate pair, which is no character.") from error
     return text
 
 
@@ -93,25 +93,25 @@ def _table(file: Path, text_key: str) -> Iterator[Document]:
         import pyarrow
         from pyarrow import parquet, types
     except ImportError as error:
-        raise MistakeError(f"data.path={file}: it needs an extra: pip install 'stabrun[parquet]'.") from error
+        raise UserError(f"data.path={file}: it needs an extra: pip install 'stabrun[parquet]'.") from error
     try:
         with parquet.ParquetFile(file) as table:
             schema = table.schema_arrow
             if text_key not in schema.names:
-                raise MistakeError(f"data.text_key={text_key}: {file} has no such column; {those_there(schema.names)}.")
+                raise UserError(f"data.text_key={text_key}: {file} has no such column; {those_there(schema.names)}.")
             if schema.names.count(text_key) > 1:
-                raise MistakeError(f"data.text_key={text_key}: {file} has several columns of that name.")
+                raise UserError(f"data.text_key={text_key}: {file} has several columns of that name.")
             kind = schema.field(text_key).type
             kind = kind.value_type if types.is_dictionary(kind) else kind
             if not any(check(kind) for check in (types.is_string, types.is_large_string, types.is_string_view)):
-                raise MistakeError(f"data.text_key={text_key}: that column of {file} is no text, but {kind}.")
+                raise UserError(f"data.text_key={text_key}: that column of {file} is no text, but {kind}.")
             for batch in table.iter_batches(batch_size=ROWS, columns=[text_key]):
                 for text in batch.column(0).to_pylist():
                     yield cut(text or "")
     except UnicodeDecodeError as error:
-        raise MistakeError(f"data.path={file}: its column {text_key} is not UTF-8 ({error.reason}).") from error
+        raise UserError(f"data.path={file}: its column {text_key} is not UTF-8 ({error.reason}).") from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise MistakeError(f"data.path={file}: it is no whole Parquet file.") from error
+        raise UserError(f"data.path={file}: it is no whole Parquet file.") from error
 
 
 FORMATS = {".txt": _text, ".jsonl": _lines, ".parquet": _table}
@@ -140,7 +140,7 @@ def _whole(file: Path) -> Iterator[None]:
     try:
         yield
     except (lzma.LZMAError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise MistakeError(f"data.path={file}: it is no whole {file.suffix} file.") from error
+        raise UserError(f"data.path={file}: it is no whole {file.suffix} file.") from error
 
 
 def _bad_byte(file: Path) -> int:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stabrun.config import DataConfig, MistakeError
+from stabrun.config import DataConfig, UserError
 from stabrun.data.formats import Document, cut, those_there
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ REASONS = {
 
 
 def commit(config: DataConfig) -> str:
-    """The commit that the hub's dataset stands at. MistakeError where the hub cannot tell."""
+    """The commit that the hub's dataset stands at. UserError where the hub cannot tell."""
     _datasets(config)
     with _plainly(f"data.path={config.path}:"):
         from huggingface_hub import HfApi
@@ -40,7 +40,7 @@ def documents(config: DataConfig, revision: str | None) -> Iterator[Document]:
     datasets, path = _datasets(config), str(config.path)
     with _plainly(f"data.path={path}:"):
         if config.split not in (there := datasets.get_dataset_split_names(path, config.config, revision=revision)):
-            raise MistakeError(f"data.split={config.split}: {path} has no such split; {those_there(there)}.")
+            raise UserError(f"data.split={config.split}: {path} has no such split; {those_there(there)}.")
         rows = datasets.load_dataset(path, config.config, split=config.split, revision=revision, streaming=True)
         for row in rows:
             yield cut(_text(row, config))
@@ -50,23 +50,23 @@ def _datasets(config: DataConfig) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise MistakeError(f"data={config.name}: it needs an extra: pip install 'stabrun[hub]'.") from error
+        raise UserError(f"data={config.name}: it needs an extra: pip install 'stabrun[hub]'.") from error
     return datasets
 
 
 def _text(row: dict, config: DataConfig) -> str:
     if config.text_key not in row:
-        raise MistakeError(f"data.text_key={config.text_key}: {config.path} has no such column; {those_there(row)}.")
+        raise UserError(f"data.text_key={config.text_key}: {config.path} has no such column; {those_there(row)}.")
     text = row[config.text_key]
     if not isinstance(text, str | None):
-        raise MistakeError(
+        raise UserError(
             f"data.text_key={config.text_key}: that column of {config.path} is no text, but {type(text).__name__}."
         )
     return text or ""
 
 
 def tokenizer(name: str, revision: str | None) -> "Tokenizer":
-    """The hub's tokenizer of that name. MistakeError where it is not to be had."""
+    """The hub's tokenizer of that name. UserError where it is not to be had."""
     with _plainly(f"data.tokenizer={name}: it is neither bytes, bpe nor a file, and"):
         from tokenizers import Tokenizer
 
@@ -83,7 +83,7 @@ def _plainly(what: str) -> Iterator[None]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of each attempt
     try:
         yield
-    except (MistakeError, MemoryError, GeneratorExit):
+    except (UserError, MemoryError, GeneratorExit):
         raise
     except Exception as error:  # whatever one of a dozen libraries below raises
         causes = [cls.__name__ for e in (error, error.__cause__) if e for cls in type(e).__mro__]
@@ -91,4 +91,4 @@ def _plainly(what: str) -> Iterator[None]:
         if reason is None:
             first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             reason = f"it cannot be read ({type(error).__name__}: {first[:160]})"
-        raise MistakeError(f"{what} {reason}.") from error
+        raise UserError(f"{what} {reason}.") from error

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from stabrun.config import DataConfig, MistakeError, ModelConfig
+from stabrun.config import DataConfig, ModelConfig, UserError
 from stabrun.data import corpus, parts, tokenizer
 from stabrun.data.parts import SPLITS
 
@@ -69,7 +69,7 @@ def prepare(data: DataConfig, model: ModelConfig, tell: bool = False) -> Prepare
 
     `tell` has the speed of tokenizing printed even where it took no time.
 
-    Raises MistakeError where the corpus is missing, empty, damaged, no text, too short for `data.seq_len`, or its
+    Raises UserError where the corpus is missing, empty, damaged, no text, too short for `data.seq_len`, or its
     tokenizer larger than `model.vocab_size`; and where shards made earlier are damaged.
     """
     if data.separator:
@@ -83,7 +83,7 @@ def prepare(data: DataConfig, model: ModelConfig, tell: bool = False) -> Prepare
         try:
             root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise MistakeError(f"data.cache_dir={root}: it is not a folder.") from error
+            raise UserError(f"data.cache_dir={root}: it is not a folder.") from error
         with open(root / f"{folder.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.exists():
@@ -93,7 +93,7 @@ def prepare(data: DataConfig, model: ModelConfig, tell: bool = False) -> Prepare
     _refuse_larger(prepared.manifest["vocab_size"], model)
     for split, tokens in (("training", prepared.train), ("validation", prepared.val)):
         if len(tokens) <= data.seq_len:
-            raise MistakeError(
+            raise UserError(
                 f"data.seq_len={data.seq_len}: the {split} split of {data.path or 'the text'} has only "
                 f"{len(tokens)} tokens, and needs at least {data.seq_len + 1}."
             )
@@ -129,7 +129,7 @@ def _bpe_size(data: DataConfig, model: ModelConfig) -> int | None:
 
 def _refuse_larger(needed: int, model: ModelConfig) -> None:
     if needed > model.vocab_size:
-        raise MistakeError(
+        raise UserError(
             f"model.vocab_size={model.vocab_size}: the tokenizer has {needed} tokens, so that it must be at least "
             f"{needed}."
         )
@@ -147,8 +147,8 @@ def _write(data: DataConfig, model: ModelConfig, scratch: Path, folder: Path, te
         pieces = corpus.split_blocks(data, revision)
         made = parts.make(pieces, scratch, saved, data.separator, data.workers, tell)
         if not sum(part["tokens"]["train"] for part in made):
-            raise MistakeError(f"data.path={data.path}: it holds no text.")
-    except MistakeError:
+            raise UserError(f"data.path={data.path}: it holds no text.")
+    except UserError:
         if data.name != "hub" or not parts.finished(scratch):  # mended files have another name; the hub may be away
             shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -193,7 +193,7 @@ def _hash(shards: dict[str, Any]) -> str:
 
 
 def opened(folder: Path, checked_bytes: float) -> Prepared:
-    """A prepared folder, memory-mapped. MistakeError where its files are not those that its manifest tells of.
+    """A prepared folder, memory-mapped. UserError where its files are not those that its manifest tells of.
 
     Sizes are always compared; the sha256 of the first shards that have `checked_bytes` in all, too.
     """
@@ -232,7 +232,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_changed(folder: Path, file: str, sha256: str | None) -> None:
-    """MistakeError where a file is not the one that the manifest tells of; earlier ones told less."""
+    """UserError where a file is not the one that the manifest tells of; earlier ones told less."""
     if sha256 is None:
         return
     try:
@@ -244,5 +244,5 @@ def _refuse_changed(folder: Path, file: str, sha256: str | None) -> None:
         raise _spoilt(folder, f"{folder / file} is missing or damaged, unlike its manifest")
 
 
-def _spoilt(folder: Path, what: str) -> MistakeError:
-    return MistakeError(f"{what}; remove {folder} to prepare it anew.")
+def _spoilt(folder: Path, what: str) -> UserError:
+    return UserError(f"{what}; remove {folder} to prepare it anew.")

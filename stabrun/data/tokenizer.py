@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from stabrun.config import DataConfig, MistakeError
+from stabrun.config import DataConfig, UserError
 from stabrun.data import hub
 
 FILE = "tokenizer.json"
@@ -64,7 +64,7 @@ class Vocabulary:
         try:
             return self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except Exception as error:  # the library raises bare ones
-            raise MistakeError(f"data.tokenizer: it cannot tell {text[:40]!r} in tokens ({error}).") from error
+            raise UserError(f"data.tokenizer: it cannot tell {text[:40]!r} in tokens ({error}).") from error
 
 
 # The split of GPT-2's byte-level tokenizers, for characters whose classes are the same in all versions of Unicode:
@@ -156,12 +156,12 @@ def file_of(data: DataConfig) -> Path | None:
     if data.tokenizer in ("bytes", "bpe") or not (file.exists() or file.suffix == ".json"):
         return None
     if not file.is_file():
-        raise MistakeError(f"data.tokenizer={file}: there is no such file.")
+        raise UserError(f"data.tokenizer={file}: there is no such file.")
     return file
 
 
 def chosen(data: DataConfig, size: int, training: Iterable[str]) -> Tokenizer:
-    """The tokenizer of this configuration, trained to `size` tokens if it is the BPE. MistakeError where it is none."""
+    """The tokenizer of this configuration, trained to `size` tokens if it is the BPE. UserError where it is none."""
     if data.tokenizer == "bytes":
         return Bytes()
     if data.tokenizer == "bpe":
@@ -181,4 +181,4 @@ def _of_file(file: Path) -> Vocabulary:
     try:
         return Vocabulary(file.read_bytes().decode())
     except Exception as error:  # the library raises bare ones
-        raise MistakeError(f"data.tokenizer={file}: it is no tokenizer.json of the tokenizers library.") from error
+        raise UserError(f"data.tokenizer={file}: it is no tokenizer.json of the tokenizers library.") from error

@@ -7,7 +7,7 @@ of a gradient over tokens and width.
 import math
 from typing import Any
 
-from stabrun.observe.record import number
+from stabrun.record.jsonl import number
 
 LOSS_OFF = 1.0  # nats above ln(vocab): unit-variance logits cost half a nat
 PASSES = 10.0  # between layers' token norms: a factor of 100 in variance

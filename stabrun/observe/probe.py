@@ -275,8 +275,8 @@ class Probe:
         self.values[self.update_values] = torch.cat(groups)
         self.before = []
 
-    def snapshot(self, *scalars: Tensor) -> "Snapshot":
-        """Start the copy of the step's values, `scalars` first, to the host; nothing waits until `Snapshot.read`."""
+    def snapshot(self, *scalars: Tensor) -> "PendingRow":
+        """Start the copy of the step's values, `scalars` first, to the host; nothing waits until `PendingRow.read`."""
         for slot, value in enumerate(scalars):
             self.values[slot] = value
         self.hosts.reverse()
@@ -287,7 +287,7 @@ class Probe:
             event = torch.cuda.Event()
             event.record()
         spans = [span for span in self.spans if (self.slow if span.slow else self.fast)]
-        return Snapshot(self.scalars, host, event, spans)
+        return PendingRow(self.scalars, host, event, spans)
 
 
 FORWARD = ("out", "in", "in_grad")
@@ -295,7 +295,7 @@ UPDATE = ("norm/update/{site}", "norm/adam_m/{site}", "norm/adam_v/{site}", "ada
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class PendingRow:
     """A step's values on their way to the host; good until the snapshot after next is taken."""
 
     scalars: tuple[str, ...]

@@ -7,17 +7,17 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from stabrun.observe.record import number
-from stabrun.observe.signals import ORDER as SITES
-from stabrun.observe.signals import SIGNALS
-from stabrun.observe.text import rate_text, run_name
-from stabrun.observe.verdict import CONVERGED, DIVERGED
+from stabrun.record.jsonl import number
 from stabrun.report import style
-from stabrun.report.choose import pair, stable
+from stabrun.report.run_curves import Curve, Trace
+from stabrun.report.selection import pair, stable
 from stabrun.report.source import RUN, Row, Source
 from stabrun.report.tables import lead_of
-from stabrun.report.trace import Curve, Trace
-from stabrun.study.answer import estimate_told
+from stabrun.study.summary import estimate_told
+from stabrun.text import rate_text, run_name
+from stabrun.verdict.judge import CONVERGED, DIVERGED
+from stabrun.verdict.signals import ORDER as SITES
+from stabrun.verdict.signals import SIGNALS
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column of a paper, and both
 RC: dict[Any, Any] = {

@@ -7,17 +7,17 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from stabrun.observe.record import number, worded
-from stabrun.observe.signals import ORDER, SIGNALS
-from stabrun.observe.text import rate_text, run_name
-from stabrun.observe.verdict import CONVERGED, DIVERGED
+from stabrun.record.jsonl import jsonable, number
 from stabrun.report import commands, sentences, style
-from stabrun.report.choose import pair
 from stabrun.report.figures import Traces, arm_label
+from stabrun.report.run_curves import Curve, Trace
+from stabrun.report.selection import pair
 from stabrun.report.source import RUN, Row, Source, environment
 from stabrun.report.tables import Table, lead_of
-from stabrun.report.trace import Curve, Trace
 from stabrun.study.plan import FRONTIER
+from stabrun.text import rate_text, run_name
+from stabrun.verdict.judge import CONVERGED, DIVERGED
+from stabrun.verdict.signals import ORDER, SIGNALS
 
 NUMBERS = 350_000  # numbers of curves by layer in a page: some 2.5 MB
 FEWEST = 24  # points of a curve, however many there are
@@ -65,7 +65,7 @@ def page(parts: list[Part], compared: list[Table]) -> str:
 
 def embedded(data: Any) -> str:
     """JSON that no text in it can end early."""
-    return json.dumps(worded(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return json.dumps(jsonable(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def comparison(parts: list[Part], compared: list[Table]) -> str:

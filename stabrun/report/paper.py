@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from stabrun.model.describe import parameters
 from stabrun.report.source import Source
 from stabrun.report.tables import Cell, Column, Table, decimal, lowest_perplexity, plain, rate, rates
-from stabrun.study.answer import beside
 from stabrun.study.plan import tokens_of
+from stabrun.study.summary import beside
 
 # Row → last stable rate, whether that one is inferred, first diverging rate, perplexity at 3e-4. Sources disagree
 # whether qk_norm_cap diverges at 80e-3.

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from stabrun.config import MistakeError
+from stabrun.config import UserError
 from stabrun.report import figures, sentences, tables
-from stabrun.report.choose import chosen, pair
 from stabrun.report.page import Part, page
 from stabrun.report.paper import beside_paper
+from stabrun.report.run_curves import Trace, trace
+from stabrun.report.selection import chosen, pair
 from stabrun.report.source import RUN, Source, opened
-from stabrun.report.trace import Trace, trace
 
 USAGE = "report: name a study or a run, or two of them to stand side by side: stabrun report DIR [OTHER]."
 MOST_NOTES = 5  # in the terminal
@@ -23,7 +23,7 @@ MOST_NOTES = 5  # in the terminal
 def report(words: list[str]) -> int:
     """Write the report of the one or two directories that `words` name, say the answer and where it lies."""
     if not 1 <= len(words) <= 2 or any(word.startswith("-") for word in words):
-        raise MistakeError(USAGE)
+        raise UserError(USAGE)
     refuse_without_packages()
     sources = [opened(Path(word)) for word in words]
     place = sources[0].directory / (
@@ -38,9 +38,9 @@ def report(words: list[str]) -> int:
 
 
 def refuse_without_packages() -> None:
-    """MistakeError where the extra is not installed: neither package is needed for anything else."""
+    """UserError where the extra is not installed: neither package is needed for anything else."""
     if any(find_spec(name) is None for name in ("matplotlib", "plotly")):
-        raise MistakeError("report: it needs matplotlib and plotly: pip install 'stabrun[report]'.")
+        raise UserError("report: it needs matplotlib and plotly: pip install 'stabrun[report]'.")
 
 
 def tell(source: Source, named: bool) -> None:

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-from stabrun.observe.text import rate_text
-from stabrun.observe.verdict import DIVERGED, STANDARD, UNDECIDED
 from stabrun.report.source import RUN, Source
-from stabrun.study.answer import BASELINE
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING
 from stabrun.study.plan import GRID
+from stabrun.study.summary import BASELINE
+from stabrun.text import rate_text
+from stabrun.verdict.judge import DIVERGED, STANDARD, UNDECIDED
 
 
 def answers(source: Source) -> Iterator[tuple[str, str]]:
@@ -101,7 +101,7 @@ def one_seed(source: Source) -> bool:
 
 def run_told(row: dict[str, Any]) -> str:
     """`diverged (runaway) at step 59, first in layer_00/fc2; loss 5.958 → 2.763 → 2.955`, with rate and seed."""
-    from stabrun.judging import verdict_line
+    from stabrun.verdict.wording import verdict_line
 
     return f"learning rate {rate_text(row['lr'])}, seed {row['seed']}: {verdict_line(row)}."
 

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stabrun.config import Config, MistakeError, read_config, run_id
-from stabrun.observe.record import checked_row, parsed, read_events, read_object, worded
-from stabrun.observe.text import run_name
-from stabrun.observe.verdict import Judge
-from stabrun.study.answer import answer
+from stabrun.config import Config, UserError, read_config, run_id
+from stabrun.record.jsonl import check_row, jsonable, parse_line, read_events, read_json
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING
-from stabrun.study.look import Looker
 from stabrun.study.plan import FILE, FRONTIER, Plan, load
 from stabrun.study.results import COLUMNS, result
+from stabrun.study.snapshot import SnapshotReader
+from stabrun.study.summary import answer
+from stabrun.text import run_name
+from stabrun.verdict.judge import Judge
 
 WORDS = "run_id", "arm", "variant", "status", "verdict", "reason", "lenient", "standard", "strict", "first_bad_site"
 NUMBERS = tuple(column for column in COLUMNS if column not in WORDS)
@@ -70,28 +70,28 @@ class Source:
 
 
 def opened(directory: Path) -> Source:
-    """The study or run in a directory. MistakeError where it holds neither."""
+    """The study or run in a directory. UserError where it holds neither."""
     if (directory / FILE).is_file():
         return a_study(directory)
     if (directory / "config.yaml").is_file():
         return a_run(directory)
     missing = f"it holds no {FILE} and no config.yaml" if directory.is_dir() else "there is no such folder"
-    raise MistakeError(f"{directory}: it is neither a study nor a run, for {missing}.")
+    raise UserError(f"{directory}: it is neither a study nor a run, for {missing}.")
 
 
 def a_study(directory: Path) -> Source:
     plan, notes = load(directory), list[str]()
-    look = Looker(directory).look(plan)
+    look = SnapshotReader(directory).look(plan)
     finished = [{**facts, "arm": plan.cells[run].arm} for run, facts in look.summaries.items()]
     for run, entry in look.entries.items():
         if entry.status == DONE and run not in look.summaries:
             notes.append(f"runs/{run}/summary.json holds no summary; the run's signals and spikes are left out.")
     try:
-        told = read_object(directory / "study.json")
-    except (OSError, MistakeError):
+        told = read_json(directory / "study.json")
+    except (OSError, UserError):
         if finished:
             notes.append("study.json is missing or damaged; what it would hold was worked out anew from the summaries.")
-        told = worded(answer(plan, finished))
+        told = jsonable(answer(plan, finished))
     rows = list(read_results(directory / "results.csv", notes))
     counts = {status: look.count(status) for status in (PLANNED, RUNNING, DONE, FAILED)}
     return Source(
@@ -103,15 +103,15 @@ def a_run(directory: Path) -> Source:
     """A run, judged on what is recorded so far where it is not over."""
     config, notes = read_config(directory / "config.yaml"), list[str]()
     try:
-        summary = read_object(directory / "summary.json")
-    except (OSError, MistakeError):
+        summary = read_json(directory / "summary.json")
+    except (OSError, UserError):
         notes.append("summary.json is not there, so that the run is not over; it is judged on what is recorded so far.")
         judge = Judge()
         for row in read_rows(directory / "metrics.jsonl", notes):
             judge.add(row)
         steps = judge.steps[-1] + 1 if judge.steps else 0
         facts = {"run_id": run_id(config), "variant": config.variant, "lr": config.optim.lr, "seed": config.seed}
-        summary = worded(facts | asdict(judge.conclude()) | {"status": "running", "steps": steps})
+        summary = jsonable(facts | asdict(judge.conclude()) | {"status": "running", "steps": steps})
     name = run_name(config.variant, config.optim.lr, config.seed)
     rows = [result({**summary, "arm": config.variant})]
     over = summary["status"] in ("complete", "stopped")
@@ -151,12 +151,12 @@ def read_rows(file: Path, notes: list[str]) -> Iterator[Row]:
         return
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            row = parsed(line)
+            row = parse_line(line)
             try:
                 if row is None:
-                    raise MistakeError("")
-                yield checked_row(row, file)
-            except MistakeError:
+                    raise UserError("")
+                yield check_row(row, file)
+            except UserError:
                 what = "is no row of a record" if line.endswith(b"\n") else "was cut off, or is still being written"
                 notes.append(f"{file.parent.name}/{file.name}: line {number} {what}; it was left out.")
 
@@ -172,8 +172,8 @@ def environment(source: Source) -> Row:
     seen: dict[str, list[str]] = {}
     for row in source.rows:
         try:
-            facts = read_object(source.folder(row["run_id"]) / "environment.json")
-        except (OSError, MistakeError):
+            facts = read_json(source.folder(row["run_id"]) / "environment.json")
+        except (OSError, UserError):
             continue
         packages = facts.pop("packages", None)
         for key, value in {**facts, **(packages if isinstance(packages, dict) else {})}.items():

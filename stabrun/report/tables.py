@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from stabrun.observe.record import number
-from stabrun.observe.signals import ORDER as SITES
-from stabrun.observe.signals import SIGNALS
-from stabrun.observe.text import rate_text, run_name
-from stabrun.observe.verdict import CONVERGED, DIVERGED, STANDARD, STRICTNESS
-from stabrun.report.choose import stable
+from stabrun.record.jsonl import number
+from stabrun.report.run_curves import Trace
+from stabrun.report.selection import stable
 from stabrun.report.source import RUN, Row, Source
-from stabrun.report.trace import Trace
-from stabrun.study.answer import BASELINE, QK_NORM, estimate_told, rate_told
 from stabrun.study.results import COLUMNS
+from stabrun.study.summary import BASELINE, QK_NORM, estimate_told, rate_told
+from stabrun.text import rate_text, run_name
+from stabrun.verdict.judge import CONVERGED, DIVERGED, STANDARD, STRICTNESS
+from stabrun.verdict.signals import ORDER as SITES
+from stabrun.verdict.signals import SIGNALS
 
 ENDS = "", "low", "high"  # an interval takes three columns of a CSV
 

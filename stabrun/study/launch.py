@@ -20,30 +20,28 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from stabrun.compose import foreseen, hydra, plainly, refuse_code, the_hydra
-from stabrun.config import MistakeError, conf_dir
-from stabrun.study.crew import Crew, Launched, Local, stop_file, those_of, threads_each
+from stabrun.config import UserError, conf_dir
 from stabrun.study.ledger import Ledger
 from stabrun.study.plan import split_axes
+from stabrun.study.pool import LauncherPool, LocalPool, WorkerPool, stop_file, those_of, threads_each
 
 POLL = 0.5  # seconds between two looks whether the sweep is over
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
-def crew_of(conf: Path, overrides: list[str], directory: Path, count: int) -> Crew:
-    """The crew that a sweep's overrides ask for. MistakeError where the launcher cannot be had; nothing is made yet."""
+def crew_of(conf: Path, overrides: list[str], directory: Path, count: int) -> WorkerPool:
+    """The crew that a sweep's overrides ask for. UserError where the launcher cannot be had; nothing is made yet."""
     words, axes = split_axes(overrides)
     if swept := [key for key in axes if key.startswith("hydra")]:
-        raise MistakeError(
-            f"{swept[0]}={','.join(axes[swept[0]])}: all workers of a sweep are launched alike; give one."
-        )
+        raise UserError(f"{swept[0]}={','.join(axes[swept[0]])}: all workers of a sweep are launched alike; give one.")
     with plainly(), hydra(conf):
         launcher = composed(words, directory).hydra.launcher
     if launcher._target_ == BASIC:
-        return Local(directory, count)
+        return LocalPool(directory, count)
     for key in ("nodes", "tasks_per_node"):
         if launcher.get(key, 1) != 1:
-            raise MistakeError(f"hydra.launcher.{key}={launcher[key]}: a job is one worker; study.workers counts them.")
-    return Launched(directory, count, words)
+            raise UserError(f"hydra.launcher.{key}={launcher[key]}: a job is one worker; study.workers counts them.")
+    return LauncherPool(directory, count, words)
 
 
 def composed(words: list[str], folder: Path) -> DictConfig:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stabrun.observe.record import write_whole
+from stabrun.record.jsonl import write_atomic
 
 PLANNED, RUNNING, DONE, FAILED = "planned", "running", "done", "failed"
 ATTEMPTS = 2  # a cell that fails, or kills its worker, so often in a row without getting further is given up
@@ -155,7 +155,7 @@ class Ledger:
 
     def end(self, cell: str, attempt: int, kind: str, reason: str) -> None:
         """Enter that an attempt failed, or was left."""
-        write_whole(self.path(cell, attempt, kind), json.dumps({"reason": reason}) + "\n")
+        write_atomic(self.path(cell, attempt, kind), json.dumps({"reason": reason}) + "\n")
 
     def reason(self, cell: str, attempt: int) -> str:
         """Why an attempt failed."""
@@ -203,7 +203,7 @@ class Claim:
 
     def beat(self, step: int) -> bool:
         """Say that this attempt is alive and has done `step` updates. False where another owner has taken it over."""
-        write_whole(self.ledger.path(self.cell, self.attempt, "beat"), json.dumps({"step": step, "beat": time.time()}))
+        write_atomic(self.ledger.path(self.cell, self.attempt, "beat"), json.dumps({"step": step, "beat": time.time()}))
         return not self.stale()
 
     def stale(self) -> bool:

@@ -15,9 +15,9 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from stabrun.compose import composed_each, plainly
-from stabrun.config import RESULT, Config, MistakeError, check, config_of, marked, run_id
-from stabrun.observe.record import write_whole
-from stabrun.observe.text import run_name
+from stabrun.config import RESULT, Config, UserError, check, config_of, marked, run_id
+from stabrun.record.jsonl import write_atomic
+from stabrun.text import run_name
 
 FILE = "study.yaml"
 FORMAT = 1
@@ -65,7 +65,7 @@ class Plan:
         cells = [[cell.id, cell.arm, cell.lr, cell.seed] for cell in self.cells.values()]
         text = yaml.dump({"format": FORMAT, **facts, "arms": arms}, Dumper=yaml.CSafeDumper, sort_keys=False)
         rows = "".join(f"- {json.dumps(row)}\n" for row in cells)  # a flow sequence a line: YAML, and quick
-        write_whole(directory / FILE, f"{text}cells:\n{rows}" if cells else f"{text}cells: []\n")
+        write_atomic(directory / FILE, f"{text}cells:\n{rows}" if cells else f"{text}cells: []\n")
 
 
 @contextmanager
@@ -102,25 +102,25 @@ def tokens_of(config: Config) -> int:
 
 
 def load(directory: Path) -> Plan:
-    """The plan of a study directory. MistakeError where it holds none, or a damaged one."""
+    """The plan of a study directory. UserError where it holds none, or a damaged one."""
     file = directory / FILE
     try:
         facts = yaml.load(file.read_bytes(), Loader=yaml.CSafeLoader)
         arms = {arm: config_of(values) for arm, values in facts.pop("arms").items()}
         cells = {row[0]: Cell(*row) for row in facts.pop("cells")}
         if facts.pop("format") != FORMAT:
-            raise MistakeError(f"{file}: it was written by another version of stabrun.")
+            raise UserError(f"{file}: it was written by another version of stabrun.")
         return Plan(**facts, arms=arms, cells=cells)
     except FileNotFoundError as error:
-        raise MistakeError(f"{directory}: it is no study, for it holds no {FILE}.") from error
+        raise UserError(f"{directory}: it is no study, for it holds no {FILE}.") from error
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise MistakeError(f"{file} is damaged: it holds no plan of a study.") from error
+        raise UserError(f"{file} is damaged: it holds no plan of a study.") from error
 
 
 def planned(conf: Path, overrides: list[str]) -> tuple[Plan, Path, Config]:
     """The plan that a command's overrides ask for, where it goes, and the configuration that its arms have in common.
 
-    Raises MistakeError at a question that cannot be asked, before anything is made.
+    Raises UserError at a question that cannot be asked, before anything is made.
     """
     fixed, axes = split_axes(overrides)
     (common,) = composed_each(conf, [fixed])
@@ -132,7 +132,7 @@ def planned(conf: Path, overrides: list[str]) -> tuple[Plan, Path, Config]:
     named: list[tuple[str, Sequence[Any]]] = [("study.variants", variants), ("study.lrs", rates), ("seed", seeds)]
     for key, values in [*named, *axes.items()]:
         if twice := [str(value) for value, count in Counter(values).items() if count > 1]:
-            raise MistakeError(f"{key}: {', '.join(twice)} is there twice; each may be named once.")
+            raise UserError(f"{key}: {', '.join(twice)} is there twice; each may be named once.")
     _refuse_unasked(study, rates)
     words = dict(_arms(fixed, variants, axes))
     arms = dict(zip(words, composed_each(conf, list(words.values())), strict=True))
@@ -155,24 +155,22 @@ def planned(conf: Path, overrides: list[str]) -> tuple[Plan, Path, Config]:
 
 def _refuse_unasked(study: Any, rates: list[float]) -> None:
     if study.strategy == GRID and not rates:
-        raise MistakeError("study.lrs=[]: a grid needs learning rates, such as study.lrs=[1e-2,3e-2,1e-1].")
+        raise UserError("study.lrs=[]: a grid needs learning rates, such as study.lrs=[1e-2,3e-2,1e-1].")
     if study.strategy == FRONTIER:
         if rates:
-            raise MistakeError(
-                "study.lrs: a search chooses its own learning rates; it takes study.lr_range=[LOW,HIGH]."
-            )
+            raise UserError("study.lrs: a search chooses its own learning rates; it takes study.lr_range=[LOW,HIGH].")
         if len(study.lr_range) != 2 or not 0 < study.lr_range[0] < study.lr_range[1]:
-            raise MistakeError(
+            raise UserError(
                 f"study.lr_range={study.lr_range}: it must be two learning rates, the lower first, such as [1e-3,1]."
             )
 
 
 def _refuse_schedules(fixed: list[str], axes: dict[str, list[str]]) -> None:
-    """MistakeError where a search is to hold its learning rate, and is told otherwise."""
+    """UserError where a search is to hold its learning rate, and is told otherwise."""
     said = [word.partition("=")[::2] for word in fixed] + [(key, ",".join(values)) for key, values in axes.items()]
     for key, value in said:
         if key in ("schedule", "schedule.kind") and value != "constant":
-            raise MistakeError(
+            raise UserError(
                 f"{key}={value}: a search holds the learning rate after the warm-up, for a schedule that falls hides "
                 "at its end what broke in the middle; leave it out, or run a grid."
             )
@@ -218,7 +216,7 @@ def _number(key: str, value: str) -> float:
     try:
         return float(value)
     except ValueError as error:
-        raise MistakeError(f"{key}={value}: it must be a number.") from error
+        raise UserError(f"{key}={value}: it must be a number.") from error
 
 
 def identity(common: Config, axes: dict[str, list[str]]) -> str:
@@ -229,7 +227,7 @@ def identity(common: Config, axes: dict[str, list[str]]) -> str:
 
 
 def extended(old: Plan, new: Plan) -> Plan:
-    """What was asked before and what is asked now, as one study. MistakeError where they contradict each other."""
+    """What was asked before and what is asked now, as one study. UserError where they contradict each other."""
     differ = [
         f"{name}={getattr(old, name)} (here {getattr(new, name)})"
         for name in ("strategy", "lr_range")
@@ -243,7 +241,7 @@ def extended(old: Plan, new: Plan) -> Plan:
     if differ:
         differ = list(dict.fromkeys(differ))
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise MistakeError(f"the study there asks with {', '.join(differ[:3])}{more}; name another study_dir.")
+        raise UserError(f"the study there asks with {', '.join(differ[:3])}{more}; name another study_dir.")
     seeds = list(dict.fromkeys([*old.seeds, *new.seeds]))
     return replace(new, arms=old.arms | new.arms, seeds=seeds, cells=old.cells | new.cells)
 

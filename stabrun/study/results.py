@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stabrun.observe.record import read_object, worded, write_whole
-from stabrun.observe.verdict import STRICTNESS
-from stabrun.study.answer import answer
+from stabrun.record.jsonl import jsonable, read_json, write_atomic
 from stabrun.study.plan import Plan
+from stabrun.study.summary import answer
+from stabrun.verdict.judge import STRICTNESS
 
 COLUMNS = (
     "run_id", "arm", "variant", "lr", "seed", "status", "verdict", "reason", *STRICTNESS, "horizon", "rule",
@@ -26,7 +26,7 @@ def finished(plan: Plan, directory: Path) -> Iterator[Row]:
     for cell in plan.cells.values():
         file = directory / "runs" / cell.id / "summary.json"
         if file.is_file():
-            yield {**read_object(file), "arm": cell.arm}
+            yield {**read_json(file), "arm": cell.arm}
 
 
 def write(plan: Plan, directory: Path) -> dict[str, Any]:
@@ -35,9 +35,9 @@ def write(plan: Plan, directory: Path) -> dict[str, Any]:
     Returns what `study.json` holds.
     """
     rows = list(finished(plan, directory))
-    told: dict[str, Any] = worded(answer(plan, rows))
-    write_whole(directory / "results.csv", as_csv(map(result, rows)))
-    write_whole(directory / "study.json", json.dumps(told, indent=1) + "\n")
+    told: dict[str, Any] = jsonable(answer(plan, rows))
+    write_atomic(directory / "results.csv", as_csv(map(result, rows)))
+    write_atomic(directory / "study.json", json.dumps(told, indent=1) + "\n")
     return told
 
 

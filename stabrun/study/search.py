@@ -3,10 +3,10 @@
 from collections.abc import Container, Iterable
 from typing import Any
 
-from stabrun.observe.record import number
-from stabrun.observe.verdict import DIVERGED, STANDARD, UNDECIDED
+from stabrun.record.jsonl import number
 from stabrun.study.frontier import Frontier, Grid
 from stabrun.study.plan import FRONTIER, Plan
+from stabrun.verdict.judge import DIVERGED, STANDARD, UNDECIDED
 
 USUAL_COST = 0.5  # steps of a run that diverges, of those of a whole one, before any has: counts as one run
 

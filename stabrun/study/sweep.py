@@ -4,20 +4,20 @@ import shutil
 import time
 from pathlib import Path
 
-from stabrun.config import MistakeError
-from stabrun.observe.console import warn
-from stabrun.observe.record import read_object
-from stabrun.observe.tracker import track_study
-from stabrun.study import answer, results
-from stabrun.study.board import LEGEND, Board, given_up, said, table
+from stabrun.config import UserError
+from stabrun.record.jsonl import read_json
+from stabrun.study import results, summary
 from stabrun.study.cost import described
-from stabrun.study.crew import Crew
 from stabrun.study.launch import crew_of
 from stabrun.study.ledger import DONE, FAILED, Ledger
-from stabrun.study.look import Looker
+from stabrun.study.live_table import LEGEND, LiveTable, given_up, said, table
 from stabrun.study.plan import FILE, GRID, Latest, Plan, extended, load, planned, planning
-from stabrun.study.renew import renew
+from stabrun.study.pool import WorkerPool
+from stabrun.study.rejudge import renew
 from stabrun.study.search import next_run
+from stabrun.study.snapshot import SnapshotReader
+from stabrun.study.tracking import track_study
+from stabrun.text import warn
 
 POLL = 0.3  # seconds between two looks at the ledger
 
@@ -25,7 +25,7 @@ POLL = 0.3  # seconds between two looks at the ledger
 def sweep(conf: Path, overrides: list[str], dry_run: bool) -> int:
     """Plan or extend a study and train its cells. Returns the exit status: 1 where a cell could not be trained.
 
-    Raises MistakeError before anything is made where the question cannot be asked.
+    Raises UserError before anything is made where the question cannot be asked.
     """
     asked, directory, config = planned(conf, overrides)
     crew = crew_of(conf, overrides, directory, config.study.workers)
@@ -47,9 +47,9 @@ def sweep(conf: Path, overrides: list[str], dry_run: bool) -> int:
     if config.tracker.name == "wandb" and status != 130:
         rows = [results.result(row) for row in results.finished(plan, directory)]
         track_study(config.tracker, directory, rows, facts)
-    look = Looker(directory).look(plan)
+    look = SnapshotReader(directory).look(plan)
     seen = table(look, shutil.get_terminal_size().columns)
-    print("\n".join([*seen, LEGEND, "", *answer.lines(facts), "", f"records: {directory}"]))
+    print("\n".join([*seen, LEGEND, "", *summary.lines(facts), "", f"records: {directory}"]))
     for sentence in given_up(look):
         warn(sentence)
         status = status or 1
@@ -62,13 +62,13 @@ def _with_what_is_there(asked: Plan, directory: Path) -> Plan:
     if (directory / FILE).exists():
         return extended(load(directory), asked)
     if directory.is_dir() and any(item.name != ".lock" for item in directory.iterdir()):
-        raise MistakeError(f"study_dir={directory}: the folder is not empty and holds no study.")
+        raise UserError(f"study_dir={directory}: the folder is not empty and holds no study.")
     return asked
 
 
-def _supervise(directory: Path, ledger: Ledger, crew: Crew) -> int:
+def _supervise(directory: Path, ledger: Ledger, crew: WorkerPool) -> int:
     """Keep the crew at work until no cell is left; 130 after Ctrl-C."""
-    latest, board = Latest(directory), Board(directory)
+    latest, board = Latest(directory), LiveTable(directory)
     told = {cell for cell, entry in ledger.entries(latest.plan().cells).items() if entry.status == DONE}
     try:
         while True:
@@ -78,7 +78,7 @@ def _supervise(directory: Path, ledger: Ledger, crew: Crew) -> int:
             if done := [cell for cell, entry in entries.items() if entry.status == DONE and cell not in told]:
                 results.write(plan, directory)
                 for cell in done:
-                    summary = read_object(directory / "runs" / cell / "summary.json")
+                    summary = read_json(directory / "runs" / cell / "summary.json")
                     board.say(said(plan.cells[cell], summary, len(told) + 1, len(plan.cells)))
                     told.add(cell)
             if all(entry.status in (DONE, FAILED) for entry in entries.values()) and not _more(plan, directory):

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stabrun.config import MistakeError
-from stabrun.observe.record import write_whole
-from stabrun.study.crew import stop_file
+from stabrun.config import UserError
+from stabrun.record.jsonl import write_atomic
+from stabrun.record.run_dir import INTERRUPTED
 from stabrun.study.ledger import DONE, FAILED, LEASE, PLANNED, RUNNING, Claim, Ledger
 from stabrun.study.plan import Plan, load, planning
+from stabrun.study.pool import stop_file
 from stabrun.study.results import finished
 from stabrun.study.search import next_run
-from stabrun.train.folder import INTERRUPTED
 from stabrun.train.run import Stop, Watch, train
 
 BEATS = 6  # in a lease
@@ -93,7 +93,7 @@ def attempt(plan: Plan, claim: Claim, stop: Stop) -> dict[str, Any] | None:
         raise
     except Exception as error:
         claim.directory.mkdir(exist_ok=True)
-        if not isinstance(error, MistakeError):
+        if not isinstance(error, UserError):
             (claim.directory / "error.txt").write_text(traceback.format_exc())
         claim.fail(f"{type(error).__name__}: {error}")
         return None
@@ -133,7 +133,7 @@ def enrolled(ledger: Ledger, crew: str, number: int) -> Iterator[Stop]:
     """Beat as a launched crew's worker while the block runs; what is given is asked to stop where the crew is."""
     place, told, stop = Claim(ledger, crew, number), stop_file(ledger.folder.parent, crew), Stop()
     ledger.make()
-    write_whole(ledger.path(crew, number, "claim"), json.dumps(ledger.owner) + "\n")
+    write_atomic(ledger.path(crew, number, "claim"), json.dumps(ledger.owner) + "\n")
     stop.asked = told.exists()
     seconds = itertools.count()
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stabrun.config import MistakeError
-from stabrun.observe.record import read_object
+from stabrun.config import UserError
+from stabrun.record.jsonl import read_json
 
 META = "meta.json"
 
@@ -65,13 +65,13 @@ def sync(path: Path) -> None:
 
 
 def latest(folder: Path) -> tuple[int, Path] | None:
-    """The newest whole checkpoint below `folder` and the updates it holds. MistakeError where its step is damaged."""
+    """The newest whole checkpoint below `folder` and the updates it holds. UserError where its step is damaged."""
     newest = max((meta.parent for meta in folder.glob(f"step_*/{META}")), default=None)
     if newest is None:
         return None
-    step = read_object(newest / META).get("step")
+    step = read_json(newest / META).get("step")
     if not isinstance(step, int) or newest.name != f"step_{step:08d}":
-        raise MistakeError(f"{newest / META} is damaged: its step is not that of its folder.")
+        raise UserError(f"{newest / META} is damaged: its step is not that of its folder.")
     return step, newest
 
 
@@ -79,7 +79,7 @@ def latest(folder: Path) -> tuple[int, Path] | None:
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Scaler:
     """Put the state below `path` into a model and optimizer made from the same configuration; returns the scaler's.
 
-    Raises OSError where the files cannot be read, MistakeError where they hold another model.
+    Raises OSError where the files cannot be read, UserError where they hold another model.
     """
     try:
         state, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
@@ -87,13 +87,13 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Scal
         raise OSError(errno.EIO, f"the checkpoint cannot be read ({error})", str(path)) from error
     here = _model_state(model)
     if {name: tensor.shape for name, tensor in here.items()} != {name: tensor.shape for name, tensor in state.items()}:
-        raise MistakeError(f"{path} holds the weights of another model; remove it to train anew.")
+        raise UserError(f"{path} holds the weights of another model; remove it to train anew.")
     for name, tensor in here.items():
         tensor.copy_(state[name])
     for name, parameter in model.named_parameters():
         parts = {key.split("/")[1]: value for key, value in moments.items() if key.split("/")[0] == name}
         optimizer.state[parameter] = {part: value.to(parameter.device) for part, value in parts.items()}
-    scaler = read_object(path / META).get("scaler")
+    scaler = read_json(path / META).get("scaler")
     return scaler if isinstance(scaler, dict) else {}
 
 

@@ -7,21 +7,21 @@ from pathlib import Path
 
 import torch
 
-from stabrun.config import Config, MistakeError, TrainConfig
+from stabrun.config import Config, TrainConfig, UserError
 from stabrun.model.describe import LOW, human, memory
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def pick_device(config: TrainConfig) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU. MistakeError where the named one is not there."""
+    """`auto` takes CUDA, then MPS, then the CPU. UserError where the named one is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(name for name, present in there.items() if present) if config.device == "auto" else config.device
     if not there[name]:
         present = ", ".join(name for name, has in there.items() if has)
-        raise MistakeError(f"train.device={name}: this machine has none; it has {present}.")
+        raise UserError(f"train.device={name}: this machine has none; it has {present}.")
     if config.precision == "tf32" and name != "cuda":
-        raise MistakeError(f"train.precision=tf32: it needs CUDA, and this run is on {name}.")
+        raise UserError(f"train.precision=tf32: it needs CUDA, and this run is on {name}.")
     return torch.device(name)
 
 
@@ -44,10 +44,10 @@ def prepare_backend(config: TrainConfig) -> None:
 
 
 def refuse_too_large(config: Config, device: torch.device) -> None:
-    """MistakeError where a step on the CPU needs more memory than is free, for there the system would kill the run."""
+    """UserError where a step on the CPU needs more memory than is free, for there the system would kill the run."""
     free, needed = free_memory(), memory(config)["peak_bytes"]
     if device.type == "cpu" and free is not None and needed > free:
-        raise MistakeError(
+        raise UserError(
             f"model.d_model={config.model.d_model}, model.n_layer={config.model.n_layer}: a step needs about "
             f"{human(needed)} and {human(free)} are free; a smaller model or train.micro_batch_size needs less."
         )

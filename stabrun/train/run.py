@@ -12,16 +12,9 @@ from typing import Any
 from stabrun.config import Config, check, run_dir, run_id
 from stabrun.data.degenerate import Finding
 from stabrun.data.shards import prepare
-from stabrun.observe.console import Console, warn
 from stabrun.observe.initial import findings
-from stabrun.observe.record import Record, worded, write_whole
-from stabrun.observe.tally import Tally
-from stabrun.observe.text import rate_text
-from stabrun.observe.tracker import Tracker
-from stabrun.observe.verdict import Judge
-from stabrun.train import checkpoint
-from stabrun.train.environment import environment
-from stabrun.train.folder import (
+from stabrun.record.jsonl import Record, jsonable, write_atomic
+from stabrun.record.run_dir import (
     COMPLETE,
     FAILED,
     INTERRUPTED,
@@ -33,8 +26,15 @@ from stabrun.train.folder import (
     refuse_strangers,
     seconds_spent,
 )
+from stabrun.text import rate_text, warn
+from stabrun.train import checkpoint
+from stabrun.train.console import Console
+from stabrun.train.environment import environment
 from stabrun.train.schedule import learning_rate, unreached
+from stabrun.train.tally import Tally
+from stabrun.train.tracker import Tracker
 from stabrun.train.trainer import Trainer
+from stabrun.verdict.judge import Judge
 
 Watch = Callable[[dict[str, Any]], None]
 
@@ -48,7 +48,7 @@ def train(
 
     `directory` stands in for the configuration's own; `watch` is shown each row as it comes; `stop` can be asked by
     others, where no signal reaches this process.
-    Raises MistakeError where the configuration or the run directory does not allow it; a divergence raises nothing.
+    Raises UserError where the configuration or the run directory does not allow it; a divergence raises nothing.
     """
     check(config)
     directory = directory or run_dir(config)
@@ -107,7 +107,7 @@ class Run:
             self.console.close()
             self.record.close()
         summary = self.summary(status, time.monotonic() - began)
-        write_whole(directory / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_atomic(directory / "summary.json", json.dumps(summary, indent=1) + "\n")
         self.tracker.finish(summary, status == INTERRUPTED)
         return summary
 
@@ -215,7 +215,7 @@ class Run:
             "seconds": round(seconds_spent(self.record.directory), 3),
             "tokens_per_second": rate,
         }
-        told: dict[str, Any] = worded(summary)
+        told: dict[str, Any] = jsonable(summary)
         return told
 
 

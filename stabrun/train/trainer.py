@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabrun.config import Config, MistakeError
+from stabrun.config import Config, UserError
 from stabrun.data.batches import starts, validation_batch, windows
 from stabrun.data.degenerate import Finding, digest, findings
 from stabrun.data.shards import Prepared
 from stabrun.model.gpt import GPT
-from stabrun.observe.probe import Probe, Snapshot
+from stabrun.observe.probe import PendingRow, Probe
 from stabrun.train.objective import cross_entropy, z_loss
 from stabrun.train.optimizer import clip_by_norm, clip_by_value, gradient_norms, make_optimizer, set_rate
 from stabrun.train.precision import autocast, compiles, pick_device, prepare_backend, refuse_too_large
@@ -41,7 +41,7 @@ class Trainer:
         self.compiled = compiles(config.train, self.device)
         self.forward = torch.compile(self.model) if self.compiled else self.model
 
-    def step(self, step: int) -> Snapshot:
+    def step(self, step: int) -> PendingRow:
         """Update `step` (from 0), queued on the device; the snapshot holds its losses, gradient norm and statistics."""
         self.probe.arm(step)
         self.model.before_step()
@@ -86,7 +86,7 @@ class Trainer:
     def batch(self, step: int) -> Tensor:
         """The batch of update `step`, `[batch_size, seq_len + 1]` int64; `odd` says what is odd about it.
 
-        Raises MistakeError, naming the file and the place, where a token is not of the vocabulary.
+        Raises UserError, naming the file and the place, where a token is not of the vocabulary.
         """
         config, tokens = self.config, self.data.train
         places = starts(tokens, config.seed, step, config.train.batch_size, config.data.seq_len)
@@ -94,7 +94,7 @@ class Trainer:
         first = self.seen.setdefault(digest(batch), step)
         self.odd = list(findings(batch, places, config.model.vocab_size, first if first < step else None))
         if wrong := next((found for found in self.odd if found.out_of_range), None):
-            raise MistakeError(
+            raise UserError(
                 f"{self.data.folder}, {tokens.where(wrong.position)}: {wrong.sentence}; remove the folder to prepare "
                 "the data anew."
             )

@@ -1,0 +1,204 @@
+"""The commands that need more than the standard library; each imports what it needs."""
+
+import json
+import math
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from stabrun.compose import Words, composed, multirun, no_such_key, plainly
+from stabrun.config import Config, UserError, check, keys, run_dir, run_id
+
+MODEL_FLAGS = ("--config-dir DIR", "--json", "--trace")
+
+
+def run(name: str, words: list[str], conf: Path) -> int:
+    """Call one command; a mistake is a sentence on stderr and status 2, a fault of the machine status 1."""
+    try:
+        return COMMANDS[name](words, conf)
+    except UserError as error:
+        complain(str(error))
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        complain(f"{error.filename or 'the disk'}: {error.strerror or error}.")
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower() + type(error).__name__.lower():
+            raise
+        complain("out of memory; a smaller train.micro_batch_size needs less, and `stabrun model` tells how much.")
+        return 1
+
+
+def complain(text: str) -> None:
+    print(f"stabrun: {text}", file=sys.stderr)
+
+
+def train(words: list[str], conf: Path) -> int:
+    parsed = Words.parse(words)
+    if parsed.show:
+        return show(composed(conf, parsed))
+    if not parsed.multirun:
+        return train_one(composed(conf, parsed))
+
+    def job(config: Config) -> None:
+        if train_one(config) == 130:
+            raise KeyboardInterrupt
+
+    multirun(conf, parsed, job)
+    return 0
+
+
+def show(config: Config) -> int:
+    from omegaconf import OmegaConf
+
+    print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+    return 0
+
+
+def train_one(config: Config) -> int:
+    """One run, and its verdict in words; 130 where it was interrupted."""
+    from stabrun.train.run import train as train_run
+
+    summary = train_run(config)
+    tell(summary, config)
+    return 130 if summary["status"] == "interrupted" else 0
+
+
+def tell(summary: dict[str, Any], config: Config) -> None:
+    from stabrun.verdict.wording import verdict_line
+
+    print(verdict_line(summary))
+    if summary["val_loss"] is not None:
+        print(f"validation loss {summary['val_loss']:.4f}, perplexity {summary['val_perplexity']:.2f}")
+    print(f"record: {run_dir(config)}")
+    if summary["status"] == "interrupted":
+        print(f"interrupted after step {summary['steps']}; the same command goes on from there.")
+
+
+def sweep(words: list[str], conf: Path) -> int:
+    from stabrun.study.sweep import sweep as run_study
+
+    overrides = Words.parse(
+        [word for word in words if word != "--dry-run"], ("--dry-run", "--config-dir DIR")
+    ).overrides
+    return run_study(conf, overrides, "--dry-run" in words)
+
+
+def status(words: list[str], conf: Path) -> int:
+    from stabrun.cli import status
+
+    return status.status(words)
+
+
+def rerun(words: list[str], conf: Path) -> int:
+    """Train again from a recorded configuration, in a directory of its own unless run_dir says otherwise."""
+    from omegaconf import OmegaConf
+
+    from stabrun.config import read_config
+
+    if not words:
+        raise UserError("rerun: name a run directory, such as runs/0123456789ab.")
+    file = Path(words[0]) / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{words[0]}: it is no run directory, for it holds no config.yaml.")
+    with plainly():
+        recorded = read_config(file)
+        parsed = Words.parse(words[1:], ("--cfg",))
+        refuse_groups(parsed.overrides)
+        merged = OmegaConf.merge(OmegaConf.structured(recorded), OmegaConf.from_dotlist(parsed.overrides))
+        config: Any = OmegaConf.to_object(merged)
+    check(config)
+    if not any(word.startswith("run_dir=") for word in parsed.overrides):
+        same = run_id(config) == run_id(recorded)
+        config.run_dir = f"{words[0].rstrip('/')}-rerun" if same else str(Path(words[0]).parent / run_id(config))
+    return show(config) if parsed.show else train_one(config)
+
+
+def refuse_groups(overrides: list[str]) -> None:
+    """UserError at a word that is no single key: what is recorded has no groups to choose from."""
+    known = {k.path for k in keys()}
+    for word in overrides:
+        path = word.partition("=")[0]
+        if path not in known:
+            raise UserError(f"rerun takes single keys, no groups and no variants; {no_such_key(path)}")
+
+
+def judge(words: list[str], conf: Path) -> int:
+    from stabrun.cli import judge as judging
+
+    return judging.judge(words)
+
+
+def report(words: list[str], conf: Path) -> int:
+    from stabrun.report.report import report as write_report
+
+    return write_report(words)
+
+
+def upload(words: list[str], conf: Path) -> int:
+    from stabrun.publish import upload
+
+    return upload.upload(words)
+
+
+def dashboard(words: list[str], conf: Path) -> int:
+    if find_spec("wandb_workspaces") is None:
+        raise UserError("dashboard: it needs the package wandb-workspaces: pip install 'stabrun[dashboard]'.")
+    from stabrun.publish import dashboard as workspace
+
+    return workspace.dashboard(words)
+
+
+def model(words: list[str], conf: Path) -> int:
+    from stabrun.model.describe import describe, report
+    from stabrun.record.jsonl import jsonable
+
+    flags = {flag: flag in words for flag in ("--json", "--trace")}
+    config = composed(conf, Words.parse([word for word in words if word not in flags], MODEL_FLAGS))
+    facts = describe(config)
+    if flags["--trace"]:
+        from stabrun.model.trace import traced_memory
+
+        facts["memory"]["traced_peak_bytes"] = traced_memory(config)
+    lines = [report(facts, config)]
+    if config.check == "init":
+        from stabrun.train.initial_check import check_initial, told
+
+        facts["init"] = check_initial(config)
+        lines += ["", *told(facts["init"])]
+    print(json.dumps(jsonable(facts), indent=1) if flags["--json"] else "\n".join(lines))
+    return 0
+
+
+def data(words: list[str], conf: Path) -> int:
+    from stabrun.data.shards import opened, prepare
+
+    if not words or words[0] != "prepare":
+        raise UserError("data: it is `stabrun data prepare [OVERRIDE…]`.")
+    config = composed(conf, Words.parse(words[1:], ("--config-dir DIR",)))
+    try:
+        prepared = prepare(config.data, config.model, tell=True)
+        opened(prepared.folder, math.inf)
+    except KeyboardInterrupt:
+        complain("interrupted; the same command goes on from the parts that are finished.")
+        return 130
+    tokens = prepared.manifest["tokens"]
+    print(f"{tokens['train']:,} training and {tokens['val']:,} validation tokens in {prepared.folder}")
+    return 0
+
+
+COMMANDS = {
+    "train": train,
+    "sweep": sweep,
+    "status": status,
+    "rerun": rerun,
+    "judge": judge,
+    "report": report,
+    "upload": upload,
+    "dashboard": dashboard,
+    "model": model,
+    "data": data,
+}

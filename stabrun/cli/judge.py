@@ -1,0 +1,215 @@
+"""`stabrun judge`: the verdict on saved records, of a run, of a study, or of anyone's curve."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from stabrun.config import UserError, read_config
+from stabrun.record.foreign import read_curves
+from stabrun.record.jsonl import check_row, jsonable, parse_line, read_json, read_metrics
+from stabrun.verdict.compare import parted
+from stabrun.verdict.judge import DIVERGED, Judge, Verdict
+from stabrun.verdict.wording import alarmed, details, verdict_line
+
+USAGE = "judge: name one PATH; flags are --json, --follow, --against PATH, --step COLUMN and --loss COLUMN."
+POLL = 0.2  # seconds between two looks at a growing file
+
+
+@dataclass
+class Asked:
+    """The words of `judge`."""
+
+    path: Path
+    as_json: bool = False
+    follow: bool = False
+    against: Path | None = None
+    step: str | None = None
+    loss: str | None = None
+
+    @staticmethod
+    def parse(words: list[str]) -> "Asked":
+        """UserError at a flag or number of paths that is not known."""
+        paths, flags = list[str](), dict[str, Any]()
+        rest = iter(words)
+        for word in rest:
+            flag, joined, value = word.partition("=")
+            if word in ("--json", "--follow"):
+                flags["as_json" if flag == "--json" else "follow"] = True
+            elif flag in ("--against", "--step", "--loss"):
+                given = value if joined else next(rest, "")
+                if not given:
+                    raise UserError(f"{flag}: it needs a value. {USAGE}")
+                flags[flag[2:]] = Path(given) if flag == "--against" else given
+            elif word.startswith("-"):
+                raise UserError(f"{word}: no such flag. {USAGE}")
+            else:
+                paths.append(word)
+        if len(paths) != 1:
+            raise UserError(USAGE)
+        return Asked(Path(paths[0]), **flags)
+
+
+@dataclass
+class Saved:
+    """One run's rows, read anew each time, and how many steps it was planned for where that is known."""
+
+    name: str
+    rows: Callable[[], Iterable[dict[str, Any]]]
+    planned: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def verdict(self) -> Verdict:
+        judge = Judge()
+        for row in self.rows():
+            judge.add(row)
+        return judge.conclude(self.planned)
+
+
+def judge(words: list[str]) -> int:
+    """Print the verdict on each run at the path that `words` name; returns the exit status."""
+    asked = Asked.parse(words)
+    if asked.follow:
+        return follow(asked)
+    records = read(asked.path, asked)
+    if len(records) == 1 and next(iter(records[0].rows()), None) is None:
+        raise UserError(f"{records[0].name}: metrics.jsonl holds no rows yet, or is no record.")
+    told = [tell(record, asked) for record in records]
+    if asked.as_json:
+        print(json.dumps(told[0] if len(told) == 1 else told, indent=1))
+    return 0
+
+
+def read(path: Path, asked: Asked) -> list[Saved]:
+    """The runs at `path`: a run directory, a study's, or a foreign file. UserError where it is none of these."""
+    if path.is_dir():
+        if (path / "metrics.jsonl").is_file():
+            return [of_directory(path)]
+        runs = sorted(file.parent for file in path.glob("runs/*/metrics.jsonl"))
+        if not runs:
+            raise UserError(f"{path}: it is no run or study directory, for it holds no metrics.jsonl.")
+        return [of_directory(run) for run in runs]
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file, run or study.")
+    if path.name == "metrics.jsonl" and (path.parent / "config.yaml").is_file():
+        return [of_directory(path.parent)]
+    return [Saved(str(path), curve.rows, None, curve.notes) for curve in read_curves(path, asked.step, asked.loss)]
+
+
+def of_directory(directory: Path) -> Saved:
+    file = directory / "metrics.jsonl"
+    return Saved(str(directory), lambda: read_metrics(file), planned_steps(directory))
+
+
+def planned_steps(directory: Path) -> int | None:
+    """How many steps a run was planned for; None where its configuration is not beside its record."""
+    file = directory / "config.yaml"
+    return read_config(file).train.steps if file.is_file() else None
+
+
+def tell(record: Saved, asked: Asked) -> dict[str, Any]:
+    """The verdict on one run as plain data; in words on standard output unless JSON was asked for."""
+    verdict = record.verdict()
+    facts = {"path": record.name, **jsonable(asdict(verdict)), "notes": record.notes}
+    if asked.against is not None:
+        others = read(asked.against, asked)
+        if len(others) != 1:
+            raise UserError(f"--against {asked.against}: it holds {len(others)} runs; name one.")
+        facts["against"] = {
+            "verdict": others[0].verdict().verdict,
+            **parted(list(record.rows()), list(others[0].rows())),
+        }
+    if not asked.as_json:
+        name = "" if asked.path == Path(record.name) else f"{record.name}: "
+        print(name + verdict_line(facts))
+        for line in details(facts):
+            print(f"  {line}")
+    return facts
+
+
+def follow(asked: Asked) -> int:
+    """Watch a run that grows: say each alarm once, and end when the run does, or is certain to have diverged."""
+    file = asked.path / "metrics.jsonl" if asked.path.is_dir() else asked.path
+    if asked.against or asked.step or asked.loss:
+        raise UserError("--follow goes with --json alone.")
+    if asked.path.is_dir() and not (file.is_file() or (asked.path / "config.yaml").is_file()):
+        raise UserError(f"--follow {asked.path}: it is no run directory.")
+    if not asked.path.is_dir() and file.suffix != ".jsonl":
+        raise UserError(f"--follow {file}: it follows a run directory or a file of JSON lines.")
+    planned = planned_steps(asked.path)
+    said, fold, look_at = set[str](), Judge(), 0
+
+    def enough() -> bool:
+        return over(asked.path, fold, planned)
+
+    status = 0
+    try:
+        for row in grown(file, enough):
+            if row is None:  # the file was cut or replaced
+                said, fold, look_at = set(), Judge(), 0
+                continue
+            fold.add(row)
+            if len(fold.losses) >= look_at or fold.over:
+                look_at = len(fold.losses) + max(10, len(fold.losses) // 100)
+                for what, line in alarmed(fold.conclude()):
+                    if what not in said and not asked.as_json:
+                        print(line, flush=True)
+                    said.add(what)
+    except KeyboardInterrupt:
+        status = 130
+    facts = {"path": str(asked.path), **jsonable(asdict(fold.conclude(planned))), "notes": []}
+    print(json.dumps(facts, indent=1) if asked.as_json else "\n  ".join([verdict_line(facts), *details(facts)]))
+    return status
+
+
+def over(path: Path, fold: Judge, planned: int | None) -> bool:
+    """Whether a followed run can say nothing new: it has ended, or is certain to have diverged."""
+    if fold.over or fold.certain is not None:
+        return fold.verdict().verdict == DIVERGED
+    if planned is not None and fold.losses and fold.steps[-1] + 1 >= planned:
+        return True
+    summary = path / "summary.json"
+    return summary.is_file() and read_json(summary).get("status") in ("complete", "stopped")
+
+
+def grown(file: Path, enough: Callable[[], bool]) -> Iterator[dict[str, Any] | None]:
+    """The rows of a growing file, as they are completed; None where it was cut or replaced and begins anew.
+
+    Ends when `enough()` and all that is there has been read.
+    """
+    handle: IO[bytes] | None = None
+    half = b""
+    while True:
+        if handle is None and file.is_file():
+            handle = open(file, "rb")
+        piece = handle.readline() if handle else b""
+        half += piece
+        if half.endswith(b"\n"):
+            row, half = parse_line(half), b""
+            if row is None:
+                raise UserError(f"{file} is damaged: a line of it is no JSON object.")
+            yield check_row(row, file)
+            continue
+        if piece:
+            continue
+        if handle and replaced(handle, file):
+            handle.close()
+            handle, half = None, b""
+            yield None
+        elif enough():
+            return
+        else:
+            time.sleep(POLL)
+
+
+def replaced(handle: IO[bytes], file: Path) -> bool:
+    """Whether the open file is no longer the one under its name, or has become shorter than what was read."""
+    try:
+        now = os.stat(file)
+    except FileNotFoundError:
+        return True
+    here = os.fstat(handle.fileno())
+    return (now.st_ino, now.st_dev) != (here.st_ino, here.st_dev) or now.st_size < handle.tell()

@@ -1,0 +1,46 @@
+"""Numbers and tables as people read them."""
+
+import sys
+from collections.abc import Iterable, Iterator
+
+GAP = 2  # spaces between columns
+
+
+def rate_text(lr: float) -> str:
+    """A learning rate to three digits: 3e-2 and 1.5e-3 below 0.1; 0.15, 0.4, 1 and 2.5 from there on."""
+    mantissa, exponent = f"{lr:.2e}".split("e")
+    if -1 <= int(exponent) <= 5:
+        return f"{float(f'{lr:.3g}'):g}"
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def run_name(arm: str, lr: float, seed: int) -> str:
+    """`qk_norm_cap lr=3e-2 s1`."""
+    return f"{arm} lr={rate_text(lr)} s{seed}"
+
+
+def duration_text(seconds: float) -> str:
+    """`0.2 s`, `85 s`, `4 min`, `2 h 5 min`, `3 days 4 h`."""
+    if seconds < 119.5:
+        return f"{seconds:.1g} s" if seconds < 0.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} days {hours} h" if hours else f"{days} days"
+
+
+def aligned(rows: Iterable[list[str]]) -> Iterator[str]:
+    """Rows of cells, all of one number, as lines of columns."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield (" " * GAP).join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+
+
+def warn(text: str) -> None:
+    """A line on standard error."""
+    print(f"stabrun: {text}", file=sys.stderr, flush=True)

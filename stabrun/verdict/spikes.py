@@ -1,0 +1,55 @@
+"""Spikes of a loss: counted, dated and sized; they never decide what became of a run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.ndimage import median_filter
+
+from stabrun.verdict.chart import LEAST_WINDOW, Floats, noise, trailing_means
+
+SIGMAS = 7.0  # above the mean of the rows before; the number of OLMo 2's score (arXiv 2501.00656)
+APART = 5  # rows between two spikes; nearer ones are one
+LISTED = 100  # the largest are listed
+SCORE_ROWS, RATE_ROWS, RATE_RISE = 1000, 201, 0.1
+
+
+def spikes(losses: Floats, steps: Sequence[int]) -> dict[str, Any] | None:
+    """The spikes of finite losses `[n]`; None where there are too few to tell.
+
+    `count`; `list`, the largest by date, each [step, height above the mean of the rows before]; `score`, the percentage
+    of rows at least 7 standard deviations above the mean of the last 1000 (OLMo 2, arXiv 2501.00656), and `rate`, the
+    rows above the rolling median of 201 plus 0.1 in 10,000 (arXiv 2608.30320), each None where the record is too short.
+    """
+    if len(losses) <= 2 * LEAST_WINDOW:
+        return None
+    before = trailing_means(losses, LEAST_WINDOW)[:-1]
+    height = losses[LEAST_WINDOW:] - before
+    high = np.flatnonzero(height > SIGMAS * noise(losses, 2 * LEAST_WINDOW)[LEAST_WINDOW - 1 : -1])
+    groups = np.split(high, np.flatnonzero(np.diff(high) > APART) + 1) if len(high) else []
+    found = [(int(group[0]) + LEAST_WINDOW, float(height[group].max())) for group in groups]
+    largest = sorted(sorted(found, key=lambda spike: -spike[1])[:LISTED])
+    return {
+        "count": len(found),
+        "list": [[int(steps[row]), round(size, 6)] for row, size in largest],
+        "score": spike_score(losses),
+        "rate": spike_rate(losses),
+    }
+
+
+def spike_score(losses: Floats) -> float | None:
+    """Percentage of rows at least 7 standard deviations above the mean of the 1000 before."""
+    if len(losses) < 2 * SCORE_ROWS:
+        return None
+    centred = losses - np.median(losses)
+    mean = trailing_means(centred, SCORE_ROWS)[:-1]
+    variance = trailing_means(centred**2, SCORE_ROWS)[:-1] - mean**2
+    return 100 * float(np.mean(centred[SCORE_ROWS:] >= mean + SIGMAS * np.sqrt(np.maximum(variance, 0.0))))
+
+
+def spike_rate(losses: Floats) -> float | None:
+    """Rows above the median of the last 201, their own included, plus 0.1, in 10,000 rows; from the 201st row on."""
+    if len(losses) < RATE_ROWS:
+        return None
+    median = median_filter(losses, RATE_ROWS, mode="nearest", origin=RATE_ROWS // 2)
+    return 1e4 * float(np.mean((losses > median + RATE_RISE)[RATE_ROWS - 1 :]))

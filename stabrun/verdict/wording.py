@@ -1,0 +1,84 @@
+"""A verdict in words."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from stabrun.verdict.chart import LEAST_WINDOW
+from stabrun.verdict.judge import Verdict
+
+
+def verdict_line(facts: dict[str, Any]) -> str:
+    """`diverged (runaway) at step 83, first in layer_00/qkv; loss 5.93 → best 2.71 → 3.02`."""
+    text = f"{facts['verdict']} ({facts['reason']})"
+    if facts["first_bad_step"] is not None:
+        text += f" at step {facts['first_bad_step']}"
+    if facts["first_bad_site"]:
+        text += f", first in {facts['first_bad_site']}"
+    if facts.get("overfit"):
+        text += f", overfits from step {facts['overfit']['step']}"
+    losses = [(name, facts[f"{name}_loss"]) for name in ("init", "best", "final")]
+    told = [f"{name} {short(float(value))}" for name, value in losses if value is not None]
+    return f"{text}; loss {' → '.join(told)}" if told else text
+
+
+def short(loss: float) -> str:
+    return f"{loss:.3f}" if loss == 0 or 0.05 <= abs(loss) < 1e5 or not math.isfinite(loss) else f"{loss:.4g}"
+
+
+def details(facts: dict[str, Any]) -> Iterator[str]:
+    """What stands below the verdict: how far it was seen, scar, spikes, signals, the other run, notes."""
+    yield f"seen up to step {facts['horizon']}, by rule {facts['rule']}"
+    if len(set(facts["by_strictness"].values())) > 1:
+        yield "by strictness: " + ", ".join(f"{name} {verdict}" for name, verdict in facts["by_strictness"].items())
+    if facts["certain_step"] is not None:
+        yield f"certain from step {facts['certain_step']}"
+    if facts["scar"]:
+        yield f"scar: the last level lies {short(facts['scar'])} above the lowest"
+    if over := facts.get("overfit"):
+        rise = f"the validation loss lies {short(over['rise'])} above its lowest, of step {over['best_step']}"
+        yield f"overfits: {rise}, while the training loss fell; their gap is {short(facts['val_gap'])}"
+    if spikes := facts["spikes"] and facts["spikes"]["list"]:
+        step, height = max(spikes, key=lambda spike: spike[1])
+        yield f"spikes: {facts['spikes']['count']}, the largest {short(height)} at step {step}"
+    if facts["first_bad_step"] is not None:
+        for name, signal in sorted(facts["signals"].items(), key=lambda item: item[1]["step"]):
+            where = f" in {signal['site']}" if signal["site"] else ""
+            lead = signal["lead"]
+            when = f"{lead} steps before" if lead > 0 else f"{-lead} steps after" if lead < 0 else "together with"
+            yield f"{name} broke away at step {signal['step']}{where}, {when} the loss"
+    if other := facts.get("against"):
+        yield from compared(other)
+    yield from facts["notes"]
+
+
+def compared(other: dict[str, Any]) -> Iterator[str]:
+    yield f"against: {other['steps']} step{'s' * (other['steps'] != 1)} in common; the other run is {other['verdict']}"
+    if other["loss_step"] is None and other["steps"] < LEAST_WINDOW:
+        yield "these are too few to tell whether the losses part"
+    elif other["loss_step"] is None:
+        yield "the losses do not part"
+    elif other["difference"] is None:
+        yield f"the losses part at step {other['loss_step']}, where one is not finite"
+    else:
+        side = "above" if other["difference"] > 0 else "below"
+        far = f"{short(abs(other['difference']))} {side}"
+        yield f"the losses part at step {other['loss_step']}; at the end this one is {far}"
+    if other["site"]:
+        factor, step = other["site_factor"], other["site_step"]
+        yield f"the first output norms to part are those of {other['site']} at step {step}, ×{factor:.2f} at the end"
+
+
+def alarmed(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    """The alarms that a verdict holds: what each is about, and a line that says it."""
+    for step, height in (verdict.spikes or {"list": []})["list"]:
+        yield f"spike {step}", f"step {step}: a spike of {short(height)}"
+    for name, signal in verdict.signals.items():
+        yield name, f"step {signal['step']}: {name} broke away" + (f" in {signal['site']}" if signal["site"] else "")
+    if verdict.reason == "rising":
+        yield "rising", f"step {verdict.horizon}: the loss is rising"
+    elif verdict.first_bad_step is not None:
+        first = f", first in {verdict.first_bad_site}" if verdict.first_bad_site else ""
+        yield verdict.verdict, f"step {verdict.first_bad_step}: {verdict.verdict} ({verdict.reason}){first}"
+    if verdict.certain_step is not None:
+        yield "certain", f"step {verdict.certain_step}: the divergence is certain"

@@ -1,0 +1,81 @@
+"""What many tests use: small configurations, and `stabrun` in this process or in one of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from stabrun.cli.main import main
+from stabrun.compose import Words, composed
+from stabrun.config import conf_dir
+from stabrun.data.shards import prepare
+from stabrun.train.run import Run, train
+from stabrun.train.trainer import Trainer
+
+TINY = (
+    "model.n_layer=2",
+    "model.d_model=16",
+    "data.seq_len=16",
+    "train.batch_size=4",
+    "train.threads=1",
+    "train.steps=30",
+    "schedule.warmup_steps=5",
+    "train.val_sequences=4",
+    "tracker=none",
+)
+VARIANTS = sorted(file.stem for file in (conf_dir() / "variant").glob("*.yaml"))
+PRESETS = sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml"))
+
+
+def configured(*overrides):
+    """The configuration of these overrides alone."""
+    return composed(conf_dir(), Words.parse(list(overrides)))
+
+
+def tiny(*overrides):
+    """A model of 2 layers × 16 for 30 steps, and these overrides."""
+    return configured(*TINY, *overrides)
+
+
+def a_trainer(config):
+    """A trainer on this configuration's own data."""
+    return Trainer(config, prepare(config.data, config.model))
+
+
+def stabrun(*words, cwd, env=(), **options):
+    """`stabrun WORDS` as a user runs it: a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "stabrun", *map(str, words)],
+        cwd=cwd,
+        env=os.environ | dict(env),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def run(capsys, *words):
+    """Exit status, stdout and stderr of `stabrun WORDS` in this process."""
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    for which, handler in before.items():
+        signal.signal(which, handler)
+    return ended.value.code, *capsys.readouterr()
+
+
+def train_interrupted(config, monkeypatch, at):
+    """Train, with Ctrl-C in step `at`. Returns the summary."""
+    launch = Run.launch
+
+    def interrupted(self, step):
+        if step == at:
+            signal.raise_signal(signal.SIGINT)
+        return launch(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "launch", interrupted)
+        return train(config)
