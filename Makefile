@@ -1,4 +1,4 @@
-# Each target makes the virtual environment that it needs; nothing is installed outside of .venv.
+# Each target creates the virtual environment that it needs. Nothing is installed outside .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "stabrun needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 2; }
+		{ echo "stabrun needs Python 3.11 or newer; choose one with: make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $(STAMP)
@@ -25,7 +25,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# Slurm and Ray, disturbed in mid-study; Slurm is Debian's slurmctld slurmd munge slurm-client.
+# The slow tests, among them: studies on Slurm and Ray whose jobs, daemons and nodes are killed.
+# Slurm needs Debian's packages slurmctld, slurmd, munge and slurm-client.
 disasters:
 	$(MAKE) install EXTRAS=dev,slurm,ray
 	$(BIN)/pytest -n 1 -m slow -v
