@@ -4,7 +4,6 @@ import json
 import lzma
 import multiprocessing
 import os
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -321,21 +320,6 @@ def test_what_the_hub_says_becomes_a_sentence(tmp_path, monkeypatch, error, said
         list(hub.documents(DataConfig(name="hub", path="org/name"), "c0ffee"))
 
 
-@pytest.mark.parametrize(
-    ("library", "extra", "data"),
-    [
-        ("pyarrow", "parquet", {"name": "local", "path": "a.parquet"}),
-        ("datasets", "hub", {"name": "hub", "path": "org/name"}),
-    ],
-)
-def test_an_extra_that_is_not_installed_is_named(tmp_path, monkeypatch, library, extra, data):
-    monkeypatch.chdir(tmp_path)
-    as_table(tmp_path)
-    monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(UserError, match=rf"pip install 'stabrun\[{extra}\]'"):
-        prepare(DataConfig(cache_dir="cache", **data), ModelConfig())
-
-
 def gpt2_like(file, texts, added=(), **keys):
     """A tokenizer.json with the split of GPT-2's, trained here on `texts`."""
     vocabulary = tokenizer.trained(texts, 400, None)
@@ -434,6 +418,18 @@ def test_a_file_of_an_old_version_splits_as_gpt2_too(tmp_path):
     definition = json.loads((tmp_path / "t.json").read_text())
     del definition["model"]["type"]
     assert tokenizer.Vocabulary(json.dumps(definition)).words is not None
+
+
+@pytest.mark.parametrize("text", ["In the beginning", "é — 漢字 \U0001f600\n", "a<|end|>b", ""])
+@pytest.mark.parametrize("words", [tokenizer.Bytes(), WORDS], ids=["bytes", "bpe"])
+def test_decode_inverts_encode(words, text):
+    ids = words.encode(text).tolist()
+    assert words.decode(ids) == text
+    assert words.decode([*ids, words.size, words.size + 5]) == text, "ids outside the vocabulary are left out"
+
+
+def test_bytes_that_are_not_utf_8_decode_to_the_replacement_character():
+    assert tokenizer.Bytes().decode([65, 0xC3, 66]) == "A\ufffdB"
 
 
 def test_a_bpe_learns_from_a_bounded_text(monkeypatch):

@@ -14,6 +14,8 @@ from helpers import TINY, configured, stabrun, tiny, train_interrupted
 from safetensors.torch import load_file, save_file
 
 from stabrun.config import UserError
+from stabrun.data import tokenizer
+from stabrun.data.shards import prepare
 from stabrun.model.gpt import GPT
 from stabrun.record.jsonl import read_events, read_rows
 from stabrun.record.run_dir import seconds_spent
@@ -45,6 +47,7 @@ def test_a_run_leaves_all_its_files(tmp_path):
     summary = train(tiny(f"run_dir={tmp_path / 'run'}"))
     names = {path.name for path in (tmp_path / "run").iterdir()}
     files = {"config.yaml", "environment.json", "metrics.jsonl", "events.jsonl", "summary.json", "checkpoints"}
+    files |= {"tokenizer.json"}
     assert names - {".lock"} == files
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
     assert summary["status"] == "complete"
@@ -53,6 +56,18 @@ def test_a_run_leaves_all_its_files(tmp_path):
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["threads"] == 1
     assert environment["device"].startswith(("cpu", "NVIDIA"))
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path, monkeypatch):
+    """Its file is that of the prepared data, and decodes what the model was trained on."""
+    words = "data.tokenizer=bpe", "model.vocab_size=300", f"data.cache_dir={tmp_path / 'cache'}"
+    config = tiny(*words, "train.steps=2", f"run_dir={tmp_path / 'run'}")
+    train(config)
+    prepared = prepare(config.data, config.model)
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == (prepared.folder / "tokenizer.json").read_bytes()
+    shutil.rmtree(tmp_path / "cache")
+    kept = tokenizer.load(tmp_path / "run" / "tokenizer.json")
+    assert kept.decode(prepared.train.read(0, 40)).startswith("In the beginning God created")
 
 
 def test_same_configuration_same_bytes(tmp_path, whole):

@@ -89,11 +89,9 @@ def _field(line: bytes, text_key: str, where: str) -> str:
 
 
 def _table(file: Path, text_key: str) -> Iterator[Document]:
-    try:
-        import pyarrow
-        from pyarrow import parquet, types
-    except ImportError as error:
-        raise UserError(f"data.path={file}: it needs an extra: pip install 'stabrun[parquet]'.") from error
+    import pyarrow
+    from pyarrow import parquet, types
+
     try:
         with parquet.ParquetFile(file) as table:
             schema = table.schema_arrow

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stabrun.config import DataConfig, UserError
 from stabrun.data.formats import Document, cut, those_there
@@ -28,7 +28,6 @@ REASONS = {
 
 def commit(config: DataConfig) -> str:
     """The commit that the hub's dataset stands at. UserError where the hub cannot tell."""
-    _datasets(config)
     with _plainly(f"data.path={config.path}:"):
         from huggingface_hub import HfApi
 
@@ -37,21 +36,15 @@ def commit(config: DataConfig) -> str:
 
 def documents(config: DataConfig, revision: str | None) -> Iterator[Document]:
     """The documents of `config.split` at `revision`, streamed; code that comes with a dataset is never run."""
-    datasets, path = _datasets(config), str(config.path)
+    import datasets
+
+    path = str(config.path)
     with _plainly(f"data.path={path}:"):
         if config.split not in (there := datasets.get_dataset_split_names(path, config.config, revision=revision)):
             raise UserError(f"data.split={config.split}: {path} has no such split; {those_there(there)}.")
         rows = datasets.load_dataset(path, config.config, split=config.split, revision=revision, streaming=True)
         for row in rows:
             yield cut(_text(row, config))
-
-
-def _datasets(config: DataConfig) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"data={config.name}: it needs an extra: pip install 'stabrun[hub]'.") from error
-    return datasets
 
 
 def _text(row: dict, config: DataConfig) -> str:

@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray: ...
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special tokens included. Ids outside the vocabulary are left out."""
+        ...
+
 
 class Bytes:
     """UTF-8 bytes as tokens."""
@@ -34,6 +38,10 @@ class Bytes:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Bytes that are not UTF-8 become U+FFFD."""
+        return bytes(i for i in ids if i < self.size).decode(errors="replace")
 
 
 class Vocabulary:
@@ -59,6 +67,9 @@ class Vocabulary:
         ids = (map(look_up, WORD.findall(part)) if common else [self._ids(part)] for common, part in _stretches(text))
         chain = itertools.chain.from_iterable
         return np.fromiter(chain(chain(ids)), dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.inner.decode(list(ids), skip_special_tokens=False)
 
     def _ids(self, text: str) -> list[int]:
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.config import Config, check, run_dir, run_id
+from stabrun.data import tokenizer
 from stabrun.data.degenerate import Finding
 from stabrun.data.shards import prepare
 from stabrun.observe.initial import findings
@@ -64,6 +65,12 @@ def train(
         return finished(directory) or Run(trainer, record, watch).start(stop)
 
 
+def keep_tokenizer(directory: Path, prepared: Path) -> None:
+    """Copy the tokenizer of the prepared data into the run directory, so that the record is complete by itself."""
+    if not (directory / tokenizer.FILE).exists():
+        write_atomic(directory / tokenizer.FILE, (prepared / tokenizer.FILE).read_bytes().decode())
+
+
 class Run:
     """One start of a run: the loop, and all that look on."""
 
@@ -71,6 +78,7 @@ class Run:
         self.trainer, self.config, self.record = trainer, trainer.config, record
         self.environment = environment(trainer.device, trainer.data.manifest["hash"], trainer.compiled)
         note_environment(record.directory, self.environment)
+        keep_tokenizer(record.directory, self.trainer.data.folder)
         self.done, path = checkpoint.latest(record.directory / "checkpoints") or (0, None)
         earlier, later = record.cut(self.done)
         if later:
