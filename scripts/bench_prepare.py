@@ -1,10 +1,10 @@
-"""How fast `stabrun data prepare` tokenizes, and whether kills on the way change a byte of what it makes.
+"""Speed of `stabrun data prepare`, and whether kills change any byte of its output.
 
     python scripts/bench_prepare.py --mb 200 --workers 2 --kills 2
 
-The corpus is the shipped text with its verses in shuffled order, over and over, as JSON lines of a few KB; `--text`
-adds other text files. Kills are by SIGKILL, at even shares of the parts; the folder made so is compared, file by file,
-with those that the same workers, and one alone, make undisturbed.
+The corpus is the embedded text with its verses shuffled, repeated, as JSON lines of a few KB. `--text` adds other text
+files. Kills use SIGKILL at evenly spaced parts. The resulting directory is compared, file by file, with those of
+uninterrupted runs with the same number of workers and with one worker.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 from stabrun.data.corpus import EMBEDDED
 from stabrun.data.parts import CHUNK
 
-VERSES = 20  # in a document
+VERSES = 20  # per document
 SEPARATOR = "<|endoftext|>"
 
 
@@ -49,15 +49,15 @@ def main() -> None:
                 folder / "killed",
                 int(parts * (number + 1) / (asked.kills + 1)),
             )
-        timed(f"{asked.workers} workers, going on", command(corpus, folder / "killed", asked))
-        timed(f"{asked.workers} workers, undisturbed", command(corpus, folder / "many", asked))
+        timed(f"{asked.workers} workers, resumed", command(corpus, folder / "killed", asked))
+        timed(f"{asked.workers} workers, uninterrupted", command(corpus, folder / "many", asked))
         asked.workers = 1
-        timed("1 worker, undisturbed", command(corpus, folder / "one", asked))
+        timed("1 worker, uninterrupted", command(corpus, folder / "one", asked))
         sys.exit(max(compared(folder / "one", folder / name) for name in ("killed", "many")))
 
 
 def build(file: Path, mb: float, texts: list[Path], seed: int) -> None:
-    """Write about `mb` MB of shuffled lines of the shipped text, and of `texts`, as JSON lines."""
+    """Write about `mb` MB of shuffled lines of the embedded text and of `texts`, as JSON lines."""
     lines = lzma.open(EMBEDDED, "rt", encoding="utf-8").read().splitlines()
     for extra in texts:
         lines += extra.read_text(encoding="utf-8").splitlines()
@@ -80,12 +80,12 @@ def command(corpus: Path, cache: Path, asked: argparse.Namespace) -> list[str]:
 
 
 def kill(words: list[str], cache: Path, parts: int) -> None:
-    """Run until so many parts are finished, then SIGKILL."""
+    """Run until this many parts are finished, then send SIGKILL."""
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     while process.poll() is None and finished(cache) < max(parts, 1):
         time.sleep(0.05)
     if process.poll() is not None:
-        sys.exit("it ended before it could be killed: take a larger --mb or fewer --kills")
+        sys.exit("finished before it could be killed: use a larger --mb or fewer --kills")
     process.send_signal(signal.SIGKILL)
     process.wait()
     print(f"killed with {finished(cache)} parts finished", flush=True)
@@ -100,24 +100,24 @@ def timed(name: str, words: list[str]) -> None:
     out = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
     said = re.findall(r"^(?:going|tokenized) .*$", out, re.MULTILINE)
     took = (
-        f"{time.monotonic() - began:.1f} s and {cpu_seconds() - spent:.1f} s of CPU in all, on {os.cpu_count()} cores"
+        f"{time.monotonic() - began:.1f} s and {cpu_seconds() - spent:.1f} s of CPU in total, on {os.cpu_count()} cores"
     )
     print(f"{name}: {'; '.join(said)} ({took})", flush=True)
 
 
 def cpu_seconds() -> float:
-    """Of all processes that have ended below this one."""
+    """CPU seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def compared(first: Path, second: Path) -> int:
-    """Print whether both caches hold one prepared folder with the same files; 1 where they do not."""
+    """Print whether both caches contain the same files. Returns 1 if not."""
     (one,), (two,) = ([d for d in cache.iterdir() if d.is_dir()] for cache in (first, second))
     names = sorted({file.name for folder in (one, two) for file in folder.iterdir()})
     _, differing, missing = filecmp.cmpfiles(one, two, names, shallow=False)
     same = one.name == two.name and not differing and not missing
-    print(f"{len(names)} files, {'the same, byte for byte' if same else f'NOT the same: {differing + missing}'}")
+    print(f"{len(names)} files, {'byte-identical' if same else f'different: {differing + missing}'}")
     return 0 if same else 1
 
 

@@ -1,8 +1,8 @@
-"""How long a report takes, how much memory, and how large its page is, on a study from made-up records.
+"""Time, memory and page size of a report, for a synthetic study.
 
-    python scripts/bench_report.py [RUNS] [STEPS]        500 runs × 2,000 steps unless told otherwise
+    python scripts/bench_report.py [RUNS] [STEPS]        default: 500 runs × 2,000 steps
 
-The records have every key that nano's do, at the default cadence; the numbers in them are made up.
+The records have the keys and cadence of a nano run, with random values.
 """
 
 import json
@@ -36,7 +36,7 @@ NANO_LAYERS = 4
 
 
 def a_study(directory: Path, runs: int, steps: int) -> None:
-    """Runs of five variants and ten seeds at as many learning rates as are needed; the upper rates diverge."""
+    """Runs of five variants with ten seeds, at as many learning rates as needed. High rates diverge."""
     rates = [1e-2 * 100 ** (place / 9) for place in range(max(2, runs // (len(VARIANTS) * SEEDS)))]
     words = [
         f"study.variants=[{','.join(VARIANTS)}]",
@@ -54,7 +54,7 @@ def a_study(directory: Path, runs: int, steps: int) -> None:
 
 
 def record(steps: int, lost: bool) -> tuple[str, dict[str, Any]]:
-    """The text of a `metrics.jsonl` and its verdict; all runs of one fate share them."""
+    """The text of a `metrics.jsonl` and its verdict, shared by all runs with the same outcome."""
     draw, judge, lines = random.Random(lost), Judge(), []
     for step in range(steps):
         rise = max(0.0, step / steps - 0.4) if lost else 0.0

@@ -1,7 +1,7 @@
-"""What a training step costs: stabrun with and without observation against a plain loop, in interleaved pairs.
+"""Time of a training step: stabrun with and without observation, compared with a plain loop.
 
-Each contender is a process of its own with one thread; in every round each in turn takes ten steps (one slow cadence
-of the observation), and the ratios are taken round by round. Figures are medians, with their quartiles.
+Each contender is a separate process with one thread. In every round, each takes ten steps in turn (one period of the
+expensive statistics). Ratios are computed per round. Reported values are medians with quartiles.
 
     python scripts/bench_step.py [--model nano micro] [--rounds 15]
 """
@@ -21,7 +21,7 @@ CONTENDERS = ("plain", "off", "on")
 
 
 def plain_loop(model_name: str) -> Callable[[int], None]:
-    """The usual small GPT loop, in the manner of nanoGPT: SDPA, RoPE by rotate-half, fused AdamW, clipping."""
+    """A small GPT training loop in the style of nanoGPT: SDPA, RoPE by rotate-half, fused AdamW, clipping."""
     import numpy as np
     import torch
     from torch import nn
@@ -109,7 +109,7 @@ def plain_loop(model_name: str) -> Callable[[int], None]:
 
 
 def our_loop(model_name: str, observed: bool, folder: str) -> Callable[[int], None]:
-    """stabrun's own loop: update, record on disk, verdict."""
+    """The loop of stabrun: update, record on disk, verdict."""
     from stabrun.compose import Words, composed
     from stabrun.config import conf_dir
     from stabrun.data.shards import prepare
@@ -134,12 +134,12 @@ def our_loop(model_name: str, observed: bool, folder: str) -> Callable[[int], No
 
 
 def serve(kind: str, model_name: str) -> None:
-    """Take ten steps for each line on stdin, and print the seconds of one."""
+    """Take ten steps for each line on stdin, and print the seconds per step."""
     import torch
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        out, sys.stdout = sys.stdout, sys.stderr  # what a run prints is none of the parent's business
+        out, sys.stdout = sys.stdout, sys.stderr  # keep the output of the run out of the protocol
         step = plain_loop(model_name) if kind == "plain" else our_loop(model_name, kind == "on", folder)
         done = 0
         for _ in sys.stdin:
@@ -169,7 +169,7 @@ def compare(model_name: str, rounds: int) -> None:
 
     try:
         for kind in CONTENDERS:
-            take(kind)  # warm-up
+            take(kind)  # warmup
         times = [{kind: take(kind) for kind in CONTENDERS} for _ in range(rounds)]
     finally:
         for worker in workers.values():
@@ -178,7 +178,7 @@ def compare(model_name: str, rounds: int) -> None:
     print(f"{model_name}: {rounds} rounds of {STEPS} steps each")
     for kind in CONTENDERS:
         low, middle, high = quantiles([t[kind] * 1e3 for t in times], n=4)
-        print(f"  {kind:<12} {middle:9.2f} ms a step   ({low:.2f} to {high:.2f})")
+        print(f"  {kind:<12} {middle:9.2f} ms per step   ({low:.2f} to {high:.2f})")
     for one, other in (("on", "off"), ("on", "plain"), ("off", "plain")):
         low, middle, high = quantiles([t[one] / t[other] for t in times], n=4)
         print(f"  {one + '/' + other:<12} {middle:9.3f}             ({low:.3f} to {high:.3f})")

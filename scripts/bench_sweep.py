@@ -1,11 +1,12 @@
-"""What a sweep costs beside its training, and what a second worker brings: run it with nothing else at work.
+"""Overhead of a sweep, and speedup by a second worker. Run it on an idle machine.
 
     python scripts/bench_sweep.py throughput --pairs 3
     python scripts/bench_sweep.py overhead +experiment=quickstart
 
-`throughput`: the same study of nano runs by one worker and by two of one thread each, in turn; runs a second from the
-moment the first run begins to the end of the last. `overhead`: a study's workers, with a clock around each update, each
-reading of its statistics and each validation; all else is not training: imports, start, W&B, record, verdict, ledger.
+`throughput`: the same study of nano runs with one worker and with two (one thread each), alternating; runs per second
+from the start of the first run to the end of the last. `overhead`: workers of a study with timers around each update,
+each reading of statistics and each validation. Everything else counts as overhead: imports, start, W&B, record,
+verdict, ledger.
 """
 
 import argparse
@@ -35,7 +36,7 @@ STUDY = (
 
 
 def swept(folder: Path, workers: int) -> float:
-    """Runs a second of a study by so many workers, their start aside."""
+    """Runs per second of a study with this many workers, without their start."""
     words = (*STUDY, f"study.workers={workers}", f"study_dir={folder}")
     command = [sys.executable, "-m", "stabrun", "sweep", *words]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
@@ -50,7 +51,9 @@ def throughput(pairs: int) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             one, two = (swept(Path(scratch) / str(workers), workers) for workers in (1, 2))
         ratios.append(two / one)
-        print(f"pair {number + 1}: {60 * one:.2f} and {60 * two:.2f} runs a minute, ratio {two / one:.3f}", flush=True)
+        print(
+            f"pair {number + 1}: {60 * one:.2f} and {60 * two:.2f} runs per minute, ratio {two / one:.3f}", flush=True
+        )
     print(f"two workers / one: median {statistics.median(ratios):.3f} of {pairs} pairs, lowest {min(ratios):.3f}")
 
 
@@ -76,7 +79,7 @@ def overhead(words: list[str]) -> None:
 
 
 def worker(directory: Path, began: float) -> None:
-    """A worker of the study with clocks in it; prints what it spent since it was started, in seconds, as JSON."""
+    """A worker of the study with timers. Prints the seconds spent since its start as JSON."""
     from stabrun.observe.probe import PendingRow
     from stabrun.record.jsonl import Record
     from stabrun.study.worker import work
@@ -112,7 +115,7 @@ def timed(method: Callable[..., Any], spent: dict[str, float], name: str) -> Cal
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("throughput", "overhead", "worker"))
-    parser.add_argument("words", nargs="*", help="overrides of the study; of a worker, its folder")
+    parser.add_argument("words", nargs="*", help="overrides of the study; for a worker, its directory")
     parser.add_argument("--pairs", type=int, default=3)
     asked = parser.parse_args()
     if asked.what == "throughput":

@@ -1,8 +1,8 @@
-"""Train the corpus of own runs that the verdict is measured on, and pack their curves into one file.
+"""Train the runs that the verdict is evaluated on, and pack their curves into one file.
 
-The plan spans all variants, learning rates from far below to far above the edge, constant and cosine schedules, short
-and long runs, two sizes and several seeds. Runs are stabrun's own, in a scratch folder: what is finished is not
-trained again, so that the script can be stopped and started. Packing takes the runs that are finished.
+The plan covers all variants, learning rates from far below to far above the edge, constant and cosine schedules, short
+and long runs, two sizes and several seeds. Runs go to a scratch directory. Finished runs are not trained again, so the
+script can be stopped and restarted. Only finished runs are packed.
 
     python scripts/make_curves.py --runs /tmp/curves --workers 2 --pack tests/data/curves.npz.xz
 """
@@ -21,7 +21,7 @@ from stabrun.compose import Words, composed
 from stabrun.config import conf_dir, run_id
 from stabrun.record.jsonl import number, read_rows
 
-VARIANTS = (  # those that there were when the corpus was trained
+VARIANTS = (  # the variants that existed when the corpus was trained
     "baseline", "fc_norm", "layer_scale", "qk_fc_norm", "qk_norm", "qk_norm_cap", "qkv_norm", "sigma_reparam",
     "soft_cap", "soft_clip", "soft_temp",
 )  # fmt: skip
@@ -31,7 +31,7 @@ FIXED = ["tracker=none", "train.threads=1", "train.val_every=0", "train.checkpoi
 
 
 def plan() -> Iterator[list[str]]:
-    """The overrides of each run, the most telling ones first."""
+    """The overrides of each run, most informative first."""
 
     def nano(variant: str, rate: float, schedule: str, seed: int, steps: int = 300) -> list[str]:
         warmup = 30 if steps < 200 else 50
@@ -65,7 +65,7 @@ def train_one(job: tuple[list[str], str]) -> str:
 
 
 def pack(runs: Path, target: Path) -> int:
-    """Write the finished runs' curves: for each its loss, gradient norm and learning rate a step, and its facts."""
+    """Write the curves of finished runs: loss, gradient norm and learning rate per step, and metadata."""
     arrays: dict[str, np.ndarray] = {}
     facts: list[dict[str, object]] = []
     for words in plan():
@@ -95,7 +95,7 @@ def pack(runs: Path, target: Path) -> int:
 
 
 def main(doc: str, jobs: list[Any], train_one: Callable[[Any], str], pack: Callable[[Path, Path], int]) -> None:
-    """Train `jobs`, each given to `train_one` with the folder of runs, by several processes; then pack them."""
+    """Call `train_one` for each of `jobs` in several processes, then pack the runs."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)

@@ -1,7 +1,7 @@
-"""Train runs with a fault planted in one layer, and healthy twins, and pack their records for the tests.
+"""Train runs with a fault injected into one layer, and healthy runs, and pack their records for the tests.
 
-Faults: the weights of one layer scaled at a step, its learning rate times 100 from a step on, its norms removed at a
-step. A fault is planted from outside, into the trainer of an otherwise ordinary run.
+Faults: the weights of one layer scaled at one step, its learning rate multiplied by 100 from one step on, its norms
+removed at one step. Faults are injected into the trainer from outside.
 
     python scripts/make_faults.py --runs /tmp/faults --workers 2 --pack tests/data/faults.jsonl.xz
 """
@@ -33,13 +33,13 @@ FAULTY = ("baseline", "qk_norm", "qkv_norm", "soft_cap")
 
 
 def plan() -> Iterator[tuple[str, list[str], str, int]]:
-    """(name, overrides, fault, layer): 20 faults of three kinds, one that can do no harm, and 20 healthy runs."""
+    """(name, overrides, fault, layer): 20 faults of three kinds, one harmless fault, and 20 healthy runs."""
     for number in range(20):
         kind, variant, turn = KINDS[number % 3], FAULTY[number % 4], number // 3
         layer = 1 + turn % 3 if kind == "normless" else turn % 4
         words = [f"+variant={variant}", "optim.lr=0.02", f"seed={number}"]
         yield f"{kind}-{number:02d}-layer-{layer}", words, kind, layer
-    words = ["+variant=qk_fc_norm", "optim.lr=0.02", "seed=30"]  # norms after Proj and FC2 take a scale away again
+    words = ["+variant=qk_fc_norm", "optim.lr=0.02", "seed=30"]  # norms after Proj and FC2 undo a scale
     yield "harmless-scaled-layer-2", words, "scaled", 2
     for seed in range(4):
         for variant in (*FAULTY, "qk_fc_norm"):
@@ -47,7 +47,7 @@ def plan() -> Iterator[tuple[str, list[str], str, int]]:
 
 
 class Removed(nn.Module):
-    """A norm that does nothing, whose parameters still have gradients: zeros."""
+    """A norm that does nothing. Its parameters have zero gradients."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Removed(nn.Module):
 
 
 def planted(step: Callable[..., object], trainer: Trainer, kind: str, layer: int) -> Callable[[int], object]:
-    """The trainer's `step` with the fault in its `layer` from step `AT` on."""
+    """The trainer's `step` with the fault in `layer` from step `AT` on."""
     block: Any = trainer.model.blocks[layer]
 
     def faulty(number: int) -> object:
@@ -101,7 +101,7 @@ def train_one(job: tuple[tuple[str, list[str], str, int], str]) -> str:
 
 
 def pack(runs: Path, target: Path) -> int:
-    """One line a run: its name, the layer at fault (−1 for none), and what the verdict reads of its rows."""
+    """One line per run: name, faulty layer (−1 for none), and the fields that the verdict reads."""
 
     def short(value: Any) -> Any:
         if isinstance(value, list):

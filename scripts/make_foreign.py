@@ -1,9 +1,10 @@
 # mypy: ignore-errors
-r"""Write the foreign records of `tests/data/foreign` by the tools that users have: run by hand, in a venv of its own.
+r"""Write the foreign records of `tests/data/foreign` with common tools. Run by hand, in a separate venv.
 
     pip install transformers==5.23.0 accelerate wandb==0.31.0 && python scripts/make_foreign.py tests/data/foreign
 
-`spreadsheet_de.csv` is Gnumeric's, from a `plain.csv` with the columns Step and Loss, with Excel's byte-order mark:
+`spreadsheet_de.csv` was written by Gnumeric from a `plain.csv` with columns Step and Loss, plus a byte-order mark like
+Excel's:
 
     ssconvert plain.csv sheet.gnumeric
     ssconvert -O "separator=; format=automatic locale=de_DE.UTF-8" sheet.gnumeric sheet.txt

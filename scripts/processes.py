@@ -1,4 +1,4 @@
-"""Daemons of a throw-away cluster on this machine: started together, and ended to the last process. Linux alone."""
+"""Daemons of a temporary cluster on this machine, all of which are ended afterwards. Linux only."""
 
 import ctypes
 import os
@@ -16,8 +16,8 @@ GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 
 
 @contextmanager
-def household() -> Iterator[None]:
-    """End every process that was started in the block, its orphans too: they become children of this process."""
+def reaping_children() -> Iterator[None]:
+    """End every process started in the block, including orphans, which become children of this process."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -31,7 +31,7 @@ def household() -> Iterator[None]:
 
 
 def children() -> list[int]:
-    """The children of this process that live; those that have ended are reaped."""
+    """The live children of this process. Ended ones are reaped."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -41,7 +41,7 @@ def children() -> list[int]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens at."""
+    """Unused ports of this machine."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
@@ -53,12 +53,12 @@ def free_ports(count: int) -> list[int]:
 
 
 def command_in(environment: dict[str, str], command: list[str]) -> int:
-    """Run a command in the cluster; its exit status."""
+    """Run a command in the cluster. Returns its exit status."""
     return subprocess.run(command, env=os.environ | environment).returncode
 
 
 def words(usage: str | None) -> tuple[int, list[str]]:
-    """`[NODES] COMMAND…` as it was typed."""
+    """Parse `[NODES] COMMAND…`."""
     typed = sys.argv[1:]
     nodes = int(typed.pop(0)) if typed and typed[0].isdigit() else 2
     if not typed or typed[0].startswith("-"):

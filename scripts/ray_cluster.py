@@ -1,8 +1,8 @@
-"""A real Ray cluster on this machine for as long as a command takes; it leaves nothing behind.
+"""Run a command in a temporary Ray cluster on this machine.
 
     python scripts/ray_cluster.py [NODES] COMMAND…
 
-such as `python scripts/ray_cluster.py 2 stabrun sweep hydra/launcher=ray …`, or `… 2 bash` to look around.
+Example: `python scripts/ray_cluster.py 2 stabrun sweep hydra/launcher=ray …`. `… 2 bash` opens a shell.
 """
 
 import importlib.util
@@ -17,23 +17,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from processes import command_in, free_ports, household, words
+from processes import command_in, free_ports, reaping_children, words
 
 SECONDS = 90  # for all nodes to join
-STORE = 80_000_000  # bytes of shared memory a node: Ray takes no less than 75 MiB
+STORE = 80_000_000  # bytes of shared memory per node; Ray requires at least 75 MiB
 COUNT = "import ray; ray.init(log_to_driver=False, logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
 
 
 @contextmanager
 def ray_cluster(nodes: int) -> Iterator[dict[str, str]]:
-    """`nodes` nodes of one CPU each; the environment that finds them is given."""
+    """Start `nodes` nodes of one CPU each. Yields the environment to connect to them."""
     if not importlib.util.find_spec("ray"):
-        sys.exit("ray: it is not installed; pip install 'stabrun[ray]' brings it.")
-    with TemporaryDirectory(prefix="ray-") as folder, household():
+        sys.exit("ray: not installed. Install it with: pip install 'stabrun[ray]'")
+    with TemporaryDirectory(prefix="ray-") as folder, reaping_children():
         port, client = free_ports(2)
         environment = {
             "RAY_ADDRESS": f"127.0.0.1:{port}",
-            "RAY_AUTH_MODE": "token",  # it listens to the network, and whoever reaches it may run anything
+            "RAY_AUTH_MODE": "token",  # it listens on the network, and anyone who connects can run code
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
         }
         ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", "--num-gpus=0"]
@@ -51,7 +51,7 @@ def ray_cluster(nodes: int) -> Iterator[dict[str, str]]:
 
 
 def await_port(port: int) -> None:
-    """Wait until the head listens, which the other nodes want to find."""
+    """Wait until the head node listens."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         with socket.socket() as probe:
@@ -69,7 +69,7 @@ def await_nodes(nodes: int, environment: dict[str, str], log: Path) -> None:
         if told.stdout.strip() == str(nodes):
             return
         time.sleep(0.2)
-    sys.exit(f"Ray did not come up, nodes: {told.stdout.strip() or 'none'}.\n{told.stderr}{log.read_text()}")
+    sys.exit(f"Ray did not start, nodes: {told.stdout.strip() or 'none'}.\n{told.stderr}{log.read_text()}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A real Slurm on this machine for as long as a command takes, from Debian's packages; it leaves nothing behind.
+"""Run a command in a temporary Slurm cluster on this machine. Needs Debian's packages.
 
     python scripts/slurm.py [NODES] COMMAND…
 
-such as `python scripts/slurm.py 2 stabrun sweep hydra/launcher=submitit_slurm …`, or `… 2 bash` to look around.
+Example: `python scripts/slurm.py 2 stabrun sweep hydra/launcher=submitit_slurm …`. `… 2 bash` opens a shell.
 """
 
 import getpass
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from processes import command_in, free_ports, household, words
+from processes import command_in, free_ports, reaping_children, words
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SECONDS = 60  # for all nodes to be idle
@@ -52,13 +52,11 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 @contextmanager
 def slurm(nodes: int) -> Iterator[dict[str, str]]:
-    """Controller and `nodes` nodes of two CPUs each, n1, n2, …; the environment that finds them is given."""
+    """Start a controller and `nodes` nodes (n1, n2, …) of two CPUs each. Yields the environment to connect to them."""
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     if lacking := [program for program in PROGRAMS if not shutil.which(program)]:
-        sys.exit(
-            f"{', '.join(lacking)}: not there; Debian has them: apt-get install slurmctld slurmd munge slurm-client"
-        )
-    with TemporaryDirectory(prefix="slurm-") as name, household():
+        sys.exit(f"{', '.join(lacking)}: not found. On Debian: apt-get install slurmctld slurmd munge slurm-client")
+    with TemporaryDirectory(prefix="slurm-") as name, reaping_children():
         folder, (control, *ports) = Path(name), free_ports(1 + nodes)
         host = socket.gethostname().partition(".")[0]
         lines = [
@@ -69,7 +67,7 @@ def slurm(nodes: int) -> Iterator[dict[str, str]]:
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o600)
         (folder / "state").mkdir()
-        folder.chmod(0o755)  # munge wants others to reach its socket
+        folder.chmod(0o755)  # munge requires that other users can reach its socket
         environment = {"SLURM_CONF": str(folder / "slurm.conf")}
         files = [f"--{kind}={folder}/munge.{kind.partition('-')[0]}" for kind in ("socket", "key-file", "pid-file")]
         munge = ["munged", "--foreground", "--force", *files, f"--seed-file={folder}/munge.seed"]
@@ -85,7 +83,7 @@ def slurm(nodes: int) -> Iterator[dict[str, str]]:
 
 
 def await_idle(nodes: int, environment: dict[str, str], folder: Path) -> None:
-    """Wait until every node takes jobs."""
+    """Wait until every node is idle."""
     deadline = time.monotonic() + SECONDS
     states: list[str] = []
     while time.monotonic() < deadline:
@@ -97,7 +95,7 @@ def await_idle(nodes: int, environment: dict[str, str], folder: Path) -> None:
             return
         time.sleep(0.2)
     logs = "".join(file.read_text() for file in sorted(folder.glob("*.log")))
-    sys.exit(f"Slurm did not come up, nodes: {states}.\n{logs}")
+    sys.exit(f"Slurm did not start, nodes: {states}.\n{logs}")
 
 
 if __name__ == "__main__":
