@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from stabrun.compose import Words
+from stabrun.composition import Words
 from stabrun.config import conf_dir
 from stabrun.record.jsonl import dumps
 from stabrun.study.plan import Cell, Plan, planned

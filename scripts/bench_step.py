@@ -27,7 +27,7 @@ def plain_loop(model_name: str) -> Callable[[int], None]:
     from torch import nn
     from torch.nn import functional as F
 
-    from stabrun.compose import Words, composed
+    from stabrun.composition import Words, composed
     from stabrun.config import conf_dir
     from stabrun.data.shards import prepare
 
@@ -110,12 +110,12 @@ def plain_loop(model_name: str) -> Callable[[int], None]:
 
 def our_loop(model_name: str, observed: bool, folder: str) -> Callable[[int], None]:
     """The loop of stabrun: update, record on disk, verdict."""
-    from stabrun.compose import Words, composed
+    from stabrun.composition import Words, composed
     from stabrun.config import conf_dir
     from stabrun.data.shards import prepare
     from stabrun.record.jsonl import Record
-    from stabrun.train.run import Run
-    from stabrun.train.trainer import Trainer
+    from stabrun.training.run import Run
+    from stabrun.training.trainer import Trainer
 
     words = [f"model={model_name}", "tracker=none", "train.steps=1000000", "train.val_every=0", f"run_dir={folder}"]
     config = composed(conf_dir(), Words.parse([*words, "train.threads=1", *([] if observed else ["observe.every=0"])]))

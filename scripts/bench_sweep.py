@@ -83,8 +83,8 @@ def worker(directory: Path, began: float) -> None:
     from stabrun.observe.probe import PendingRow
     from stabrun.record.jsonl import Record
     from stabrun.study.worker import work
-    from stabrun.train.tracker import Tracker
-    from stabrun.train.trainer import Trainer
+    from stabrun.training.tracker import Tracker
+    from stabrun.training.trainer import Trainer
     from stabrun.verdict.judge import Judge
 
     spent = {"imports": time.time() - began}

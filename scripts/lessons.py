@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stabrun.compose import Words, composed
+from stabrun.composition import Words, composed
 from stabrun.config import conf_dir, run_id
 from stabrun.data.corpus import EMBEDDED
 from stabrun.record.jsonl import number, read_rows
-from stabrun.train.initial_check import check_initial
+from stabrun.training.initial_check import check_initial
 
 FIXED = ("tracker=none", "train.threads=1", "train.checkpoint_every=0", "train.steps=300")
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -234,7 +234,7 @@ def configured(*words: str) -> Any:
 
 
 def train_one(job: tuple[tuple[str, ...], str]) -> str:
-    from stabrun.train.run import train
+    from stabrun.training.run import train
 
     words, runs = job
     config = configured(*words)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from stabrun.compose import Words, composed
+from stabrun.composition import Words, composed
 from stabrun.config import conf_dir, run_id
 from stabrun.record.jsonl import number, read_rows
 
@@ -56,7 +56,7 @@ def plan() -> Iterator[list[str]]:
 
 def train_one(job: tuple[list[str], str]) -> str:
     from stabrun.cli.judge import verdict_line
-    from stabrun.train.run import train
+    from stabrun.training.run import train
 
     words, runs = job
     config = composed(conf_dir(), Words.parse([*FIXED, *words]))

@@ -16,11 +16,11 @@ import torch
 from make_curves import main
 from torch import nn
 
-from stabrun.compose import Words, composed
+from stabrun.composition import Words, composed
 from stabrun.config import conf_dir
 from stabrun.record.jsonl import read_rows
-from stabrun.train.run import Run
-from stabrun.train.trainer import Trainer
+from stabrun.training.run import Run
+from stabrun.training.trainer import Trainer
 
 FIXED = [
     "tracker=none", "train.threads=1", "train.val_every=0", "train.checkpoint_every=0", "train.steps=240",

@@ -8,11 +8,11 @@ import sys
 import pytest
 
 from stabrun.cli.main import main
-from stabrun.compose import Words, composed
+from stabrun.composition import Words, composed
 from stabrun.config import conf_dir
 from stabrun.data.shards import prepare
-from stabrun.train.run import Run, train
-from stabrun.train.trainer import Trainer
+from stabrun.training.run import Run, train
+from stabrun.training.trainer import Trainer
 
 TINY = (
     "model.n_layer=2",

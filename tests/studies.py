@@ -9,7 +9,7 @@ from helpers import TINY, stabrun
 from stabrun.config import conf_dir
 from stabrun.study import results
 from stabrun.study.plan import planned
-from stabrun.train.run import train
+from stabrun.training.run import train
 
 TIMINGS = ("seconds", "tokens_per_second")
 

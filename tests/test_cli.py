@@ -7,7 +7,7 @@ import pytest
 from helpers import TINY, VARIANTS, run, stabrun, tiny
 
 import stabrun as package
-from stabrun.train.run import train
+from stabrun.training.run import train
 
 
 @pytest.fixture(autouse=True)

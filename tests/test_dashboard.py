@@ -17,7 +17,7 @@ from stabrun.cli import commands
 from stabrun.config import UserError, conf_dir
 from stabrun.record.metrics import METRICS, expand
 from stabrun.study.plan import in_group, planned
-from stabrun.train.tracker import projection
+from stabrun.training.tracker import projection
 
 pytest.importorskip("wandb_workspaces")
 from stabrun.publish import dashboard as module

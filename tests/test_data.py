@@ -23,8 +23,8 @@ from stabrun.data.corpus import EMBEDDED, split_blocks
 from stabrun.data.degenerate import digest, findings
 from stabrun.data.shards import Tokens, prepare
 from stabrun.record.jsonl import read_events
-from stabrun.train.run import train
-from stabrun.train.trainer import Trainer
+from stabrun.training.run import train
+from stabrun.training.trainer import Trainer
 
 
 def test_shipped_text_is_the_one_described():

@@ -11,8 +11,8 @@ from torch import nn
 from stabrun.config import UserError
 from stabrun.model.gpt import GPT
 from stabrun.record.jsonl import read_events
-from stabrun.train.initial_check import check_initial
-from stabrun.train.run import train
+from stabrun.training.initial_check import check_initial
+from stabrun.training.run import train
 
 N, D = 3, 32
 SHAPE = f"model.n_layer={N}", f"model.d_model={D}", "model.vocab_size=300", "model.position.kind=learned"

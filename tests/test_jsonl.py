@@ -7,7 +7,7 @@ from helpers import tiny
 from stabrun.config import UserError
 from stabrun.record import metrics as keys
 from stabrun.record.jsonl import Record, dumps, number, read_rows, write_atomic
-from stabrun.train.run import train
+from stabrun.training.run import train
 
 
 def test_numbers_that_are_not_finite_become_words():

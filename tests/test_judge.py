@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import TINY, run, stabrun, tiny
 
-from stabrun.train.run import train
+from stabrun.training.run import train
 
 FOREIGN = Path(__file__).parent / "data" / "foreign"
 

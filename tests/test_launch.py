@@ -8,7 +8,7 @@ from clusters import QUESTION, await_, ended, submitit_there, sweeping, swept, t
 from helpers import TINY, stabrun
 from studies import rows
 
-from stabrun.compose import no_such_choice
+from stabrun.composition import no_such_choice
 from stabrun.config import UserError, conf_dir
 from stabrun.study.launch import crew_of
 from stabrun.study.pool import LocalPool

@@ -5,9 +5,9 @@ from torch import nn
 
 from stabrun.model.gpt import GPT
 from stabrun.record.jsonl import read_rows
-from stabrun.train.objective import cross_entropy, z_loss
-from stabrun.train.optimizer import clip_by_norm, clip_by_value, gradient_norms, make_optimizer, set_rate
-from stabrun.train.run import train
+from stabrun.training.objective import cross_entropy, z_loss
+from stabrun.training.optimizer import clip_by_norm, clip_by_value, gradient_norms, make_optimizer, set_rate
+from stabrun.training.run import train
 
 
 def test_matrices_decay_and_nothing_else():

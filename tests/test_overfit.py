@@ -4,7 +4,7 @@ import random
 import pytest
 from helpers import configured
 
-from stabrun.train.run import train
+from stabrun.training.run import train
 from stabrun.verdict.judge import Judge
 from stabrun.verdict.overfit import overfit
 

@@ -8,7 +8,7 @@ import torch
 from helpers import a_trainer, tiny, train_interrupted
 
 from stabrun.record.jsonl import read_rows
-from stabrun.train.run import train
+from stabrun.training.run import train
 from stabrun.verdict.judge import Judge
 
 FP16 = "train.precision=fp16", "train.loss_scale=1024", "train.loss_scale_growth=4", "observe.slow_every=1"
@@ -49,14 +49,14 @@ def test_scale_falls_and_recovers_and_no_bad_gradient_is_applied(value, clip):
 
 
 def test_skipped_steps_are_counted_and_are_no_divergence(tmp_path, monkeypatch):
-    from stabrun.train.trainer import Trainer
+    from stabrun.training.trainer import Trainer
 
     class Overflowing(Trainer):
         def __init__(self, *facts):
             super().__init__(*facts)
             overflowing(self, {7, 20, 21})
 
-    monkeypatch.setattr("stabrun.train.run.Trainer", Overflowing)
+    monkeypatch.setattr("stabrun.training.run.Trainer", Overflowing)
     summary = train(tiny(*FP16, "train.loss_scale_growth=100", "train.steps=60", f"run_dir={tmp_path / 'run'}"))
     assert summary["skipped_steps"] == 3
     assert (summary["verdict"], summary["status"], summary["steps"]) == ("converged", "complete", 60)

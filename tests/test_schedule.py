@@ -3,7 +3,7 @@ import math
 import pytest
 from helpers import tiny
 
-from stabrun.train.schedule import learning_rate, unreached
+from stabrun.training.schedule import learning_rate, unreached
 
 
 def test_warm_up_is_linear_and_reaches_the_peak():

@@ -7,9 +7,9 @@ from wandb_files import history, inspected, summary_of
 from stabrun.config import run_id
 from stabrun.record.jsonl import read_rows
 from stabrun.study import tracking
-from stabrun.train import tracker
-from stabrun.train.run import Run, train
-from stabrun.train.tracker import Tracker, projection
+from stabrun.training import tracker
+from stabrun.training.run import Run, train
+from stabrun.training.tracker import Tracker, projection
 
 
 def assert_equal_to_record(directory, norms_every):

@@ -19,9 +19,9 @@ from stabrun.data.shards import prepare
 from stabrun.model.gpt import GPT
 from stabrun.record.jsonl import read_events, read_rows
 from stabrun.record.run_dir import seconds_spent
-from stabrun.train import checkpoint, precision, run
-from stabrun.train.optimizer import make_optimizer
-from stabrun.train.run import Run, train
+from stabrun.training import checkpoint, precision, run
+from stabrun.training.optimizer import make_optimizer
+from stabrun.training.run import Run, train
 from stabrun.verdict.judge import Judge
 
 RICH = ("+variant=qk_norm_cap", "model.dropout=0.1", "train.val_every=9", "train.checkpoint_every=8")

@@ -20,8 +20,8 @@ from stabrun.study import results
 from stabrun.study.plan import extended, load, planned
 from stabrun.study.summary import answer
 from stabrun.study.tracking import flat, track_study
-from stabrun.train.run import train
-from stabrun.train.tracker import projection
+from stabrun.training.run import train
+from stabrun.training.tracker import projection
 
 QUESTION = (*TINY, "study.variants=[baseline,qk_norm]", "study.seeds=1", "tracker.norms_every=4")
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stabrun.record.jsonl import read_rows
-from stabrun.train.run import train
+from stabrun.training.run import train
 from stabrun.verdict.chart import level, trailing_means
 from stabrun.verdict.judge import STRICTNESS, Judge
 from stabrun.verdict.spikes import spike_rate, spike_score

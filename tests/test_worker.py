@@ -14,7 +14,7 @@ from helpers import TINY
 from stabrun.config import conf_dir
 from stabrun.study.ledger import DONE, FAILED, Ledger
 from stabrun.study.plan import Plan, load, planned
-from stabrun.train.run import train
+from stabrun.training.run import train
 
 WORKER = (
     "import sys; from pathlib import Path; from stabrun.study.worker import work; work(Path(sys.argv[1]), lease=5.0)"

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stabrun.compose import Words, composed, multirun, no_such_key, plainly
+from stabrun.composition import Words, composed, multirun, no_such_key, plainly
 from stabrun.config import Config, UserError, check, keys, run_dir, run_id
 
 MODEL_FLAGS = ("--config-dir DIR", "--json", "--trace")
@@ -60,7 +60,7 @@ def show(config: Config) -> int:
 
 def train_one(config: Config) -> int:
     """One run, and its verdict in words; 130 where it was interrupted."""
-    from stabrun.train.run import train as train_run
+    from stabrun.training.run import train as train_run
 
     summary = train_run(config)
     tell(summary, config)
@@ -165,7 +165,7 @@ def model(words: list[str], conf: Path) -> int:
         facts["memory"]["traced_peak_bytes"] = traced_memory(config)
     lines = [report(facts, config)]
     if config.check == "init":
-        from stabrun.train.initial_check import check_initial, told
+        from stabrun.training.initial_check import check_initial, told
 
         facts["init"] = check_initial(config)
         lines += ["", *told(facts["init"])]

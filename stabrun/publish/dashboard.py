@@ -15,7 +15,7 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from stabrun.compose import Words
+from stabrun.composition import Words
 from stabrun.config import TrackerConfig, UserError
 from stabrun.publish.upload import changed
 from stabrun.record.jsonl import jsonable
@@ -25,7 +25,7 @@ from stabrun.study import results
 from stabrun.study.plan import GRID, load
 from stabrun.study.summary import GRID_COLUMNS, SEARCH_COLUMNS, answer
 from stabrun.text import warn
-from stabrun.train.tracker import has_key
+from stabrun.training.tracker import has_key
 
 USAGE = "dashboard: name one STUDY_DIR or none, then perhaps tracker.KEY=VALUE; the only flag is --dry-run."
 COLUMNS = ("verdict", "reason", "variant", "lr", "seed", "final_loss", "val_loss", "first_bad_step", "first_bad_site")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.cli.status import OVER, held
-from stabrun.compose import Words, plainly
+from stabrun.composition import Words, plainly
 from stabrun.config import Config, TrackerConfig, UserError, check, read_config, run_id
 from stabrun.record.jsonl import check_row, jsonable, number, parse_line, read_json
 from stabrun.record.synced import OFFLINE, ONLINE, Sent, digest, digests, file_digest, known
@@ -24,7 +24,7 @@ from stabrun.study.plan import FILE, Plan, load
 from stabrun.study.summary import answer
 from stabrun.study.tracking import images, send_study
 from stabrun.text import run_name, warn
-from stabrun.train.tracker import has_key, note_sent, opened_run, projection
+from stabrun.training.tracker import has_key, note_sent, opened_run, projection
 
 METRICS, SUMMARY, FIGURES = "metrics.jsonl", "summary.json", "report/figures"
 USAGE = "upload: name one DIR, of a study or a run, then perhaps tracker.KEY=VALUE; the only flag is --dry-run."

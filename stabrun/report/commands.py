@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from stabrun.compose import Words, composed
+from stabrun.composition import Words, composed
 from stabrun.config import RESULT, conf_dir, keys, value_of
 from stabrun.report.source import RUN, Source
 from stabrun.study.plan import FRONTIER

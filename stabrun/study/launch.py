@@ -19,7 +19,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from stabrun.compose import foreseen, hydra, plainly, refuse_code, the_hydra
+from stabrun.composition import foreseen, hydra, plainly, refuse_code, the_hydra
 from stabrun.config import UserError, conf_dir
 from stabrun.study.ledger import Ledger
 from stabrun.study.plan import split_axes

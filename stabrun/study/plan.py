@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from stabrun.compose import composed_each, plainly
+from stabrun.composition import composed_each, plainly
 from stabrun.config import RESULT, Config, UserError, check, config_of, marked, run_id
 from stabrun.record.jsonl import write_atomic
 from stabrun.text import run_name

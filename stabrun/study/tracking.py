@@ -8,7 +8,7 @@ from typing import Any
 from stabrun.config import TrackerConfig
 from stabrun.record.synced import digest, digests, known, recall
 from stabrun.text import warn
-from stabrun.train.tracker import note_sent, opened, wandb_mode
+from stabrun.training.tracker import note_sent, opened, wandb_mode
 
 
 def track_study(tracker: TrackerConfig, directory: Path, results: list[dict[str, Any]], answer: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from stabrun.study.plan import Plan, load, planning
 from stabrun.study.pool import stop_file
 from stabrun.study.results import finished
 from stabrun.study.search import next_run
-from stabrun.train.run import Stop, Watch, train
+from stabrun.training.run import Stop, Watch, train
 
 BEATS = 6  # in a lease
 POLL = 0.5  # seconds between two looks, where all cells that are left have owners

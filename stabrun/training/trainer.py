@@ -11,11 +11,11 @@ from stabrun.data.degenerate import Finding, digest, findings
 from stabrun.data.shards import Prepared
 from stabrun.model.gpt import GPT
 from stabrun.observe.probe import PendingRow, Probe
-from stabrun.train.objective import cross_entropy, z_loss
-from stabrun.train.optimizer import clip_by_norm, clip_by_value, gradient_norms, make_optimizer, set_rate
-from stabrun.train.precision import autocast, compiles, pick_device, prepare_backend, refuse_too_large
-from stabrun.train.scaling import LossScale
-from stabrun.train.schedule import learning_rate
+from stabrun.training.objective import cross_entropy, z_loss
+from stabrun.training.optimizer import clip_by_norm, clip_by_value, gradient_norms, make_optimizer, set_rate
+from stabrun.training.precision import autocast, compiles, pick_device, prepare_backend, refuse_too_large
+from stabrun.training.scaling import LossScale
+from stabrun.training.schedule import learning_rate
 
 
 class Trainer:

@@ -28,13 +28,13 @@ from stabrun.record.run_dir import (
     seconds_spent,
 )
 from stabrun.text import rate_text, warn
-from stabrun.train import checkpoint
-from stabrun.train.console import Console
-from stabrun.train.environment import environment
-from stabrun.train.schedule import learning_rate, unreached
-from stabrun.train.tally import Tally
-from stabrun.train.tracker import Tracker
-from stabrun.train.trainer import Trainer
+from stabrun.training import checkpoint
+from stabrun.training.console import Console
+from stabrun.training.environment import environment
+from stabrun.training.schedule import learning_rate, unreached
+from stabrun.training.tally import Tally
+from stabrun.training.tracker import Tracker
+from stabrun.training.trainer import Trainer
 from stabrun.verdict.judge import Judge
 
 Watch = Callable[[dict[str, Any]], None]

@@ -10,9 +10,9 @@ from stabrun.config import Config, ObserveConfig
 from stabrun.model.gpt import GPT
 from stabrun.observe.initial import findings, variances
 from stabrun.observe.probe import Probe
-from stabrun.train.objective import cross_entropy
-from stabrun.train.optimizer import gradient_norms
-from stabrun.train.precision import pick_device
+from stabrun.training.objective import cross_entropy
+from stabrun.training.optimizer import gradient_norms
+from stabrun.training.precision import pick_device
 
 TOKENS = 1024  # of the pass, at most: so that a model of 830M parameters fits on a laptop
 
