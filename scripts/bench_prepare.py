@@ -37,22 +37,22 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32_000, help="size of the trained BPE")
     parser.add_argument("--text", type=Path, action="append", default=[], help="a text file to mix in")
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = folder / "corpus.jsonl"
-        build(corpus, asked.mb, asked.text, asked.seed)
-        parts = asked.mb * 1e6 / CHUNK
-        for number in range(asked.kills):
+        build(corpus, arguments.mb, arguments.text, arguments.seed)
+        parts = arguments.mb * 1e6 / CHUNK
+        for number in range(arguments.kills):
             kill(
-                command(corpus, folder / "killed", asked),
+                command(corpus, folder / "killed", arguments),
                 folder / "killed",
-                int(parts * (number + 1) / (asked.kills + 1)),
+                int(parts * (number + 1) / (arguments.kills + 1)),
             )
-        timed(f"{asked.workers} workers, resumed", command(corpus, folder / "killed", asked))
-        timed(f"{asked.workers} workers, uninterrupted", command(corpus, folder / "many", asked))
-        asked.workers = 1
-        timed("1 worker, uninterrupted", command(corpus, folder / "one", asked))
+        timed(f"{arguments.workers} workers, resumed", command(corpus, folder / "killed", arguments))
+        timed(f"{arguments.workers} workers, uninterrupted", command(corpus, folder / "many", arguments))
+        arguments.workers = 1
+        timed("1 worker, uninterrupted", command(corpus, folder / "one", arguments))
         sys.exit(max(compared(folder / "one", folder / name) for name in ("killed", "many")))
 
 
@@ -73,9 +73,9 @@ def build(file: Path, mb: float, texts: list[Path], seed: int) -> None:
                     break
 
 
-def command(corpus: Path, cache: Path, asked: argparse.Namespace) -> list[str]:
+def command(corpus: Path, cache: Path, arguments: argparse.Namespace) -> list[str]:
     words = ["data=local", f"data.path={corpus}", f"data.cache_dir={cache}", f"data.separator='{SEPARATOR}'"]
-    words += ["data.tokenizer=bpe", f"model.vocab_size={asked.vocab}", f"data.workers={asked.workers}"]
+    words += ["data.tokenizer=bpe", f"model.vocab_size={arguments.vocab}", f"data.workers={arguments.workers}"]
     return [sys.executable, "-m", "stabrun", "data", "prepare", *words]
 
 

@@ -67,13 +67,13 @@ def overhead(words: list[str]) -> None:
         processes = [
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(workers)
         ]
-        told = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
+        reports = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
         runs = len(list(Path(scratch).glob("runs/*/summary.json")))
-    total = sum(each["all"] for each in told)
+    total = sum(each["all"] for each in reports)
     for name in ("training", "imports", "W&B", "record", "verdict"):
-        spent = sum(each.get(name, 0.0) for each in told)
+        spent = sum(each.get(name, 0.0) for each in reports)
         print(f"{name:<9} {spent:8.1f} s  {100 * spent / total:5.1f} %")
-    training = sum(each["training"] for each in told)
+    training = sum(each["training"] for each in reports)
     print(f"in all    {total:8.1f} s of {workers} workers for {runs} runs")
     print(f"not training: {100 * (1 - training / total):.1f} %")
 
@@ -117,10 +117,10 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("throughput", "overhead", "worker"))
     parser.add_argument("words", nargs="*", help="overrides of the study; for a worker, its directory")
     parser.add_argument("--pairs", type=int, default=3)
-    asked = parser.parse_args()
-    if asked.what == "throughput":
-        throughput(asked.pairs)
-    elif asked.what == "overhead":
-        overhead(asked.words or ["+experiment=quickstart"])
+    arguments = parser.parse_args()
+    if arguments.what == "throughput":
+        throughput(arguments.pairs)
+    elif arguments.what == "overhead":
+        overhead(arguments.words or ["+experiment=quickstart"])
     else:
-        worker(Path(asked.words[0]), float(asked.words[1]))
+        worker(Path(arguments.words[0]), float(arguments.words[1]))

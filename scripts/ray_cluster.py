@@ -64,12 +64,12 @@ def await_nodes(nodes: int, environment: dict[str, str], log: Path) -> None:
     """Wait until every node has joined."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
-        asked = [sys.executable, "-c", COUNT]
-        told = subprocess.run(asked, env=os.environ | environment, capture_output=True, text=True)
-        if told.stdout.strip() == str(nodes):
+        command = [sys.executable, "-c", COUNT]
+        counted = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+        if counted.stdout.strip() == str(nodes):
             return
         time.sleep(0.2)
-    sys.exit(f"Ray did not start, nodes: {told.stdout.strip() or 'none'}.\n{told.stderr}{log.read_text()}")
+    sys.exit(f"Ray did not start, nodes: {counted.stdout.strip() or 'none'}.\n{counted.stderr}{log.read_text()}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_the_script_refuses_where_slurm_is_not_installed_and_hands_on_the_comman
     refused = subprocess.run([sys.executable, "-c", script], cwd=SCRIPTS, capture_output=True, text=True)
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1
-    assert "slurmd-of-nowhere: not there" in refused.stderr
+    assert "slurmd-of-nowhere: not found" in refused.stderr
 
 
 @pytest.mark.slow
