@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from stabrun.record.jsonl import read_metrics
+from stabrun.record.metrics import signals
 from stabrun.verdict.judge import STRICTNESS, Judge
-from stabrun.verdict.signals import SIGNALS
 
 CORPUS = Path(__file__).parent.parent / "tests" / "data" / "curves.npz.xz"
 NEAR, FAR = (
@@ -98,7 +98,7 @@ def bound(events: int, trials: int) -> float:
 def tell_signals(folder: Path) -> None:
     """Print, by signal, the alarms in converged runs below `folder`, and those in diverged ones with their leads."""
     alarms: Counter[str] = Counter()
-    leads: dict[str, list[int]] = {name: [] for name in SIGNALS}
+    leads: dict[str, list[int]] = {name: [] for name in signals()}
     ended: Counter[str] = Counter()
     named: Counter[str] = Counter()
     for file in sorted(folder.glob("*/metrics.jsonl")):

@@ -15,7 +15,7 @@ from made import summaries as a_study
 
 from stabrun.cli import commands
 from stabrun.config import UserError, conf_dir
-from stabrun.record.metrics import METRICS, expand
+from stabrun.record.metrics import METRICS, SCALAR
 from stabrun.study.plan import in_group, planned
 from stabrun.training.tracker import projection
 
@@ -56,9 +56,9 @@ def test_the_spec_is_the_golden_one(tmp_path, capsys):
 def test_each_value_that_is_sent_has_a_panel(tmp_path, capsys):
     """The metrics' own names, as the tracker sends them, against the keys and regular expressions of the panels."""
     row = {"step": 0}
-    for metric in METRICS:
-        for key in expand(metric.key):
-            row.setdefault(key, 1.0 if metric.shape == "number" else [1.0] * (1 if key.endswith("/head") else 2))
+    for metric in METRICS.values():
+        for key in metric.keys:
+            row.setdefault(key, 1.0 if metric.shape == SCALAR else [1.0] * (1 if key.endswith("/head") else 2))
     configs = [panel["config"] for found in panels(printed(capsys)).values() for panel in found]
     named = {name for config in configs for name in config.get("metrics", ())}
     patterns = [config["metricRegex"] for config in configs if config.get("useMetricRegex")]

@@ -52,9 +52,9 @@ def test_file_is_replaced_whole(tmp_path):
 def test_keys_of_a_run_are_those_of_the_table(tmp_path):
     train(tiny(f"run_dir={tmp_path / 'run'}", "train.steps=11", "train.precision=fp16", "optim.z_loss=1e-4"))
     rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
-    expected = {key for metric in keys.METRICS for key in keys.expand(metric.key)}
+    expected = {key for metric in keys.METRICS.values() for key in metric.keys}
     assert set().union(*rows) == expected
-    by_key = {key: metric for metric in keys.METRICS for key in keys.expand(metric.key)}
+    by_key = {key: metric for metric in keys.METRICS.values() for key in metric.keys}
     cadence = {
         "observe.every": range(11),
         "observe.slow_every": (0, 10),
@@ -66,8 +66,8 @@ def test_keys_of_a_run_are_those_of_the_table(tmp_path):
             key
         )
         value = rows[10][key]
-        assert isinstance(value, list) == (metric.shape == "list"), key
-        if metric.shape == "list":
+        assert isinstance(value, list) == (metric.shape != keys.SCALAR), key
+        if metric.shape != keys.SCALAR:
             assert len(value) == (1 if key.endswith("head") else 2), key
 
 

@@ -19,7 +19,7 @@ from stabrun.composition import Words
 from stabrun.config import TrackerConfig, UserError
 from stabrun.publish.upload import changed
 from stabrun.record.jsonl import jsonable
-from stabrun.record.metrics import METRICS, SITES, Metric
+from stabrun.record.metrics import BY_LAYER, BY_SITE, METRICS, SCALAR, Metric
 from stabrun.record.synced import ONLINE
 from stabrun.study import results
 from stabrun.study.plan import GRID, load
@@ -148,8 +148,8 @@ def sections_of() -> Iterator[tuple[str, list[Any]]]:
     """Name → panels of each section; the norms have one each, with a panel a site."""
     yield "Loss against learning rate", [against_rate(name) for name in ("final_loss", "val_loss", "best_loss")]
     yield "Verdicts", [wr.WeavePanelSummaryTable(table_name="results"), wr.RunComparer(diff_only="split")]
-    by_layer = [metric for metric in METRICS if metric.shape == "list" and "{site}" not in metric.key]
-    shown = [metric for metric in METRICS if metric.shape == "number" and metric.key not in ("step", "tokens")]
+    by_layer = [metric for metric in METRICS.values() if metric.shape == BY_LAYER]
+    shown = [metric for metric in METRICS.values() if metric.shape == SCALAR and metric.key not in ("step", "tokens")]
     for name, prefixes in (
         ("Training", ("train/", "val/", "scale/")),
         ("Gradient", ("grad/",)),
@@ -161,9 +161,9 @@ def sections_of() -> Iterator[tuple[str, list[Any]]]:
             [line(metric) for metric in shown if metric.key.startswith(prefixes)]
             + [lines(metric, metric.key) for metric in by_layer if metric.key.startswith(prefixes)],
         )
-    for metric in METRICS:
-        if "{site}" in metric.key:
-            yield metric.key.removesuffix("/{site}"), [lines(metric, metric.key.format(site=site)) for site in SITES]
+    for metric in METRICS.values():
+        if metric.shape == BY_SITE:
+            yield metric.key.removesuffix("/{site}"), [lines(metric, key) for key in metric.keys]
 
 
 def against_rate(name: str) -> Any:

@@ -1,6 +1,7 @@
-"""Every key of `metrics.jsonl`: its meaning, unit, cadence and how it merges over micro-batches and ranks.
+"""The table of metrics: every key of `metrics.jsonl`, declared once.
 
-`docs/metrics.md` is this table, written by `python -m stabrun.record.metrics`; a test holds the two together.
+The probe, the signals, the check at initialization, the figures, the report page and the W&B panels derive from
+`METRICS`. `python -m stabrun.record.metrics` prints it as `docs/metrics.md`.
 """
 
 from dataclasses import dataclass
@@ -9,198 +10,163 @@ from typing import Any
 from stabrun.record.jsonl import number
 
 SITES = ("qkv", "proj", "fc1", "fc2", "head")
+"""The linear layers, in the order of the forward pass; all but the head are in each block."""
+BLOCK_SITES = SITES[:-1]
+
+SCALAR, BY_LAYER, BY_SITE = "number", "by layer", "by site and layer"
+EVERY, SLOW_EVERY = "observe.every", "observe.slow_every"
+ALARM_FACTOR = 1.5  # norms drift smoothly and have little noise: an alarm also requires at least this factor
+
+MERGES = {
+    "same": "equal in all parts",
+    "mean": "mean of the parts, weighted by tokens",
+    "max": "maximum of the parts",
+    "root": "square root of the sum of squares: each part is a piece of one vector",
+    "once": "computed once per step from the full gradient, weight or optimizer state",
+}
+
+STEP, OUTPUT, INPUT, BLOCK, ATTENTION = "step", "layer output", "layer input", "block output", "attention"
+INPUT_GRADIENT, PARAMETERS, UPDATE, ADAM = "input gradient", "parameters", "update", "Adam"
+SOURCES = {
+    STEP: "the training step itself",
+    OUTPUT: "output of each linear layer",
+    INPUT: "input of each linear layer",
+    BLOCK: "output of each block",
+    ATTENTION: "queries and keys of each attention core",
+    INPUT_GRADIENT: "gradient at the input of each linear layer, through that layer alone",
+    PARAMETERS: "weights, and gradients before clipping, before the update",
+    UPDATE: "change of each weight by the update",
+    ADAM: "state of Adam after the update; only for weights whose optimizer has one",
+}
+
+
+@dataclass(frozen=True)
+class Signal:
+    """An alarm: the metric leaves its own trend by at least `factor`, upward, or downward if `falling`."""
+
+    name: str
+    factor: float = ALARM_FACTOR
+    falling: bool = False
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`key` may hold `{site}`. `shape`: a number, or a list over layers. `merge`: see `MERGES`."""
+    """A declaration. `key` contains `{site}` if there is a list for each site.
+
+    `label` is a title of charts. `source` is what it is computed from (`SOURCES`); a source other than `STEP` has its
+    reduction in `stabrun.observe.probe.REDUCTIONS`. `merge` combines micro-batches and ranks (`MERGES`). `log` selects
+    a logarithmic axis. `variance` is the column that it fills in the check at initialization, if any.
+    """
 
     key: str
-    shape: str
+    label: str
     unit: str
+    source: str
     cadence: str
     merge: str
     meaning: str
+    signal: Signal | None = None
+    variance: str = ""
+    log: bool = True
+
+    @property
+    def shape(self) -> str:
+        return BY_SITE if "{site}" in self.key else SCALAR if self.source == STEP else BY_LAYER
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys in a row: one for each site of stabrun's own models, if `key` contains `{site}`."""
+        return [self.key.format(site=site) for site in SITES] if self.shape == BY_SITE else [self.key]
+
+    @property
+    def title(self) -> str:
+        """Title of an axis: label and unit."""
+        return self.label if self.unit == "1" else f"{self.label} ({self.unit})"
+
+    @property
+    def per_token(self) -> bool:
+        """Whether its reduction gives a value for each token, of which the probe takes the mean."""
+        return self.merge == "mean" and self.source in (OUTPUT, INPUT, BLOCK)
 
 
-MERGES = {
-    "same": "equal in every part",
-    "mean": "the parts' mean, weighted by tokens",
-    "max": "the parts' largest",
-    "root": "square root of the sum of squares: the parts are pieces of one vector",
-    "once": "taken from the whole gradient, weight or moment, once a step",
-}
-
-METRICS = (
-    Metric("step", "number", "updates before this one", "each step", "same", "number of the update, from 0"),
-    Metric("tokens", "number", "tokens", "each step", "same", "tokens trained on, this step's included"),
-    Metric("train/loss", "number", "nats a token", "each step", "mean", "cross-entropy before the update"),
-    Metric(
-        "val/loss",
-        "number",
-        "nats a token",
-        "train.val_every",
-        "mean",
-        "cross-entropy on held-out text after the update",
-    ),
-    Metric(
-        "train/z_loss",
-        "number",
-        "nats²",
-        "each step, where optim.z_loss > 0",
-        "mean",
-        "optim.z_loss · mean (log Z)²: minimised beside the cross-entropy, and not part of train/loss",
-    ),
-    Metric("train/lr", "number", "1", "each step", "same", "learning rate of the update"),
-    Metric("grad/norm", "number", "1", "each step", "once", "global L2 norm of the gradient before clipping"),
-    Metric(
-        "grad/clipped",
-        "number",
-        "share",
-        "each step, where optim.clip is set",
-        "once",
-        "share of the gradient's values that clipping changed: 0 or 1 by norm",
-    ),
-    Metric(
-        "scale/loss_scale", "number", "1", "each step of fp16", "same", "what the loss was multiplied by in this step"
-    ),
-    Metric(
-        "scale/skipped",
-        "number",
-        "0 or 1",
-        "each step of fp16",
-        "same",
-        "1 where a gradient was not finite, so that the update was left out and the scale halved",
-    ),
-    Metric(
-        "scale/underflow",
-        "number",
-        "share",
-        "each step of fp16",
-        "once",
-        "zeros among the gradients of the linear layers' weights: below fp16's smallest number, or dead",
-    ),
-    Metric(
-        "grad/norm_by_layer",
-        "list",
-        "1",
-        "observe.every",
-        "once",
-        "L2 norm of the gradient of all of a block's parameters, before clipping",
-    ),
-    Metric(
-        "residual/norm",
-        "list",
-        "1",
-        "observe.every",
-        "mean",
-        "L2 norm of a token's vector after the block, averaged over tokens",
-    ),
-    Metric(
-        "norm/out/{site}",
-        "list",
-        "1",
-        "observe.every",
-        "mean",
-        "L2 norm of a token's output of the linear layer, averaged over tokens",
-    ),
-    Metric(
-        "norm/in/{site}",
-        "list",
-        "1",
-        "observe.every",
-        "mean",
-        "L2 norm of a token's input to the linear layer, averaged over tokens",
-    ),
-    Metric(
-        "norm/weight/{site}",
-        "list",
-        "1",
-        "observe.every",
-        "once",
-        "Frobenius norm of the stored weight before the update",
-    ),
-    Metric(
-        "norm/grad/{site}",
-        "list",
-        "1",
-        "observe.every",
-        "once",
-        "Frobenius norm of the weight's gradient before clipping",
-    ),
-    Metric(
-        "norm/in_grad/{site}",
-        "list",
-        "1",
-        "observe.slow_every",
-        "root",
-        "L2 norm of the gradient of the batch's mean loss at the linear layer's input, over all tokens, through "
-        "that layer alone",
-    ),
-    Metric(
-        "norm/update/{site}",
-        "list",
-        "1",
-        "observe.slow_every",
-        "once",
-        "Frobenius norm of what the step changed in the weight, decay included",
-    ),
-    Metric(
-        "norm/adam_m/{site}",
-        "list",
-        "1",
-        "observe.slow_every",
-        "once",
-        "Frobenius norm of Adam's first moment after the step, not bias-corrected",
-    ),
-    Metric(
-        "norm/adam_v/{site}",
-        "list",
-        "1",
-        "observe.slow_every",
-        "once",
-        "Frobenius norm of Adam's second moment after the step, not bias-corrected",
-    ),
-    Metric(
-        "adam/surprise/{site}",
-        "list",
-        "1",
-        "observe.slow_every",
-        "once",
-        "mean g² (clipped, before L2 decay) over mean bias-corrected v after the step: 1 when the gradient is as "
-        "large as usual",
-    ),
-    Metric(
-        "attn/max_logit",
-        "list",
-        "1",
-        "observe.slow_every",
-        "max",
-        "largest QKᵀ/√d over the past, before temperature and cap",
-    ),
-    Metric(
-        "attn/entropy",
-        "list",
-        "nats",
-        "observe.slow_every",
-        "mean",
-        "−Σ A log A of the softmax's rows (before soft_clip), averaged over queries, heads and sequences",
-    ),
-)
+METRICS = {metric.key: metric for metric in (
+    Metric("step", "step", "1", STEP, "each step", "same", "number of the update, from 0", log=False),
+    Metric("tokens", "tokens", "1", STEP, "each step", "same", "tokens trained on, including this step", log=False),
+    Metric("train/loss", "training loss", "nats/token", STEP, "each step", "mean", "cross-entropy before the update",
+           log=False),
+    Metric("val/loss", "validation loss", "nats/token", STEP, "train.val_every", "mean",
+           "cross-entropy on held-out text after the update", log=False),
+    Metric("train/z_loss", "z-loss", "nats²", STEP, "each step if optim.z_loss > 0", "mean",
+           "optim.z_loss · mean (log Z)²: minimized together with train/loss, which does not include it"),
+    Metric("train/lr", "learning rate", "1", STEP, "each step", "same", "learning rate of the update"),
+    Metric("scale/loss_scale", "loss scale", "1", STEP, "each step in fp16", "same",
+           "factor applied to the loss in the backward pass"),
+    Metric("scale/skipped", "skipped step (0 or 1)", "1", STEP, "each step in fp16", "same",
+           "1 if a gradient was not finite: the update was skipped and the scale halved", log=False),
+    Metric("scale/underflow", "share of zero gradients", "1", STEP, "each step in fp16", "once",
+           "share of zeros in the gradients of the linear layers' weights: fp16 underflow, or dead units",
+           log=False),
+    Metric("norm/out/{site}", "output norm", "1", OUTPUT, EVERY, "mean",
+           "L2 norm of a token's output vector, averaged over tokens", Signal("output_norm"), "{site} out"),
+    Metric("norm/in/{site}", "input norm", "1", INPUT, EVERY, "mean",
+           "L2 norm of a token's input vector, averaged over tokens", Signal("input_norm")),
+    Metric("norm/weight/{site}", "weight norm", "1", PARAMETERS, EVERY, "once",
+           "Frobenius norm of the stored weight before the update", Signal("weight_norm")),
+    Metric("norm/grad/{site}", "weight gradient norm", "1", PARAMETERS, EVERY, "once",
+           "Frobenius norm of the weight's gradient before clipping", Signal("gradient_norm")),
+    Metric("grad/norm", "global gradient norm", "1", STEP, "each step", "once",
+           "global L2 norm of the gradient before clipping", Signal("global_gradient_norm")),
+    Metric("grad/clipped", "clipped share of the gradient", "1", STEP, "each step if optim.clip is set", "once",
+           "share of gradient values changed by clipping; by norm: 0 or 1", log=False),
+    Metric("grad/norm_by_layer", "block gradient norm", "1", PARAMETERS, EVERY, "once",
+           "L2 norm of the gradient of all parameters of a block, before clipping"),
+    Metric("norm/update/{site}", "update norm", "1", UPDATE, SLOW_EVERY, "once",
+           "Frobenius norm of the change of the weight, including decay", Signal("update_norm")),
+    Metric("norm/in_grad/{site}", "input gradient norm", "1", INPUT_GRADIENT, SLOW_EVERY, "root",
+           "L2 norm of the gradient of the batch's mean loss at the layer's input, over all tokens, through that layer "
+           "alone", Signal("input_gradient_norm"), "{site} in grad"),
+    Metric("norm/adam_m/{site}", "norm of Adam's first moment", "1", ADAM, SLOW_EVERY, "once",
+           "Frobenius norm of the first moment after the step, not bias-corrected", Signal("adam_m", factor=3.0)),
+    Metric("norm/adam_v/{site}", "norm of Adam's second moment", "1", ADAM, SLOW_EVERY, "once",
+           "Frobenius norm of the second moment after the step, not bias-corrected", Signal("adam_v", factor=10.0)),
+    Metric("adam/surprise/{site}", "surprise: mean g² / mean v", "1", ADAM, SLOW_EVERY, "once",
+           "mean g² (clipped, before L2 decay) over mean bias-corrected v after the step: 1 if the gradient is usual",
+           Signal("surprise")),
+    Metric("attn/max_logit", "maximum attention logit", "1", ATTENTION, SLOW_EVERY, "max",
+           "largest QKᵀ/√d over past positions, before temperature and cap", Signal("max_logit")),
+    Metric("attn/entropy", "attention entropy", "nats", ATTENTION, SLOW_EVERY, "mean",
+           "−Σ A log A of the rows of the softmax (before soft_clip), averaged over queries, heads and sequences",
+           Signal("entropy", falling=True)),
+    Metric("residual/norm", "residual norm", "1", BLOCK, EVERY, "mean",
+           "L2 norm of a token's vector after the block, averaged over tokens", Signal("residual_norm"), "residual"),
+)}  # fmt: skip
 
 
-def expand(key: str) -> list[str]:
-    """A key for each site, where it holds `{site}`."""
-    return [key.format(site=site) for site in SITES] if "{site}" in key else [key]
+def find(key: str) -> Metric | None:
+    """The metric that a key of a row belongs to, whatever its site is named."""
+    return METRICS.get(key) or METRICS.get(key.rpartition("/")[0] + "/{site}")
+
+
+def signals() -> dict[str, Metric]:
+    """Name of a signal → the metric that feeds it."""
+    return {metric.signal.name: metric for metric in METRICS.values() if metric.signal}
 
 
 def site_name(site: str, layer: int) -> str:
-    """`layer_03/fc2`; the head stands alone."""
+    """`layer_03/fc2`; the head has no layer."""
     return site if site == "head" else f"layer_{layer:02d}/{site}"
 
 
+def place(key: str, layer: int) -> str | None:
+    """Where item `layer` of a row's value belongs: `layer_03/fc2`, `layer_03`, `head`; None for the whole model."""
+    metric = find(key)
+    if metric is None or metric.shape == SCALAR:
+        return None
+    return site_name(key.rpartition("/")[2], layer) if metric.shape == BY_SITE else f"layer_{layer:02d}"
+
+
 def by_site(row: dict[str, Any], prefix: str) -> dict[str, float]:
-    """The values of the keys that start with `prefix`, by site, such as `layer_03/fc2`."""
+    """The values of the keys that start with `prefix`, by site and layer: `layer_03/fc2` → value."""
     return {
         site_name(key.removeprefix(prefix), layer): number(value)
         for key, values in row.items()
@@ -210,22 +176,31 @@ def by_site(row: dict[str, Any], prefix: str) -> dict[str, float]:
 
 
 def table() -> str:
-    """The keys as a Markdown page."""
+    """The metrics as a Markdown page."""
+    columns = "key", "meaning", "unit", "shape", "cadence", "source", "merge", "signal"
+    rows = [
+        (f"`{m.key}`", m.meaning, m.unit, m.shape, m.cadence, m.source, m.merge, m.signal.name if m.signal else "")
+        for m in METRICS.values()
+    ]
     lines = [
         "# Keys of `metrics.jsonl`",
         "",
-        "An object a line. Lists run over layers, from 0; `{site}` is one of "
-        + ", ".join(f"`{site}`" for site in SITES)
-        + '. Numbers that are not finite are the strings `"nan"`, `"inf"`, `"-inf"`. '
-        "This page is written by `python -m stabrun.record.metrics > docs/metrics.md`.",
+        "Each line is a JSON object. `{site}` is one of " + ", ".join(f"`{site}`" for site in SITES) + ". Values by "
+        'layer are lists, from layer 0. Numbers that are not finite are the strings `"nan"`, `"inf"` and `"-inf"`.',
         "",
-        "| key | shape | unit | cadence | merges by | meaning |",
-        "|---|---|---|---|---|---|",
-        *(f"| `{m.key}` | {m.shape} | {m.unit} | {m.cadence} | {m.merge} | {m.meaning} |" for m in METRICS),
+        *("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)),
         "",
-        "How a value of several micro-batches or ranks becomes one:",
+        "**Source**: what a metric is computed from.",
+        "",
+        *(f"- **{name}**: {meaning}" for name, meaning in SOURCES.items()),
+        "",
+        "**Merge**: how the values of several micro-batches or ranks become one.",
         "",
         *(f"- **{name}**: {meaning}" for name, meaning in MERGES.items()),
+        "",
+        "**Signal**: the alarm that the metric feeds, see [the verdict](verdict.md).",
+        "",
+        "This page is generated: `python -m stabrun.record.metrics > docs/metrics.md`.",
     ]
     return "\n".join(lines)
 

@@ -8,6 +8,8 @@ from statistics import median
 from typing import Any
 
 from stabrun.record.jsonl import number
+from stabrun.record.metrics import BLOCK_SITES as SITES
+from stabrun.record.metrics import signals
 from stabrun.report import style
 from stabrun.report.run_curves import Curve, Trace
 from stabrun.report.selection import pair, stable
@@ -16,8 +18,6 @@ from stabrun.report.tables import lead_of
 from stabrun.study.summary import estimate_told
 from stabrun.text import rate_text, run_name
 from stabrun.verdict.judge import CONVERGED, DIVERGED
-from stabrun.verdict.signals import ORDER as SITES
-from stabrun.verdict.signals import SIGNALS
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column of a paper, and both
 RC: dict[Any, Any] = {
@@ -221,7 +221,7 @@ def lead_times(source: Source) -> Figure | None:
     if not lost:
         return None
     figure, ((left, right),) = canvas(PAGE, 3.2, 1, 2, sharey=True, width_ratios=(3, 1))
-    names = list(SIGNALS)[::-1]
+    names = list(signals())[::-1]
     for y, signal in enumerate(names):
         leads = [
             (row["arm"], lead) for row in lost if (lead := lead_of(source.summary(row["run_id"]), signal)) is not None

@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from stabrun.record.jsonl import jsonable, number
+from stabrun.record.metrics import SITES, signals
 from stabrun.report import commands, sentences, style
 from stabrun.report.figures import Traces, arm_label
 from stabrun.report.run_curves import Curve, Trace
@@ -17,7 +18,6 @@ from stabrun.report.tables import Table, lead_of
 from stabrun.study.plan import FRONTIER
 from stabrun.text import rate_text, run_name
 from stabrun.verdict.judge import CONVERGED, DIVERGED
-from stabrun.verdict.signals import ORDER, SIGNALS
 
 NUMBERS = 350_000  # numbers of curves by layer in a page: some 2.5 MB
 FEWEST = 24  # points of a curve, however many there are
@@ -209,7 +209,7 @@ def controls(source: Source, rows: list[Row]) -> str:
             for row in rows
         )
 
-    sites = "".join(f"<option>{site}</option>" for site in (*ORDER, "head"))
+    sites = "".join(f"<option>{site}</option>" for site in SITES)
     boxes = {
         "statistic": "",
         "site": sites,
@@ -290,11 +290,12 @@ def facts(source: Source, traces: Traces) -> Row:
         {"signal": signal.replace("_", " "), "arm": row["arm"], "run": row["run_id"], "lead": lead}
         for row in source.rows
         if row["verdict"] == DIVERGED
-        for signal in SIGNALS
+        for signal in signals()
         if (lead := lead_of(source.summary(row["run_id"]), signal)) is not None
     ]
-    signals = [
-        {"name": signal.replace("_", " "), "share": share(source, held, signal) if held else None} for signal in SIGNALS
+    shares = [
+        {"name": signal.replace("_", " "), "share": share(source, held, signal) if held else None}
+        for signal in signals()
     ]
     lines = sum(len(curve.values[0]) for found in traces.values() for curve in found.curves.values() if curve.values)
     points = max(FEWEST, NUMBERS // max(1, lines))
@@ -304,7 +305,7 @@ def facts(source: Source, traces: Traces) -> Row:
         "looks": {arm: style.look(arm, arms) for arm in arms},
         "labels": {arm: arm_label(source, arm) for arm in arms},
         "leads": leads,
-        "signals": signals,
+        "signals": shares,
         "traces": {run: traced(found, source.summary(run), points) for run, found in traces.items()},
     }
 

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from stabrun.record.jsonl import number
+from stabrun.record.metrics import BLOCK_SITES, signals
 from stabrun.report.run_curves import Trace
 from stabrun.report.selection import stable
 from stabrun.report.source import RUN, Row, Source
@@ -16,8 +17,6 @@ from stabrun.study.results import COLUMNS
 from stabrun.study.summary import BASELINE, QK_NORM, estimate_told, rate_told
 from stabrun.text import rate_text, run_name
 from stabrun.verdict.judge import CONVERGED, DIVERGED, STANDARD, STRICTNESS
-from stabrun.verdict.signals import ORDER as SITES
-from stabrun.verdict.signals import SIGNALS
 
 ENDS = "", "low", "high"  # an interval takes three columns of a CSV
 
@@ -183,7 +182,7 @@ def leads(source: Source) -> Table:
     lost = [source.summary(row["run_id"]) for row in source.rows if row["verdict"] == DIVERGED]
     held = [source.summary(row["run_id"]) for row in source.rows if row["verdict"] == CONVERGED]
     rows = []
-    for signal in SIGNALS:
+    for signal in signals():
         false = sum(signal in summary.get("signals", {}) for summary in held)
         found = [lead for lead in (lead_of(summary, signal) for summary in lost) if lead is not None]
         ends = [min(found), median(found), max(found)] if found else [None] * 3
@@ -248,7 +247,7 @@ def ratios(sides: list[Row], traces: dict[str, Trace]) -> Table | None:
     if len(sides) < 2 or any(row["run_id"] not in traces for row in sides):
         return None
     held, lost = (traces[row["run_id"]].curves for row in sides)
-    names = [f"norm/{kind}/{site}" for kind in ("out", "in", "weight") for site in SITES]
+    names = [f"norm/{kind}/{site}" for kind in ("out", "in", "weight") for site in BLOCK_SITES]
     both = [name for name in names if name in held and name in lost]
     common = (
         sorted(set.intersection(*(set(curves[name].steps) for curves in (held, lost) for name in both))) if both else []

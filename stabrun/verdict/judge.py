@@ -13,7 +13,7 @@ import numpy as np
 from stabrun.record.jsonl import number
 from stabrun.verdict.chart import BACK, Floats, Level, Strictness, level, trailing_means, window_of
 from stabrun.verdict.overfit import overfit
-from stabrun.verdict.signals import LONGEST, Signals, alarms, first_nonfinite, first_to_break
+from stabrun.verdict.signals import LONGEST, Signals, alarms, first_nonfinite
 from stabrun.verdict.spikes import spikes
 
 RULE = 3
@@ -134,11 +134,11 @@ class Judge:
         judged = {name: self._judged(strictness) for name, strictness in STRICTNESS.items()}
         ended = {name: whole(verdict, planned) for name, (verdict, _) in judged.items()}
         verdict, span = ended[STANDARD], judged[STANDARD][1]
-        breaks = self.signals.breaks()
-        site = verdict.first_bad_site or (first_to_break(self.signals.series, breaks, *span) if span else None)
+        deviations = self.signals.deviations()
+        site = verdict.first_bad_site or (self.signals.first_site(deviations, *span) if span else None)
         told = {
             name: {"step": self.steps[row], "site": where, "lead": span and self.steps[span[1]] - self.steps[row]}
-            for name, (row, where) in alarms(breaks, since=span[0] - LONGEST if span else 0).items()
+            for name, (row, where) in alarms(deviations, since=span[0] - LONGEST if span else 0).items()
         }
         known = replace(verdict, first_bad_site=site, signals=told, spikes=spikes(self._finite(), self.steps))
         known = replace(known, by_strictness={name: verdict.verdict for name, verdict in ended.items()})

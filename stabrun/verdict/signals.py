@@ -1,4 +1,7 @@
-"""Which statistic broke away first: charts on the logarithm of every site's norms, and the site that they name."""
+"""Which statistic left its trend first: a chart of the logarithm of each statistic, and the site that they point to.
+
+The signals are declared in the table of metrics (`stabrun.record.metrics`).
+"""
 
 import bisect
 import math
@@ -8,55 +11,35 @@ from typing import Any
 
 import numpy as np
 
-from stabrun.record.metrics import by_site, site_name
+from stabrun.record.metrics import ALARM_FACTOR, SITES, Signal, by_site, find, place, signals, site_name
 from stabrun.verdict.chart import Floats, noise, trailing_means
 
-ORDER = ("qkv", "proj", "fc1", "fc2")  # of the forward pass within a block
-SIGMAS = 8.0  # deviation from a statistic's own trend that raises an alarm, in its own noise
-FACTOR = 1.5  # and at least this factor: norms wander smoothly, so that their noise is small
-LONGEST, SHORTEST, SHARE = 20, 6, 8  # observations in the trend before: an eighth of all, within these bounds
-GROWN = 10.0  # growth since the first observation that can name a site where none broke from its trend
-KEPT = 4096  # observations kept of a key; a longer record is thinned to every second, fourth, … one
+SIGMAS = 8.0  # deviation from the statistic's own trend that raises an alarm, in standard deviations of its noise
+LONGEST, SHORTEST, SHARE = 20, 6, 8  # observations in the trend: an eighth of all, within these bounds
+GROWN = 10.0  # growth since the first observation that names a site when none left its trend
+KEPT = 4096  # observations kept of a key; longer records are thinned to every second, fourth, … observation
 
-SIGNALS = {
-    "output_norm": "norm/out/",
-    "input_norm": "norm/in/",
-    "weight_norm": "norm/weight/",
-    "gradient_norm": "norm/grad/",
-    "global_gradient_norm": "grad/norm",
-    "update_norm": "norm/update/",
-    "input_gradient_norm": "norm/in_grad/",
-    "adam_m": "norm/adam_m/",
-    "adam_v": "norm/adam_v/",
-    "surprise": "adam/surprise/",
-    "max_logit": "attn/max_logit",
-    "entropy": "attn/entropy",
-    "residual_norm": "residual/norm",
-}
-"""Signal → the key, or the beginning of the keys of its sites."""
-
-FACTORS = {"norm/adam_m/": 3.0, "norm/adam_v/": 10.0}  # at 1.5 they alarm in healthy runs too often
-FALLING = ("attn/entropy",)  # keys whose collapse is the alarm, not their growth
-CARRIES = {
+FEEDS = {
     "qkv": ("norm/in/proj", "attn/max_logit"),
     "proj": ("residual/norm",),
     "fc1": ("norm/in/fc2",),
     "fc2": ("residual/norm",),
     "head": ("norm/out/head",),
 }
-"""Site → the keys that its output goes into. A growth that none of these shares does no harm: a norm stops it."""
+"""Site → keys of what its output feeds. Growth that reaches none of them is harmless: a norm removes it."""
 
 
-class Series:
-    """The observations of one key: rows of the record and values `[observations, layers]`, bounded in number."""
+class History:
+    """The observations of one key: rows of the record, and values `[observations, layers]`; at most KEPT of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, signal: Signal) -> None:
+        self.signal = signal
         self.rows, self.values, self.seen, self.stride = list[int](), list[list[float]](), 0, 1
 
     def add(self, row: int, value: Any) -> None:
         layers = value if isinstance(value, list) else [value]
         if self.values and len(layers) != len(self.values[0]):
-            return  # no record of one model's
+            return  # not a record of one model
         if self.seen % self.stride == 0:
             self.rows.append(row)
             self.values.append(layers)
@@ -65,133 +48,121 @@ class Series:
         self.seen += 1
 
     def logs(self) -> Floats:
-        """Natural logarithms `[observations, layers]`; what is not finite counts as 1e30."""
+        """Natural logarithms `[observations, layers]`; values that are not finite count as 1e30."""
         table = np.abs(np.array(self.values, dtype=float))
         return np.log(np.clip(np.nan_to_num(table, nan=np.inf), 1e-30, 1e30))
 
+    def growth(self, row: int) -> Floats:
+        """Growth of each layer, `[layers]`, from the first observation to the last one up to `row`, as a logarithm."""
+        logs, last = self.logs(), max(0, bisect.bisect_right(self.rows, row) - 1)
+        return logs[last] - logs[0]
+
+    def deviation(self) -> "Deviation":
+        """Each observation against the extrapolated linear trend of those before; two in a row make an alarm."""
+        logs = -self.logs() if self.signal.falling else self.logs()
+        window = min(LONGEST, max(SHORTEST, len(logs) // SHARE))
+        size, alarm = np.zeros_like(logs), np.zeros_like(logs, dtype=bool)
+        if len(logs) > window + 1:
+            half = trailing_means(logs, window // 2)
+            early, late = half[: len(logs) - window], half[window - window // 2 :][: len(logs) - window]
+            size[window:] = logs[window:] - late - 0.5 * (late - early)
+            spread = noise(logs, 2 * window)[window - 1 : -1]
+            wide = size[window:] > np.maximum(SIGMAS * spread, math.log(self.signal.factor))
+            alarm[window:-1] = wide[:-1] & wide[1:]
+        return Deviation(self.rows, size, alarm)
+
 
 @dataclass(frozen=True)
-class Break:
+class Deviation:
     """How far each layer of a key deviates from its own trend, and where that raises an alarm."""
 
     rows: list[int]
-    deviation: Floats  # [observations, layers], in natural logarithms
-    alarm: np.ndarray  # the same shape, bool
+    size: Floats  # [observations, layers], in natural logarithms
+    alarm: np.ndarray  # [observations, layers], bool
 
+    def largest(self, low: int, bad: int, alarmed: bool) -> Floats:
+        """The largest deviation of each layer, `[layers]`, from LONGEST rows before `low` to `bad`.
 
-def chart(key: str, series: Series) -> Break:
-    """Each observation against the straight trend of those before it, extrapolated; two in a row make an alarm."""
-    logs = -series.logs() if key in FALLING else series.logs()
-    least = math.log(next((factor for head, factor in FACTORS.items() if matches(key, head)), FACTOR))
-    window = min(LONGEST, max(SHORTEST, len(logs) // SHARE))
-    deviation, alarm = np.zeros_like(logs), np.zeros_like(logs, dtype=bool)
-    if len(logs) > window + 1:
-        half = trailing_means(logs, window // 2)
-        early, late = half[: len(logs) - window], half[window - window // 2 :][: len(logs) - window]
-        deviation[window:] = logs[window:] - late - 0.5 * (late - early)
-        wide = deviation[window:] > np.maximum(SIGMAS * noise(logs, 2 * window)[window - 1 : -1], least)
-        alarm[window:-1] = wide[:-1] & wide[1:]
-    return Break(series.rows, deviation, alarm)
+        With `alarmed`, 0 for a layer without an alarm there.
+        """
+        rows = np.asarray(self.rows)
+        near = (rows >= low - LONGEST) & (rows <= bad)
+        if not near.any():
+            return np.zeros(self.size.shape[1])
+        largest = self.size[near].max(axis=0)
+        return np.where(self.alarm[near].any(axis=0), largest, 0.0) if alarmed else largest
 
 
 class Signals:
-    """Takes the statistics of rows by `add`; tells the alarms, and the site that broke first."""
+    """Collects the statistics of rows that feed a signal."""
 
     def __init__(self) -> None:
-        self.series: dict[str, Series] = {}
-        self.wanted: dict[str, bool] = {}
+        self.histories: dict[str, History | None] = {}  # None for a key that feeds no signal
 
     def add(self, row: int, values: dict[str, Any]) -> None:
-        """Keep the statistics of `row`, counted from 0."""
+        """Add the statistics of `row`, counted from 0."""
         for key, value in values.items():
-            if key not in self.wanted:
-                self.wanted[key] = any(matches(key, head) for head in SIGNALS.values())
-            if self.wanted[key]:
-                if key not in self.series:
-                    self.series[key] = Series()
-                self.series[key].add(row, value)
+            if key not in self.histories:
+                metric = find(key)
+                self.histories[key] = History(metric.signal) if metric and metric.signal else None
+            if history := self.histories[key]:
+                history.add(row, value)
 
-    def breaks(self) -> dict[str, Break]:
-        """The chart of each key; one that holds no numbers is dropped."""
-        found = dict[str, Break]()
-        for key, series in list(self.series.items()):
+    def deviations(self) -> dict[str, Deviation]:
+        """The deviations of each key; a key whose values are not numbers is dropped."""
+        deviations = dict[str, Deviation]()
+        for key, history in self.histories.items():
             try:
-                found[key] = chart(key, series)
+                if history:
+                    deviations[key] = history.deviation()
             except (TypeError, ValueError):
-                del self.series[key]
-        return found
+                self.histories[key] = None
+        return deviations
+
+    def first_site(self, deviations: dict[str, Deviation], low: int, bad: int) -> str | None:
+        """The site at fault in a run whose loss rose too far at row `bad`, after its lowest level at row `low`.
+
+        This is the site whose output deviated most from its own trend between the two (from LONGEST rows before). If
+        none deviated, as when the learning rate is too high from the start and all outputs grow together, it is the
+        site whose output grew most since the first observation, by a factor of at least GROWN. In either case what the
+        output feeds must share the growth. None if there is no such site, or no outputs are recorded.
+        """
+
+        def most(measure: Callable[[str, bool], Floats | None], least: float) -> str | None:
+            largest, site_at_fault = least, None
+            for site, fed in FEEDS.items():
+                own = measure(f"norm/out/{site}", True)
+                if own is None:
+                    continue
+                onward = [size for key in fed if (size := measure(key, False)) is not None and len(size) == len(own)]
+                harm = np.minimum(own, np.max(onward, axis=0)) if onward else own
+                if harm.max() > largest:
+                    largest, site_at_fault = float(harm.max()), site_name(site, int(harm.argmax()))
+            return site_at_fault
+
+        def deviated(key: str, alarmed: bool) -> Floats | None:
+            return deviations[key].largest(low, bad, alarmed) if key in deviations else None
+
+        def grew(key: str, _: bool) -> Floats | None:
+            history = self.histories.get(key)
+            return history.growth(bad) if history else None
+
+        return most(deviated, math.log(ALARM_FACTOR)) or most(grew, math.log(GROWN))
 
 
-def alarms(breaks: dict[str, Break], since: int) -> dict[str, tuple[int, str | None]]:
-    """For each signal that has one, its first alarm at row `since` or later: (row, where)."""
-    found = dict[str, tuple[int, str | None]]()
-    for name, head in SIGNALS.items():
-        for key in (key for key in breaks if matches(key, head)):
-            chosen = breaks[key]
-            told = np.asarray(chosen.rows) >= since
-            for layer in range(chosen.alarm.shape[1]):
-                at = np.flatnonzero(chosen.alarm[:, layer] & told)
-                if len(at) and (name not in found or chosen.rows[at[0]] < found[name][0]):
-                    found[name] = chosen.rows[at[0]], place(key, layer)
-    return found
-
-
-def first_to_break(series: dict[str, Series], breaks: dict[str, Break], low: int, bad: int) -> str | None:
-    """The site that went first, of a run whose loss rose too far at row `bad`, after its lowest at row `low`.
-
-    It is the one whose output broke furthest from its own trend between the two (less a window). Where none did, as
-    when the learning rate is too high from the start and all grow together, it is the one whose output has grown most
-    since the first observation, by a factor of GROWN at least. Either way what the output feeds must share the growth.
-    None where nothing did, or no outputs are recorded.
-    """
-
-    def furthest(of: Callable[[str, bool], Floats | None], least: float) -> str | None:
-        best, named = least, None
-        for site, fed in CARRIES.items():
-            own = of(f"norm/out/{site}", True)
-            if own is None:
+def alarms(deviations: dict[str, Deviation], since: int) -> dict[str, tuple[int, str | None]]:
+    """The first alarm of each signal at row `since` or later: name → (row, place)."""
+    first = dict[str, tuple[int, str | None]]()
+    for name, metric in signals().items():
+        for key, deviation in deviations.items():
+            if find(key) is not metric:
                 continue
-            onward = [there for key in fed if (there := of(key, False)) is not None and len(there) == len(own)]
-            harm = np.minimum(own, np.max(onward, axis=0)) if onward else own
-            if harm.max() > best:
-                best, named = float(harm.max()), site_name(site, int(harm.argmax()))
-        return named
-
-    def broke(key: str, alarmed: bool) -> Floats | None:
-        return reach(breaks[key], low, bad, alarmed) if key in breaks else None
-
-    def grew(key: str, _: bool) -> Floats | None:
-        return growth(series[key], bad) if key in series else None
-
-    return furthest(broke, math.log(FACTOR)) or furthest(grew, math.log(GROWN))
-
-
-def growth(series: Series, bad: int) -> Floats:
-    """Logarithm of the factor by which each layer has grown from the first observation to the last up to `bad`."""
-    logs, last = series.logs(), max(0, bisect.bisect_right(series.rows, bad) - 1)
-    return logs[last] - logs[0]
-
-
-def reach(chosen: Break, low: int, bad: int, alarmed: bool) -> Floats:
-    """The largest deviation of each layer between `low` less a window and `bad`, `[layers]`; 0 without an alarm."""
-    rows = np.asarray(chosen.rows)
-    near = (rows >= low - LONGEST) & (rows <= bad)
-    if not near.any():
-        return np.zeros(chosen.deviation.shape[1])
-    furthest = chosen.deviation[near].max(axis=0)
-    return np.where(chosen.alarm[near].any(axis=0), furthest, 0.0) if alarmed else furthest
-
-
-def matches(key: str, head: str) -> bool:
-    return key == head or (head.endswith("/") and key.startswith(head))
-
-
-def place(key: str, layer: int) -> str | None:
-    """Where a value stands: `layer_03/fc2`, `layer_03`, `head`, or nowhere in particular."""
-    if key == "grad/norm":
-        return None
-    site = key.rpartition("/")[2]
-    return site_name(site, layer) if site in (*ORDER, "head") else f"layer_{layer:02d}"
+            late = np.asarray(deviation.rows) >= since
+            for layer in range(deviation.alarm.shape[1]):
+                at = np.flatnonzero(deviation.alarm[:, layer] & late)
+                if len(at) and (name not in first or deviation.rows[at[0]] < first[name][0]):
+                    first[name] = deviation.rows[at[0]], place(key, layer)
+    return first
 
 
 def first_nonfinite(row: dict[str, Any], prefix: str) -> str | None:
@@ -200,6 +171,6 @@ def first_nonfinite(row: dict[str, Any], prefix: str) -> str | None:
 
     def order(name: str) -> tuple[bool, str, int]:
         layer, _, site = name.partition("/")
-        return name == "head", layer, ORDER.index(site) if site in ORDER else len(ORDER)
+        return name == "head", layer, SITES.index(site) if site in SITES else len(SITES)
 
     return min(bad, key=order, default=None)
