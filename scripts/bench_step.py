@@ -113,14 +113,14 @@ def our_loop(model_name: str, observed: bool, folder: str) -> Callable[[int], No
     from stabrun.composition import Words, composed
     from stabrun.config import conf_dir
     from stabrun.data.shards import prepare
-    from stabrun.record.jsonl import Record
+    from stabrun.record.run_dir import RunDir, RunWriter
     from stabrun.training.run import Run
     from stabrun.training.trainer import Trainer
 
     words = [f"model={model_name}", "tracker=none", "train.steps=1000000", "train.val_every=0", f"run_dir={folder}"]
     config = composed(conf_dir(), Words.parse([*words, "train.threads=1", *([] if observed else ["observe.every=0"])]))
     Path(folder).mkdir(exist_ok=True)
-    run = Run(Trainer(config, prepare(config.data, config.model)), Record(Path(folder)))
+    run = Run(Trainer(config, prepare(config.data, config.model)), RunWriter(RunDir(Path(folder))))
     run.open_console()
     late: list[dict[str, Any]] = []
 

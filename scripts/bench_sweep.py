@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.config import conf_dir
-from stabrun.record.jsonl import read_events
+from stabrun.record.study_dir import StudyDir
 from stabrun.study.plan import planned
 from stabrun.study.pool import threads_each
 
@@ -40,7 +40,7 @@ def swept(folder: Path, workers: int) -> float:
     words = (*STUDY, f"study.workers={workers}", f"study_dir={folder}")
     command = [sys.executable, "-m", "stabrun", "sweep", *words]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
-    events = [list(read_events(file)) for file in folder.glob("runs/*/events.jsonl")]
+    events = [run.events() for run in StudyDir(folder).recorded_runs()]
     began, ended = min(each[0]["time"] for each in events), max(each[-1]["time"] for each in events)
     return len(events) / (ended - began)
 
@@ -81,7 +81,7 @@ def overhead(words: list[str]) -> None:
 def worker(directory: Path, began: float) -> None:
     """A worker of the study with timers. Prints the seconds spent since its start as JSON."""
     from stabrun.observe.probe import PendingRow
-    from stabrun.record.jsonl import Record
+    from stabrun.record.run_dir import RunWriter
     from stabrun.study.worker import work
     from stabrun.training.tracker import Tracker
     from stabrun.training.trainer import Trainer
@@ -91,7 +91,7 @@ def worker(directory: Path, began: float) -> None:
     clocked = {
         "training": ((Trainer, "step"), (Trainer, "validate"), (PendingRow, "read")),
         "W&B": ((Tracker, "__init__"), (Tracker, "row"), (Tracker, "finish")),
-        "record": ((Record, "write"), (Record, "sync")),
+        "record": ((RunWriter, "write"), (RunWriter, "sync")),
         "verdict": ((Judge, "add"), (Judge, "conclude")),
     }
     for name, methods in clocked.items():

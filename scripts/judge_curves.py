@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from stabrun.record.jsonl import read_metrics
 from stabrun.record.metrics import signals
+from stabrun.record.run_dir import RunDir
 from stabrun.verdict.judge import STRICTNESS, Judge
 
 CORPUS = Path(__file__).parent.parent / "tests" / "data" / "curves.npz.xz"
@@ -103,7 +103,7 @@ def tell_signals(folder: Path) -> None:
     named: Counter[str] = Counter()
     for file in sorted(folder.glob("*/metrics.jsonl")):
         judge = Judge()
-        for row in read_metrics(file):
+        for row in RunDir(file.parent).rows():
             judge.add(row)
         verdict = judge.conclude()
         ended[verdict.verdict] += 1

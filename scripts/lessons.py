@@ -20,7 +20,8 @@ from typing import Any
 from stabrun.composition import Words, composed
 from stabrun.config import conf_dir, run_id
 from stabrun.data.corpus import EMBEDDED
-from stabrun.record.jsonl import number, read_rows
+from stabrun.record.jsonl import number
+from stabrun.record.run_dir import RunDir
 from stabrun.training.initial_check import check_initial
 
 FIXED = ("tracker=none", "train.threads=1", "train.checkpoint_every=0", "train.steps=300")
@@ -247,7 +248,7 @@ def summary(words: tuple[str, ...], runs: Path) -> Summary:
     """The run's summary, and the `peak` of its gradient norm after the first 50 steps."""
     folder = runs / run_id(configured(*words))
     told: Summary = json.loads((folder / "summary.json").read_text())
-    norms = [number(row["grad/norm"]) for row in read_rows(folder / "metrics.jsonl")]
+    norms = [number(row["grad/norm"]) for row in RunDir(folder).rows()]
     return told | {"peak": max(norms[50:])}
 
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from stabrun.composition import Words, composed
 from stabrun.config import conf_dir, run_id
-from stabrun.record.jsonl import number, read_rows
+from stabrun.record.jsonl import number
+from stabrun.record.run_dir import RunDir
 
 VARIANTS = (  # the variants that existed when the corpus was trained
     "baseline", "fc_norm", "layer_scale", "qk_fc_norm", "qk_norm", "qk_norm_cap", "qkv_norm", "sigma_reparam",
@@ -73,7 +74,7 @@ def pack(runs: Path, target: Path) -> int:
         folder = runs / run_id(config)
         if not (folder / "summary.json").exists():
             continue
-        rows = list(read_rows(folder / "metrics.jsonl"))
+        rows = list(RunDir(folder).rows())
         name = f"{len(facts):03d}"
         facts.append(
             {

@@ -18,7 +18,7 @@ from torch import nn
 
 from stabrun.composition import Words, composed
 from stabrun.config import conf_dir
-from stabrun.record.jsonl import read_rows
+from stabrun.record.run_dir import RunDir
 from stabrun.training.run import Run
 from stabrun.training.trainer import Trainer
 
@@ -86,16 +86,15 @@ def planted(step: Callable[..., object], trainer: Trainer, kind: str, layer: int
 
 def train_one(job: tuple[tuple[str, list[str], str, int], str]) -> str:
     from stabrun.data.shards import prepare
-    from stabrun.record.run_dir import claimed
 
     (name, words, kind, layer), runs = job
     config = composed(conf_dir(), Words.parse([*FIXED, *words, f"run_dir={Path(runs) / name}"]))
-    if (Path(runs) / name / "summary.json").exists():
+    if RunDir(Path(runs) / name).summary_file.exists():
         return f"{name}: done"
     trainer = Trainer(config, prepare(config.data, config.model))
     if kind:
         setattr(trainer, "step", planted(trainer.step, trainer, kind, layer))  # noqa: B010
-    with claimed(config, Path(runs) / name) as record:
+    with RunDir(Path(runs) / name).lock(config) as record:
         summary = Run(trainer, record).start()
     return f"{name} layer {layer}: {summary['verdict']} {summary['first_bad_step']} {summary['first_bad_site']}"
 
@@ -112,7 +111,7 @@ def pack(runs: Path, target: Path) -> int:
         for name, _, _, layer in plan():
             rows = [
                 {key: short(value) for key, value in row.items() if key.startswith(KEPT)}
-                for row in read_rows(runs / name / "metrics.jsonl")
+                for row in RunDir(runs / name).rows()
             ]
             file.write(json.dumps({"name": name, "layer": layer, "at": AT, "rows": rows}) + "\n")
     return len(list(plan()))

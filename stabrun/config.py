@@ -349,6 +349,13 @@ def read_config(file: Path) -> Config:
     return config
 
 
+def config_yaml(config: Config) -> str:
+    """The text of `config.yaml`."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
 def config_of(values: dict[str, Any]) -> Config:
     """A configuration from its own plain data, as `dataclasses.asdict` gives it. TypeError where keys do not fit."""
 

@@ -13,7 +13,8 @@ import pytest
 from helpers import run, tiny
 from omegaconf import OmegaConf
 
-from stabrun.record.jsonl import Record, dumps, jsonable
+from stabrun.record.jsonl import dumps, jsonable
+from stabrun.record.run_dir import RunDir, RunWriter
 from stabrun.verdict.judge import STRICTNESS, Judge
 
 DATA = Path(__file__).parent / "data"
@@ -105,7 +106,7 @@ def test_live_resumed_and_judged_afterwards_are_the_same_bytes(curves, faults, t
         text = "".join(dumps(row) + "\n" for row in rows)
         (directory / "metrics.jsonl").write_text(text)
         live = judged(rows).conclude(len(rows))
-        half, _ = Record(directory).cut(len(rows) * index // 50)
+        half, _ = RunWriter(RunDir(directory)).cut(len(rows) * index // 50)
         resumed = judged(half + rows[len(half) :]).conclude(len(rows))
         (directory / "metrics.jsonl").write_text(text)
         afterwards = json.loads(run(capsys, "judge", directory, "--json")[1])

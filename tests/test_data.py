@@ -22,7 +22,7 @@ from stabrun.data.batches import starts, training_batch, validation_batch
 from stabrun.data.corpus import EMBEDDED, split_blocks
 from stabrun.data.degenerate import digest, findings
 from stabrun.data.shards import Tokens, prepare
-from stabrun.record.jsonl import read_events
+from stabrun.record.run_dir import RunDir
 from stabrun.training.run import train
 from stabrun.training.trainer import Trainer
 
@@ -538,7 +538,7 @@ def test_a_run_names_its_degenerate_batches(capsys, tmp_path):
     (tmp_path / "text.txt").write_text(text)
     words = "data=local", f"data.path={tmp_path / 'text.txt'}", f"data.cache_dir={tmp_path / 'cache'}"
     train(tiny(*words, "train.batch_size=1", f"run_dir={tmp_path / 'run'}"))
-    events = [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] == "batch"]
+    events = [e for e in RunDir(tmp_path / "run").events() if e["event"] == "batch"]
     again = [e for e in events if e["sequence"] is None]
     blank = [e for e in events if e["sequence"] == 0]
     assert len(blank) > 3

@@ -10,7 +10,7 @@ from torch import nn
 
 from stabrun.config import UserError
 from stabrun.model.gpt import GPT
-from stabrun.record.jsonl import read_events
+from stabrun.record.run_dir import RunDir
 from stabrun.training.initial_check import check_initial
 from stabrun.training.run import train
 
@@ -144,7 +144,7 @@ def test_the_check_on_the_command_line(capsys):
 def test_a_run_says_what_is_off_at_its_first_step(capsys, tmp_path):
     train(tiny("model.init=zero", f"run_dir={tmp_path / 'run'}"))
     assert "All gradients are zero" in capsys.readouterr().out
-    events = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "init"]
+    events = [event for event in RunDir(tmp_path / "run").events() if event["event"] == "init"]
     assert [event["finding"].split(":")[0] for event in events] == [
         "All gradients are zero",
         "The blocks put out zeros",

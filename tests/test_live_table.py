@@ -20,7 +20,7 @@ import pytest
 from helpers import TINY
 
 from stabrun.config import conf_dir
-from stabrun.record.jsonl import last_row, read_rows
+from stabrun.record.jsonl import read_last, read_lines
 from stabrun.study.cost import costs, described
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING, Entry
 from stabrun.study.live_table import LiveTable, along_axis, counts, drawn, margin_of, table, worker_facts
@@ -57,13 +57,14 @@ def timed(look, times):
 def test_the_last_row_is_that_of_a_whole_reading(tmp_path):
     """Wherever a write was cut short, and with rows longer than the piece that is read first."""
     dice, file = random.Random(0), tmp_path / "metrics.jsonl"
-    assert last_row(file) is None
+    assert read_last(file) is None
     rows = [{"step": step, "pad": "x" * dice.choice([0, 100, 70_000, 300_000])} for step in range(12)]
     whole = "".join(json.dumps(row) + "\n" for row in rows).encode()
     ends = [match.end() for match in re.finditer(rb"\n", whole)]
     for cut in [0, 1, *(end + shift for end in ends for shift in (-1, 0, 1)), *dice.sample(range(len(whole)), 20)]:
         file.write_bytes(whole[:cut])
-        assert last_row(file) == (list(read_rows(file)) or [None])[-1]
+        whole_lines = [line.value for line in read_lines(file) if line.terminated]
+        assert read_last(file) == (whole_lines or [None])[-1]
 
 
 def test_a_grid_in_columns():

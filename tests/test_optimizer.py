@@ -4,7 +4,7 @@ from helpers import a_trainer, tiny
 from torch import nn
 
 from stabrun.model.gpt import GPT
-from stabrun.record.jsonl import read_rows
+from stabrun.record.run_dir import RunDir
 from stabrun.training.objective import cross_entropy, z_loss
 from stabrun.training.optimizer import clip_by_norm, clip_by_value, gradient_norms, make_optimizer, set_rate
 from stabrun.training.run import train
@@ -82,7 +82,7 @@ def test_clipping_is_torchs_bit_for_bit(limit, by):
 def test_share_of_clipped_steps_is_told(tmp_path, word, share):
     summary = train(tiny(f"run_dir={tmp_path / 'run'}", word, "train.steps=8"))
     assert summary["clipped_share"] == share
-    rows = [row.get("grad/clipped") for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    rows = [row.get("grad/clipped") for row in RunDir(tmp_path / "run").rows()]
     assert rows == [share] * 8
 
 

@@ -151,7 +151,7 @@ def test_text_of_records_is_escaped_and_a_cut_record_is_noted(evil):
     assert EVIL not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert EVIL in data_of(evil)["looks"]
-    assert "was cut off, or is still being written; it was left out." in html
+    assert "is incomplete; it was left out." in html
 
 
 def test_a_page_names_no_other_place(study):

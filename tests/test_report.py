@@ -15,6 +15,7 @@ from made import a_study
 from stabrun.cli import commands
 from stabrun.config import RESULT, UserError, conf_dir, marked
 from stabrun.record.jsonl import number
+from stabrun.record.run_dir import RunDir
 from stabrun.report import sentences, style, tables
 from stabrun.report.commands import overrides
 from stabrun.report.figures import figures
@@ -154,10 +155,10 @@ def test_a_damaged_line_is_noted_and_left_out(study, tmp_path):
     file.parent.mkdir()
     file.write_text("".join([*lines[:5], lines[5][:40] + "\n", *lines[6:9], lines[9][:50]]))
     notes = []
-    assert [row["step"] for row in read_rows(file, notes)] == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert [row["step"] for row in read_rows(RunDir(file.parent), notes)] == [0, 1, 2, 3, 4, 6, 7, 8]
     assert notes == [
-        "run/metrics.jsonl: line 6 is no row of a record; it was left out.",
-        "run/metrics.jsonl: line 10 was cut off, or is still being written; it was left out.",
+        "run/metrics.jsonl: line 6 is not a row of a record; it was left out.",
+        "run/metrics.jsonl: line 10 is incomplete; it was left out.",
     ]
     text = (study / "results.csv").read_text()
     (tmp_path / "results.csv").write_text(text[:-20])
@@ -261,7 +262,7 @@ def test_the_ratio_of_two_runs_norms(study):
     sides = [row for row in pair(source.rows) if row]
     traces = {row["run_id"]: trace(source, row["run_id"]) for row in sides}
     table = tables.ratios(sides, traces)
-    records = [list(read_rows(study / "runs" / row["run_id"] / "metrics.jsonl", [])) for row in sides]
+    records = [list(RunDir(study / "runs" / row["run_id"]).rows()) for row in sides]
     last = int(table.columns[-1].key.removeprefix("step_"))
     by_hand = [record[last]["norm/out/qkv"][1] for record in records]
     assert [cell.values[0] for cell in table.rows[1]][:3] == ["out", "qkv", 1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import a_trainer, tiny, train_interrupted
 
-from stabrun.record.jsonl import read_rows
+from stabrun.record.run_dir import RunDir
 from stabrun.training.run import train
 from stabrun.verdict.judge import Judge
 
@@ -60,7 +60,7 @@ def test_skipped_steps_are_counted_and_are_no_divergence(tmp_path, monkeypatch):
     summary = train(tiny(*FP16, "train.loss_scale_growth=100", "train.steps=60", f"run_dir={tmp_path / 'run'}"))
     assert summary["skipped_steps"] == 3
     assert (summary["verdict"], summary["status"], summary["steps"]) == ("converged", "complete", 60)
-    rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    rows = list(RunDir(tmp_path / "run").rows())
     assert [row["step"] for row in rows if row["grad/norm"] == "inf"] == [7, 20, 21]
 
 
@@ -131,7 +131,7 @@ def test_a_loss_scale_out_of_reach_is_not_the_weights_fault(capsys, tmp_path, sc
     assert "not finite" not in said
     assert ("loss scale is far too small" in said) == (scale == "1e-7")
     if scale == "4e9":  # skipped steps were not clipped
-        rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
+        rows = list(RunDir(tmp_path / "run").rows())
         kept = [row for row in rows if not row["scale/skipped"]]
         assert summary["clipped_share"] == sum(row["grad/clipped"] for row in kept) / len(kept)
         assert summary["skipped_steps"] == len(rows) - len(kept) > 5

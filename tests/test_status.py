@@ -214,7 +214,7 @@ def test_a_study_s_finished_runs_stand_in_its_table(tmp_path):
         ((), "name one DIR"),
         (("one", "two"), "name one DIR"),
         (("--follow", "."), "the only flag is --json"),
-        (("nowhere",), "nowhere: it is neither a study nor a run, for there is no such folder."),
+        (("nowhere",), "nowhere: neither a study nor a run: no such directory."),
         ((".",), "it holds no study.yaml and no config.yaml"),
     ],
 )

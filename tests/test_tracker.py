@@ -5,7 +5,7 @@ from helpers import tiny
 from wandb_files import history, inspected, summary_of
 
 from stabrun.config import run_id
-from stabrun.record.jsonl import read_rows
+from stabrun.record.run_dir import RunDir
 from stabrun.study import tracking
 from stabrun.training import tracker
 from stabrun.training.run import Run, train
@@ -13,7 +13,7 @@ from stabrun.training.tracker import Tracker, projection
 
 
 def assert_equal_to_record(directory, norms_every):
-    rows = list(read_rows(directory / "metrics.jsonl"))
+    rows = list(RunDir(directory).rows())
     logged = history(directory / "wandb" / "latest-run")
     assert [item["_step"] for item in logged] == [row["step"] for row in rows]
     for row, item in zip(rows, logged, strict=True):

@@ -17,8 +17,7 @@ from stabrun.config import UserError
 from stabrun.data import tokenizer
 from stabrun.data.shards import prepare
 from stabrun.model.gpt import GPT
-from stabrun.record.jsonl import read_events, read_rows
-from stabrun.record.run_dir import seconds_spent
+from stabrun.record.run_dir import RunDir
 from stabrun.training import checkpoint, precision, run
 from stabrun.training.optimizer import make_optimizer
 from stabrun.training.run import Run, train
@@ -32,7 +31,7 @@ def metrics(directory):
 
 
 def events(directory, kind):
-    return [event for event in read_rows(directory / "events.jsonl") if event["event"] == kind]
+    return [event for event in RunDir(directory).events() if event["event"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def test_same_data_whatever_the_learning_rate(tmp_path):
     first = []
     for rate in ("1e-4", "1e-1"):
         train(tiny(f"optim.lr={rate}", f"run_dir={tmp_path / rate}", "train.steps=2"))
-        first.append(next(read_rows(tmp_path / rate / "metrics.jsonl"))["train/loss"])
+        first.append(next(RunDir(tmp_path / rate).rows())["train/loss"])
     assert first[0] == first[1]
 
 
@@ -118,15 +117,15 @@ def test_killed_and_started_again(tmp_path, whole, rows):
     words = ["train", *TINY, *RICH, "run_dir=run"]
     program = (
         "import os, signal, sys\n"
-        "from stabrun.record.jsonl import Record\n"
-        "write, count = Record.write, [0]\n"
+        "from stabrun.record.run_dir import RunWriter\n"
+        "write, count = RunWriter.write, [0]\n"
         "def deadly(self, row):\n"
         "    write(self, row)\n"
         "    count[0] += 1\n"
         f"    if count[0] == {rows}:\n"
         "        self.file.write('{\"step\": ')\n"  # half a line, as a kill leaves it
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Record.write = deadly\n"
+        "RunWriter.write = deadly\n"
         "from stabrun.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
@@ -150,7 +149,7 @@ def test_observed_or_not_the_losses_are_the_same_bits(tmp_path):
     for every in (1, 0):
         config = tiny(*RICH, f"observe.every={every}", f"run_dir={tmp_path / str(every)}")
         train(config)
-        rows = read_rows(tmp_path / str(every) / "metrics.jsonl")
+        rows = RunDir(tmp_path / str(every)).rows()
         kept.append([(r["step"], r["train/loss"], r["grad/norm"], r.get("val/loss")) for r in rows])
     assert kept[0] == kept[1]
 
@@ -161,7 +160,7 @@ def test_divergence_is_a_result(tmp_path):
     assert summary["status"] == "stopped"
     assert summary["verdict"] == "diverged"
     assert summary["reason"].startswith("nonfinite")
-    rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    rows = list(RunDir(tmp_path / "run").rows())
     assert rows[-1]["step"] == summary["first_bad_step"] == summary["horizon"]
     assert "nan" in metrics(tmp_path / "run").decode() or "inf" in metrics(tmp_path / "run").decode()
     assert train(config) == summary
@@ -375,7 +374,7 @@ def test_damaged_events_harm_nothing_and_the_next_one_stands_on_its_own_line(tmp
     with open(tmp_path / "run" / "events.jsonl", "a") as file:
         file.write('{"event": "checkpoint", "time": "noon"}\n{"event": "che')
     assert train(config)["seconds"] >= 0
-    kinds = [event["event"] for event in read_events(tmp_path / "run" / "events.jsonl")]
+    kinds = [event["event"] for event in RunDir(tmp_path / "run").events()]
     assert kinds.count("start") == 2
     assert kinds[-1] == "complete"
 
@@ -384,7 +383,7 @@ def test_time_is_that_of_all_starts_up_to_their_last_event(tmp_path):
     lines = [("start", 100.0), ("checkpoint", 110.0), ("start", 200.0), ("complete", 205.5)]
     text = "".join(json.dumps({"event": kind, "time": at}) + "\n" for kind, at in lines)
     (tmp_path / "events.jsonl").write_text(text)
-    assert seconds_spent(tmp_path) == 15.5
+    assert RunDir(tmp_path).seconds_spent() == 15.5
 
 
 def test_a_model_too_large_for_the_memory_is_refused(tmp_path, monkeypatch):

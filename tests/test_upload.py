@@ -15,7 +15,8 @@ from wandb_files import history, inspected, summary_of
 from stabrun.config import UserError, conf_dir
 from stabrun.publish import upload as module
 from stabrun.publish.upload import upload
-from stabrun.record.jsonl import jsonable, read_rows
+from stabrun.record.jsonl import jsonable
+from stabrun.record.run_dir import RunDir
 from stabrun.study import results
 from stabrun.study.plan import extended, load, planned
 from stabrun.study.summary import answer
@@ -74,7 +75,7 @@ def files(directory):
 
 
 def records(directory):
-    return list(read_rows(directory / "metrics.jsonl"))
+    return list(RunDir(directory).rows())
 
 
 def assert_holds(folder, rows, norms_every=4):
@@ -159,7 +160,7 @@ def test_of_a_run_that_grew_only_the_new_rows_go(run, capsys):
     (run / "summary.json").rename(run / "later.json")
     (run / "metrics.jsonl").write_bytes(b"".join(lines[:20]) + lines[20][:50])
     assert upload([str(run)]) == 0
-    assert "line 21 is cut off, or is being written; it is left out" in capsys.readouterr().err
+    assert "line 21 is incomplete; it was left out" in capsys.readouterr().err
     (run / "metrics.jsonl").write_bytes(b"".join(lines))
     (run / "later.json").rename(run / "summary.json")
     assert upload([str(run)]) == 0

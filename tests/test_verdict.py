@@ -11,7 +11,7 @@ from helpers import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stabrun.record.jsonl import read_rows
+from stabrun.record.run_dir import RunDir
 from stabrun.training.run import train
 from stabrun.verdict.chart import level, trailing_means
 from stabrun.verdict.judge import STRICTNESS, Judge
@@ -126,7 +126,7 @@ def test_means_are_those_of_numpy_and_survive_a_huge_value(window):
 def test_live_is_the_same_as_afterwards(tmp_path):
     summary = train(tiny(f"run_dir={tmp_path / 'run'}", "train.steps=60", "optim.lr=0.5", "schedule=constant"))
     judge = Judge()
-    for row in read_rows(tmp_path / "run" / "metrics.jsonl"):
+    for row in RunDir(tmp_path / "run").rows():
         judge.add(row)
     verdict = dataclasses.asdict(judge.conclude(60))
     assert {field: summary[field] for field in verdict} == json.loads(json.dumps(verdict))

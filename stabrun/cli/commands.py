@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.composition import Words, composed, multirun, no_such_key, plainly
-from stabrun.config import Config, UserError, check, keys, run_dir, run_id
+from stabrun.config import Config, UserError, check, config_yaml, keys, run_dir, run_id
+from stabrun.record.schema import INTERRUPTED
 
 MODEL_FLAGS = ("--config-dir DIR", "--json", "--trace")
 
@@ -52,9 +53,7 @@ def train(words: list[str], conf: Path) -> int:
 
 
 def show(config: Config) -> int:
-    from omegaconf import OmegaConf
-
-    print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+    print(config_yaml(config), end="")
     return 0
 
 
@@ -64,7 +63,7 @@ def train_one(config: Config) -> int:
 
     summary = train_run(config)
     tell(summary, config)
-    return 130 if summary["status"] == "interrupted" else 0
+    return 130 if summary["status"] == INTERRUPTED else 0
 
 
 def tell(summary: dict[str, Any], config: Config) -> None:
@@ -74,7 +73,7 @@ def tell(summary: dict[str, Any], config: Config) -> None:
     if summary["val_loss"] is not None:
         print(f"validation loss {summary['val_loss']:.4f}, perplexity {summary['val_perplexity']:.2f}")
     print(f"record: {run_dir(config)}")
-    if summary["status"] == "interrupted":
+    if summary["status"] == INTERRUPTED:
         print(f"interrupted after step {summary['steps']}; the same command goes on from there.")
 
 
@@ -97,15 +96,15 @@ def rerun(words: list[str], conf: Path) -> int:
     """Train again from a recorded configuration, in a directory of its own unless run_dir says otherwise."""
     from omegaconf import OmegaConf
 
-    from stabrun.config import read_config
+    from stabrun.record.run_dir import RunDir
 
     if not words:
         raise UserError("rerun: name a run directory, such as runs/0123456789ab.")
-    file = Path(words[0]) / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{words[0]}: it is no run directory, for it holds no config.yaml.")
+    source = RunDir(Path(words[0]))
+    if not source.is_run():
+        raise UserError(f"{words[0]}: not a run directory: {source.config_file.name} is missing.")
     with plainly():
-        recorded = read_config(file)
+        recorded = source.config()
         parsed = Words.parse(words[1:], ("--cfg",))
         refuse_groups(parsed.overrides)
         merged = OmegaConf.merge(OmegaConf.structured(recorded), OmegaConf.from_dotlist(parsed.overrides))

@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from stabrun.config import UserError, read_config
+from stabrun.config import UserError
 from stabrun.record.foreign import read_curves
-from stabrun.record.jsonl import check_row, jsonable, parse_line, read_json, read_metrics
+from stabrun.record.jsonl import jsonable, parse_line
+from stabrun.record.run_dir import RunDir, check_row
+from stabrun.record.schema import Row
+from stabrun.record.study_dir import StudyDir
 from stabrun.verdict.compare import parted
 from stabrun.verdict.judge import DIVERGED, Judge, Verdict
 from stabrun.verdict.wording import alarmed, details, verdict_line
@@ -58,7 +61,7 @@ class Saved:
     """One run's rows, read anew each time, and how many steps it was planned for where that is known."""
 
     name: str
-    rows: Callable[[], Iterable[dict[str, Any]]]
+    rows: Callable[[], Iterable[Row]]
     planned: int | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -86,28 +89,23 @@ def judge(words: list[str]) -> int:
 def read(path: Path, asked: Asked) -> list[Saved]:
     """The runs at `path`: a run directory, a study's, or a foreign file. UserError where it is none of these."""
     if path.is_dir():
-        if (path / "metrics.jsonl").is_file():
+        if RunDir(path).metrics.is_file():
             return [of_directory(path)]
-        runs = sorted(file.parent for file in path.glob("runs/*/metrics.jsonl"))
+        runs = [run.path for run in StudyDir(path).recorded_runs()]
         if not runs:
-            raise UserError(f"{path}: it is no run or study directory, for it holds no metrics.jsonl.")
+            raise UserError(f"{path}: neither a run nor a study directory: {RunDir(path).metrics.name} is missing.")
         return [of_directory(run) for run in runs]
     if not path.is_file():
         raise UserError(f"{path}: there is no such file, run or study.")
-    if path.name == "metrics.jsonl" and (path.parent / "config.yaml").is_file():
+    beside = RunDir(path.parent)
+    if path == beside.metrics and beside.is_run():
         return [of_directory(path.parent)]
     return [Saved(str(path), curve.rows, None, curve.notes) for curve in read_curves(path, asked.step, asked.loss)]
 
 
 def of_directory(directory: Path) -> Saved:
-    file = directory / "metrics.jsonl"
-    return Saved(str(directory), lambda: read_metrics(file), planned_steps(directory))
-
-
-def planned_steps(directory: Path) -> int | None:
-    """How many steps a run was planned for; None where its configuration is not beside its record."""
-    file = directory / "config.yaml"
-    return read_config(file).train.steps if file.is_file() else None
+    run = RunDir(directory)
+    return Saved(str(directory), run.rows, run.planned_steps())
 
 
 def tell(record: Saved, asked: Asked) -> dict[str, Any]:
@@ -132,14 +130,15 @@ def tell(record: Saved, asked: Asked) -> dict[str, Any]:
 
 def follow(asked: Asked) -> int:
     """Watch a run that grows: say each alarm once, and end when the run does, or is certain to have diverged."""
-    file = asked.path / "metrics.jsonl" if asked.path.is_dir() else asked.path
+    run = RunDir(asked.path)
+    file = run.metrics if asked.path.is_dir() else asked.path
     if asked.against or asked.step or asked.loss:
         raise UserError("--follow goes with --json alone.")
-    if asked.path.is_dir() and not (file.is_file() or (asked.path / "config.yaml").is_file()):
+    if asked.path.is_dir() and not (file.is_file() or run.is_run()):
         raise UserError(f"--follow {asked.path}: it is no run directory.")
     if not asked.path.is_dir() and file.suffix != ".jsonl":
         raise UserError(f"--follow {file}: it follows a run directory or a file of JSON lines.")
-    planned = planned_steps(asked.path)
+    planned = run.planned_steps()
     said, fold, look_at = set[str](), Judge(), 0
 
     def enough() -> bool:
@@ -171,11 +170,10 @@ def over(path: Path, fold: Judge, planned: int | None) -> bool:
         return fold.verdict().verdict == DIVERGED
     if planned is not None and fold.losses and fold.steps[-1] + 1 >= planned:
         return True
-    summary = path / "summary.json"
-    return summary.is_file() and read_json(summary).get("status") in ("complete", "stopped")
+    return RunDir(path).final_summary() is not None
 
 
-def grown(file: Path, enough: Callable[[], bool]) -> Iterator[dict[str, Any] | None]:
+def grown(file: Path, enough: Callable[[], bool]) -> Iterator[Row | None]:
     """The rows of a growing file, as they are completed; None where it was cut or replaced and begins anew.
 
     Ends when `enough()` and all that is there has been read.

@@ -1,6 +1,5 @@
 """`stabrun status`: what a study or a run is doing now, from another terminal; nothing is written."""
 
-import fcntl
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -9,18 +8,20 @@ from typing import Any
 
 from rich.console import Console
 
-from stabrun.config import UserError, read_config, run_id
-from stabrun.record.jsonl import jsonable, last_row, number, read_events, read_json, read_metrics
-from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING
+from stabrun.config import UserError, run_id
+from stabrun.record.jsonl import jsonable, number
+from stabrun.record.run_dir import RunDir
+from stabrun.record.schema import OVER, RUNNING
+from stabrun.record.study_dir import StudyDir, find
+from stabrun.study.ledger import DONE, FAILED, PLANNED
 from stabrun.study.live_table import LEGEND, at_work, coloured, counts, given_up
-from stabrun.study.plan import FILE, load
-from stabrun.study.snapshot import Snapshot, SnapshotReader, seconds_left, speed
+from stabrun.study.plan import load
+from stabrun.study.snapshot import Snapshot, SnapshotReader, seconds_left
 from stabrun.text import duration_text, run_name
 from stabrun.verdict.judge import Judge
 from stabrun.verdict.wording import short, verdict_line
 
 USAGE = "status: name one DIR, of a study or a run; the only flag is --json."
-OVER = "complete", "stopped"
 STATES = {
     "running": "is running",
     "complete": "is complete",
@@ -36,15 +37,13 @@ def status(words: list[str]) -> int:
     if len(places) != 1 or places[0].startswith("-"):
         raise UserError(USAGE)
     directory = Path(places[0])
-    if (directory / FILE).is_file():
+    found = find(directory)
+    if isinstance(found, StudyDir):
         look = SnapshotReader(directory).look(load(directory))
         facts, lines = of_study(directory, look), told_of_study(look)
-    elif (directory / "config.yaml").is_file():
-        facts = of_run(directory)
-        lines = told_of_run(facts)
     else:
-        missing = f"it holds no {FILE} and no config.yaml" if directory.is_dir() else "there is no such folder"
-        raise UserError(f"{directory}: it is neither a study nor a run, for {missing}.")
+        facts = of_run(found)
+        lines = told_of_run(facts)
     if "--json" in words:
         print(json.dumps(jsonable(facts), indent=1))
         return 0
@@ -100,35 +99,32 @@ def told_of_study(look: Snapshot) -> Iterator[Any]:
         yield "no cell is being trained now; the same `stabrun sweep` goes on from there."
 
 
-def of_run(directory: Path) -> dict[str, Any]:
+def of_run(run: RunDir) -> dict[str, Any]:
     """A run as plain data: its state, and the verdict, on what is recorded so far where it is not over."""
-    config = read_config(directory / "config.yaml")
-    rows = directory / "metrics.jsonl"
-    summary = read_json(directory / "summary.json") if (directory / "summary.json").is_file() else {}
-    if summary.get("status") in OVER:
-        verdict, state, step = summary, summary["status"], summary["steps"]
+    config, state = run.config(), run.state()
+    if summary := run.final_summary():
+        verdict, step = summary, summary["steps"]
     else:
-        state = "running" if held(directory) else "failed" if error_of(directory) else "interrupted"
         judge = Judge()
-        for row in read_metrics(rows) if rows.is_file() else ():
+        for row in run.rows():
             judge.add(row)
         step = judge.steps[-1] + 1 if judge.steps else 0
-        verdict = asdict(judge.conclude(None if state == "running" else config.train.steps)) if step else {}
-    rate = speed(directory) if state == "running" else None
+        verdict = asdict(judge.conclude(None if state == RUNNING else config.train.steps)) if step else {}
+    rate = run.steps_per_second() if state == RUNNING else None
     return {
-        "path": str(directory),
+        "path": str(run.path),
         "run_id": run_id(config),
         "variant": config.variant,
         "lr": config.optim.lr,
         "seed": config.seed,
         "status": state,
-        "error": error_of(directory) if state == "failed" else None,
+        "error": run.error() if state == "failed" else None,
         "step": step,
         "steps": config.train.steps,
         "steps_per_second": rate,
         "seconds_left": (config.train.steps - step) / rate if rate else None,
-        "last_loss": (last_row(rows) or {}).get("train/loss"),
-        "checkpoint": checkpoint_of(directory),
+        "last_loss": (run.last_row() or {}).get("train/loss"),
+        "checkpoint": run.checkpoint_step(),
         "verdict": verdict or None,
     }
 
@@ -147,27 +143,3 @@ def told_of_run(facts: dict[str, Any]) -> Iterator[str]:
         yield ("" if facts["status"] in OVER else "so far: ") + verdict_line(facts["verdict"])
     step = facts["checkpoint"]
     yield "no checkpoint yet" if step is None else f"last checkpoint: after step {step}"
-
-
-def held(directory: Path) -> bool:
-    """Whether a process trains the run: it holds the lock. Asked by a shared one, let go at once."""
-    try:
-        with open(directory / ".lock", "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def error_of(directory: Path) -> str | None:
-    """What ended the run's last start, where that was an error."""
-    events = read_events(directory / "events.jsonl")
-    return str(events[-1].get("error")) if events and events[-1].get("event") == "failed" else None
-
-
-def checkpoint_of(directory: Path) -> int | None:
-    """How many updates the last whole checkpoint holds."""
-    names = [meta.parent.name for meta in directory.glob("checkpoints/step_*/meta.json")]
-    return max((int(name.removeprefix("step_")) for name in names), default=None)

@@ -8,25 +8,26 @@ that the server has are left out.
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stabrun.cli.status import OVER, held
 from stabrun.composition import Words, plainly
-from stabrun.config import Config, TrackerConfig, UserError, check, read_config, run_id
-from stabrun.record.jsonl import check_row, jsonable, number, parse_line, read_json
+from stabrun.config import Config, TrackerConfig, UserError, check, run_id
+from stabrun.record.jsonl import jsonable, number
+from stabrun.record.run_dir import RunDir
+from stabrun.record.schema import OVER, Summary
+from stabrun.record.study_dir import StudyDir, find
 from stabrun.record.synced import OFFLINE, ONLINE, Sent, digest, digests, file_digest, known
 from stabrun.study import results
-from stabrun.study.plan import FILE, Plan, load
+from stabrun.study.plan import Plan, load
 from stabrun.study.summary import answer
 from stabrun.study.tracking import images, send_study
 from stabrun.text import run_name, warn
 from stabrun.training.tracker import has_key, note_sent, opened_run, projection
 
-METRICS, SUMMARY, FIGURES = "metrics.jsonl", "summary.json", "report/figures"
+FIGURES = "report/figures"
 USAGE = "upload: name one DIR, of a study or a run, then perhaps tracker.KEY=VALUE; the only flag is --dry-run."
 
 
@@ -46,7 +47,7 @@ class News:
 
     survey: Survey
     first: int
-    summary: dict[str, Any]
+    summary: Summary
     new_summary: bool
     figures: list[Path]
     cut_back: bool
@@ -67,14 +68,16 @@ def upload(words: list[str]) -> int:
     if not rest or rest[0].startswith("-") or "=" in rest[0]:
         raise UserError(USAGE)
     directory, changes = Path(rest[0]), Words.parse(rest[1:], ("--dry-run",)).overrides
-    plan = load(directory) if (directory / FILE).is_file() else None
-    if plan is None and not (directory / "config.yaml").is_file():
-        missing = f"it holds no {FILE} and no config.yaml" if directory.is_dir() else "there is no such folder"
-        raise UserError(f"{directory}: it is neither a study nor a run, for {missing}.")
+    found = find(directory)
+    plan, runs = None, list[RunDir]()
+    if isinstance(found, StudyDir):
+        plan = load(found.path)
+        runs = finished_runs(plan, found)
+    else:
+        runs = [found]
     dry_run = "--dry-run" in words
     mode = destination(dry_run)
     try:
-        runs = list(runs_of(plan, directory))
         count = sum(uploaded(run, changes, mode, dry_run) for run in runs)
         if plan is not None:
             count += uploaded_study(plan, directory, changes, mode, dry_run)
@@ -120,14 +123,9 @@ def destination(dry_run: bool) -> str:
     return mode
 
 
-def runs_of(plan: Plan | None, directory: Path) -> Iterator[Path]:
-    """The finished runs of a study in the order of its plan, or the run itself, in whatever state."""
-    if plan is None:
-        yield directory
-        return
-    for cell in plan.cells:
-        if (directory / "runs" / cell / SUMMARY).is_file():
-            yield directory / "runs" / cell
+def finished_runs(plan: Plan, study: StudyDir) -> list[RunDir]:
+    """The finished runs of a study in the order of its plan."""
+    return [run for run in map(study.run, plan.cells) if run.summary_file.is_file()]
 
 
 def changed(tracker: TrackerConfig, changes: list[str]) -> TrackerConfig:
@@ -143,42 +141,42 @@ def changed(tracker: TrackerConfig, changes: list[str]) -> TrackerConfig:
     return found
 
 
-def uploaded(directory: Path, changes: list[str], mode: str, dry_run: bool) -> bool:
+def uploaded(recorded: RunDir, changes: list[str], mode: str, dry_run: bool) -> bool:
     """Send what W&B lacks of a run. False where that is nothing."""
-    config = read_config(directory / "config.yaml")
-    live = config.tracker.name == "wandb" and held(directory)
+    config = recorded.config()
+    live = config.tracker.name == "wandb" and recorded.is_locked()
     config = replace(config, tracker=changed(config.tracker, changes))
     check(config)
     name = config.tracker.run_name or run_name(config.variant, config.optim.lr, config.seed)
     if live:
         print(f"{name}: it is being trained, and tracked as it goes; nothing to upload.")
         return False
-    before = known(directory, mode, config.tracker)
-    found = news(directory, before)
+    before = known(recorded.path, mode, config.tracker)
+    found = news(recorded, before)
     for sentence in found.survey.damaged:
-        warn(f"{directory / METRICS}: {sentence}")
+        warn(f"{recorded.metrics}: {sentence}")
     if found.cut_back:
         warn(
-            f"{directory / METRICS} is not what was sent: it was cut back, or trained anew. W&B keeps the "
+            f"{recorded.metrics} is not what was sent: it was cut back, or trained anew. W&B keeps the "
             f"{before.steps} steps it has; those from there on are sent."
         )
     if not found.parts:
         return False
-    print(f"{name}: {', '.join(found.parts)} → {mode}, {directory.resolve().name}", flush=True)
+    print(f"{name}: {', '.join(found.parts)} → {mode}, {recorded.path.resolve().name}", flush=True)
     if not dry_run:
-        send(directory, config, before, found)
+        send(recorded, config, before, found)
     return True
 
 
-def news(directory: Path, before: Sent) -> News:
+def news(recorded: RunDir, before: Sent) -> News:
     """What a run's folder holds beyond what W&B has."""
-    metrics = directory / METRICS
+    metrics = recorded.metrics
     kept = file_digest(metrics, before.size) == before.sha256
     same = kept and (metrics.stat().st_size if metrics.is_file() else 0) == before.size
-    survey = Survey(before.steps, before.size) if same else surveyed(metrics)
-    summary = read_json(directory / SUMMARY) if (directory / SUMMARY).is_file() else {}
+    survey = Survey(before.steps, before.size) if same else surveyed(recorded)
+    summary = recorded.summary() or {}
     new_summary = bool(summary) and digest(summary) != before.summary
-    figures = [file for file in drawn(directory) if file_digest(file) != before.figures.get(file.name)]
+    figures = [file for file in drawn(recorded.path) if file_digest(file) != before.figures.get(file.name)]
     return News(survey, before.steps, summary, new_summary, figures, not kept)
 
 
@@ -191,9 +189,9 @@ def drawn(directory: Path) -> list[Path]:
     return files
 
 
-def surveyed(metrics: Path) -> Survey:
+def surveyed(recorded: RunDir) -> Survey:
     steps, whole, lowest, damaged = 0, 0, math.inf, []
-    for row, size in rows_of(metrics):
+    for row, size in recorded.readable_rows():
         if isinstance(row, str):
             damaged.append(row)
             continue
@@ -203,34 +201,15 @@ def surveyed(metrics: Path) -> Survey:
     return Survey(steps, whole, lowest if math.isfinite(lowest) else None, tuple(damaged))
 
 
-def rows_of(metrics: Path) -> Iterator[tuple[dict[str, Any] | str, int]]:
-    """Each row of a record, or a sentence on a line that holds none, and the byte after it."""
-    if not metrics.is_file():
-        return
-    end = 0
-    with open(metrics, "rb") as file:
-        for count, line in enumerate(file, 1):
-            end += len(line)
-            try:
-                row = parse_line(line)
-                if row is not None:
-                    yield check_row(row, metrics), end
-                    continue
-            except UserError:
-                pass
-            cut = "is cut off, or is being written" if not line.endswith(b"\n") else "holds no row"
-            yield f"line {count} {cut}; it is left out.", end
-
-
-def send(directory: Path, config: Config, before: Sent, found: News) -> None:
+def send(recorded: RunDir, config: Config, before: Sent, found: News) -> None:
     """Send `found`, and note it.
 
     The lowest loss goes by itself, for W&B knows that of the rows alone that it is sent here.
     """
-    run = opened_run(config, run_id(config), directory)
+    run = opened_run(config, run_id(config), recorded.path)
     run.define_metric("train/loss", summary="none", step_metric="step")
     survey, first = found.survey, max(found.first, run.step or 0)  # asked once: each question waits for W&B's process
-    for row, end in rows_of(directory / METRICS) if survey.steps > found.first else ():
+    for row, end in recorded.readable_rows() if survey.steps > found.first else ():
         if end > survey.size:
             break
         if isinstance(row, dict) and row["step"] >= first:
@@ -242,10 +221,10 @@ def send(directory: Path, config: Config, before: Sent, found: News) -> None:
     run.finish(exit_code=0 if told.get("status") in OVER else 130)
     note_sent(
         config.tracker,
-        directory,
+        recorded.path,
         steps=max(survey.steps, before.steps),
         size=survey.size,
-        sha256=file_digest(directory / METRICS, survey.size),
+        sha256=file_digest(recorded.metrics, survey.size),
         summary=digest(found.summary),
         figures=before.figures | digests(found.figures),
     )

@@ -1,26 +1,32 @@
-"""The files of a run directory: `metrics.jsonl` is the truth, `events.jsonl` tells how it came about."""
+"""JSON and JSON lines on disk: numbers that are not finite, incomplete lines, atomic replacement."""
 
-import itertools
 import json
 import math
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 from stabrun.config import UserError
 
 DECODER = json.JSONDecoder()
-TAIL = 1 << 16  # bytes at the end of a file in which its last row is looked for
+TAIL = 1 << 16  # bytes read from the end of a file to find its last line
 
 
-def dumps(row: dict[str, Any]) -> str:
-    """A row as one line of valid JSON."""
+class Line(NamedTuple):
+    """A line of a file: its JSON object (None if it is not one), whether it is terminated, and the byte after it."""
+
+    value: dict[str, Any] | None
+    terminated: bool
+    end: int
+
+
+def dumps(value: Any) -> str:
+    """Valid JSON on one line."""
     try:
-        return json.dumps(row, allow_nan=False)
+        return json.dumps(value, allow_nan=False)
     except ValueError:
-        return json.dumps(jsonable(row), allow_nan=False)
+        return json.dumps(jsonable(value), allow_nan=False)
 
 
 def jsonable(value: Any) -> Any:
@@ -33,58 +39,40 @@ def jsonable(value: Any) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a recorded number."""
+    """Whether `value` is a recorded number, "nan", "inf" and "-inf" included."""
     return (isinstance(value, (int, float)) and not isinstance(value, bool)) or value in ("nan", "inf", "-inf")
 
 
 def number(value: Any) -> float:
-    """A recorded number, "nan", "inf" and "-inf" included; NaN for what is missing."""
+    """A recorded number as a float; NaN for a missing one."""
     return float("nan") if value is None else float(value)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError, naming the file, where it holds none."""
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The object on a terminated line; None if there is none."""
     try:
-        value = json.loads(path.read_bytes())
+        text = line.decode()
+        value, end = DECODER.raw_decode(text) if text.endswith("\n") else (None, 0)
     except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object.")
-    return value
+        return None
+    return value if isinstance(value, dict) and not text[end:].strip() else None
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole rows of a JSON-lines file, up to the first line that is none: the last may still be being written."""
-    for _, row in _lines(path):
-        yield row
-
-
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of `metrics.jsonl`; a last line that is still being written is left out.
-
-    Raises UserError at a whole line that is no object, or has no step and no training loss.
-    """
+def read_lines(path: Path) -> Iterator[Line]:
+    """Every line of a JSON-lines file; none if the file does not exist."""
     end = 0
-    for end, row in _lines(path):  # noqa: B007
-        yield check_row(row, path)
-    with open(path, "rb") as file:
-        file.seek(end)
-        if file.readline().endswith(b"\n"):
-            raise UserError(f"{path} is damaged: the line at byte {end} is no JSON object.")
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            end += len(line)
+            yield Line(parse_line(line), line.endswith(b"\n"), end)
 
 
-def check_row(row: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The row; UserError where it has no step or no training loss."""
-    if not isinstance(row.get("step"), int) or abs(row["step"]) >= 2**53 or not is_number(row.get("train/loss")):
-        raise UserError(f"{path}: step or train/loss is missing in the row {json.dumps(row)[:60]}.")
-    for key in ("grad/norm", "train/lr"):
-        if not is_number(row.get(key, 0.0)):
-            raise UserError(f"{path}: {key} is no number at step {row['step']}.")
-    return row
-
-
-def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole row of a JSON-lines file, from its end alone; None where there is none."""
+def read_last(path: Path) -> dict[str, Any] | None:
+    """The object on the last terminated line of a JSON-lines file; None if there is none. Reads the end only."""
     if not path.exists():
         return None
     with open(path, "rb") as file:
@@ -93,97 +81,36 @@ def last_row(path: Path) -> dict[str, Any] | None:
             start = max(0, size - reach)
             file.seek(start)
             lines = file.read(size - start).split(b"\n")  # the first may lack its beginning, the last its end
-            whole = lines[bool(start) : -1]
-            if whole or not start:
-                return parse_line(whole[-1] + b"\n") if whole else None
+            terminated = lines[bool(start) : -1]
+            if terminated or not start:
+                return parse_line(terminated[-1] + b"\n") if terminated else None
             reach *= 4
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of `events.jsonl`; a line that a kill cut short is passed over."""
-    if not path.exists():
-        return []
-    with open(path, "rb") as file:
-        return [event for line in file if (event := parse_line(line)) is not None]
+def append_line(path: Path, value: Any) -> None:
+    """Add a line to a JSON-lines file; an incomplete last line, left by a kill, is terminated first."""
+    with open(path, "ab+") as file:
+        incomplete = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        file.write(b"\n" * bool(incomplete) + dumps(value).encode() + b"\n")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(byte after the row, row) for each whole row, up to the first line that is none."""
-    end = 0
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        for line in file:
-            row = parse_line(line)
-            if row is None:
-                return
-            end += len(line)
-            yield end, row
-
-
-def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The object on a whole line, or None where it is none."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if the file holds none."""
     try:
-        text = line.decode()
-        row, end = DECODER.raw_decode(text) if text.endswith("\n") else (None, 0)
+        value = json.loads(path.read_bytes())
     except ValueError:
-        return None
-    return row if isinstance(row, dict) and not text[end:].strip() else None
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: not a JSON object.")
+    return value
 
 
-class Record:
-    """Writes a run's `metrics.jsonl` and `events.jsonl`."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.metrics = directory / "metrics.jsonl"
-        self.file: IO[str] | None = None
-
-    def cut(self, step: int) -> tuple[list[dict[str, Any]], int]:
-        """Shorten the metrics to the rows 0 … `step` − 1, and return those and how many later ones went.
-
-        Raises UserError, before anything is cut, where the file does not hold them.
-        """
-        lines = _lines(self.metrics)
-        kept = list(itertools.islice(lines, step))
-        rows, end = [row for _, row in kept], kept[-1][0] if kept else 0
-        later = sum(1 for _ in lines)
-        if [row["step"] for row in rows if is_number(row.get("train/loss")) and "step" in row] != list(range(step)):
-            raise UserError(
-                f"{self.metrics} does not hold the {step} steps of its checkpoint in order; "
-                f"mend it, or remove {self.directory} to train anew."
-            )
-        if self.metrics.exists():
-            os.truncate(self.metrics, end)
-        return rows, later
-
-    def write(self, row: dict[str, Any]) -> None:
-        if self.file is None:
-            self.file = open(self.metrics, "a", buffering=1)
-        self.file.write(dumps(row) + "\n")
-
-    def sync(self) -> None:
-        """Wait until what was written is on disk, so that a checkpoint never runs ahead of its record."""
-        if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
-    def event(self, kind: str, **facts: Any) -> None:
-        """Add a line to `events.jsonl`: what happened, when (Unix seconds), and `facts`."""
-        line = dumps({"event": kind, "time": round(time.time(), 3), **facts})
-        with open(self.directory / "events.jsonl", "ab+") as file:
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                line = "\n" + line  # a kill cut the last line short
-            file.write(line.encode() + b"\n")
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the old text or the new one, and a full disk leaves the old."""
+    """Replace a file in one step: readers see the old text or the new, and a full disk leaves the old."""
     scratch = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     try:
         scratch.write_text(text)

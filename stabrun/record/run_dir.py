@@ -1,103 +1,292 @@
-"""The run directory: held by one process, used for one configuration, resumed from its checkpoint."""
+"""A run directory: the names of its files, how they are read and written, and the state of the run."""
 
 import errno
 import fcntl
 import json
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from omegaconf import OmegaConf
+from stabrun.config import RESULT, Config, UserError, config_yaml, marked, read_config
+from stabrun.record.jsonl import (
+    append_line,
+    dumps,
+    is_number,
+    read_json,
+    read_last,
+    read_lines,
+    write_atomic,
+    write_json,
+)
+from stabrun.record.schema import FAILED, INTERRUPTED, OVER, RUNNING, Event, Row, Summary
 
-from stabrun.config import RESULT, Config, UserError, marked, read_config
-from stabrun.record.jsonl import Record, read_events, read_json, write_atomic
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # faults of the disk, not of a name
-COMPLETE, STOPPED, INTERRUPTED, FAILED = "complete", "stopped", "interrupted", "failed"
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # of the disk, not of a name
 
 
-@contextmanager
-def claimed(config: Config, directory: Path) -> Iterator[Record]:
-    """The run directory, made or found, held by this process alone.
+class RunDir:
+    """The files of one run. Reading creates no file; only the process that holds the lock writes."""
 
-    Raises UserError where another process holds it, it is no folder, or it holds something else.
-    """
-    with named("run_dir", directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as lock:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.environment_file = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.events_file = path / "events.jsonl"
+        self.summary_file = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.lock_file = path / ".lock"
+
+    def rows(self) -> Iterator[Row]:
+        """The rows of `metrics.jsonl`; a last line that is still being written is left out.
+
+        Raises UserError at a damaged line, or a row without step or training loss.
+        """
+        end = 0
+        for line in read_lines(self.metrics):
+            if line.value is not None:
+                yield check_row(line.value, self.metrics)
+            elif line.terminated:
+                raise UserError(f"{self.metrics} is damaged: the line at byte {end} is not a JSON object.")
+            end = line.end
+
+    def readable_rows(self) -> Iterator[tuple[Row | str, int]]:
+        """Each row of `metrics.jsonl`, or a sentence about a line that holds none, and the byte after it."""
+        for count, line in enumerate(read_lines(self.metrics), 1):
+            if not line.terminated:
+                yield f"line {count} is incomplete; it was left out.", line.end
+            elif line.value is None or row_fault(line.value):
+                yield f"line {count} is not a row of a record; it was left out.", line.end
+            else:
+                yield line.value, line.end
+
+    def last_row(self) -> Row | None:
+        return read_last(self.metrics)
+
+    def steps_done(self) -> int:
+        """Updates recorded so far; 0 if none can be read."""
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"run_dir={directory}: another process is training it now.") from error
-        refuse_strangers(config, directory)
-        if not (directory / "config.yaml").exists():
-            write_atomic(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-        yield Record(directory)
+            return int((self.last_row() or {})["step"]) + 1
+        except (OSError, KeyError, TypeError, ValueError):
+            return 0
 
+    def events(self) -> list[Event]:
+        """The events of `events.jsonl`; lines that a kill cut short are skipped."""
+        return [line.value for line in read_lines(self.events_file) if line.value is not None]
 
-def refuse_strangers(config: Config, directory: Path) -> None:
-    """UserError where `directory` holds something else than this experiment, or can be no folder."""
-    file = directory / "config.yaml"
-    with named("run_dir", directory):
-        recorded = file.exists()
-    if recorded:
-        there, here = marked(read_config(file), RESULT), marked(config, RESULT)
-        other = [f"{key}={there[key]} (here {here[key]})" for key in here if here[key] != there[key]]
-        if other:
-            more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+    def starts(self) -> list[int]:
+        """The step of each start of the run."""
+        steps = [event.get("step") for event in self.events() if event.get("event") == "start"]
+        return [step for step in steps if isinstance(step, int)]
+
+    def restarts(self) -> list[int]:
+        """The steps at which the run was resumed."""
+        return [step for step in self.starts() if step > 0]
+
+    def steps_per_second(self) -> float | None:
+        """Speed of the last start; None if unknown.
+
+        From the modification times of the lock, opened at the start, and of the record: one clock for both.
+        """
+        try:
+            starts = self.starts()
+            began, now = self.lock_file.stat().st_mtime, self.metrics.stat().st_mtime
+        except OSError:
+            return None
+        steps = self.steps_done() - starts[-1] if starts else 0
+        return steps / (now - began) if steps > 0 and now > began else None
+
+    def seconds_spent(self) -> float:
+        """Wall-clock time of all starts; a killed start counts up to its last event."""
+        total, began, last = 0.0, 0.0, 0.0
+        for event in self.events():
+            if not isinstance(event.get("time"), (int, float)):
+                continue
+            if event.get("event") == "start":
+                total, began = total + last - began, event["time"]
+            last = event["time"]
+        return max(0.0, total + last - began)
+
+    def error(self) -> str | None:
+        """The error that ended the last start, if one did."""
+        last = (self.events() or [{}])[-1]
+        return str(last.get("error")) if last.get("event") == FAILED else None
+
+    def summary(self) -> Summary | None:
+        """What `summary.json` holds; None if there is none. UserError if it is damaged."""
+        return read_json(self.summary_file) if self.summary_file.is_file() else None
+
+    def write_summary(self, summary: Summary) -> None:
+        write_json(self.summary_file, summary)
+
+    def final_summary(self) -> Summary | None:
+        """The summary of a run that is over; None for any other."""
+        summary = self.summary()
+        return summary if summary and summary.get("status") in OVER else None
+
+    def state(self) -> str:
+        """`running`, `complete`, `stopped`, `interrupted` or `failed`."""
+        if summary := self.final_summary():
+            return str(summary["status"])
+        return RUNNING if self.is_locked() else INTERRUPTED if self.error() is None else FAILED
+
+    def config(self) -> Config:
+        """The recorded configuration. UserError if it is damaged."""
+        return read_config(self.config_file)
+
+    def is_run(self) -> bool:
+        """Whether the directory holds a run: a configuration, at least."""
+        return self.config_file.is_file()
+
+    def planned_steps(self) -> int | None:
+        """The steps the run was planned for; None without a configuration."""
+        return self.config().train.steps if self.is_run() else None
+
+    def checkpoint_step(self) -> int | None:
+        """The updates that the newest complete checkpoint holds."""
+        names = [meta.parent.name for meta in self.checkpoints.glob("step_*/meta.json")]
+        return max((int(name.removeprefix("step_")) for name in names), default=None)
+
+    def environment(self) -> dict[str, Any]:
+        """What `environment.json` holds; empty if there is none. UserError if it is damaged."""
+        return read_json(self.environment_file) if self.environment_file.exists() else {}
+
+    def keep_environment(self, facts: dict[str, Any]) -> None:
+        """Write the environment of the first start; later ones do not change it."""
+        if not self.environment_file.exists():
+            write_json(self.environment_file, facts)
+
+    def refuse_other_data(self, now: str) -> None:
+        """Raise UserError if the run began on data of another hash than `now`."""
+        before = self.environment().get("data_hash") if self.environment_file.exists() else now
+        if before != now:
             raise UserError(
-                f"run_dir={directory}: it holds a run with {', '.join(other[:3])}{more}. Name another run_dir, or none."
+                f"run_dir={self.path}: the run began on other data (hash {before}, now {now}). "
+                "Restore the data, or name another run_dir."
             )
-    elif directory.is_dir() and any(item.name != ".lock" for item in directory.iterdir()):
-        raise UserError(f"run_dir={directory}: the folder is not empty and holds no run.")
+
+    def refuse_other_run(self, config: Config) -> None:
+        """Raise UserError if the directory holds anything but this experiment, or cannot be a directory."""
+        with naming("run_dir", self.path):
+            recorded = self.config_file.exists()
+        if recorded:
+            before, now = marked(self.config(), RESULT), marked(config, RESULT)
+            differing = [f"{key}={before[key]} (now {now[key]})" for key in now if now[key] != before[key]]
+            if differing:
+                more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+                raise UserError(
+                    f"run_dir={self.path}: holds a run with {', '.join(differing[:3])}{more}. Name another run_dir."
+                )
+        elif self.path.is_dir() and any(item != self.lock_file for item in self.path.iterdir()):
+            raise UserError(f"run_dir={self.path}: not empty, and not a run directory.")
+
+    def is_locked(self) -> bool:
+        """Whether a process is training the run. Tried by a shared lock, released at once."""
+        try:
+            with open(self.lock_file, "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    @contextmanager
+    def lock(self, config: Config) -> Iterator["RunWriter"]:
+        """Hold the directory, created if necessary, for this process alone, and yield its writer.
+
+        Raises UserError if another process holds it, or `refuse_other_run` does.
+        """
+        with naming("run_dir", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.lock_file, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"run_dir={self.path}: another process is training it now.") from error
+            self.refuse_other_run(config)
+            if not self.config_file.exists():
+                write_atomic(self.config_file, config_yaml(config))
+            yield RunWriter(self)
+
+
+class RunWriter:
+    """Writes `metrics.jsonl` and `events.jsonl` of the run whose lock this process holds."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self.file: IO[str] | None = None
+
+    def cut(self, step: int) -> tuple[list[Row], int]:
+        """Truncate the metrics to the rows 0 … `step` − 1. Returns those, and the number of rows removed.
+
+        Raises UserError, before anything is removed, if the file does not hold the rows.
+        """
+        rows, end, removed = list[Row](), 0, 0
+        for line in read_lines(self.run.metrics):
+            if line.value is None:
+                break
+            if len(rows) < step:
+                rows.append(line.value)
+                end = line.end
+            else:
+                removed += 1
+        if [row.get("step") for row in rows if is_number(row.get("train/loss"))] != list(range(step)):
+            raise UserError(
+                f"{self.run.metrics} does not hold the {step} steps of its checkpoint in order; "
+                f"restore it, or remove {self.run.path} to train again from the start."
+            )
+        if self.run.metrics.exists():
+            os.truncate(self.run.metrics, end)
+        return rows, removed
+
+    def write(self, row: Row) -> None:
+        if self.file is None:
+            self.file = open(self.run.metrics, "a", buffering=1)
+        self.file.write(dumps(row) + "\n")
+
+    def sync(self) -> None:
+        """Wait until the rows are on disk: a checkpoint must never be ahead of its record."""
+        if self.file is not None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Append to `events.jsonl`: what happened, when (Unix seconds), and `facts`."""
+        append_line(self.run.events_file, {"event": kind, "time": round(time.time(), 3), **facts})
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+def row_fault(row: dict[str, Any]) -> str | None:
+    """What keeps an object from being a row of `metrics.jsonl`, or None."""
+    if not isinstance(row.get("step"), int) or abs(row["step"]) >= 2**53 or not is_number(row.get("train/loss")):
+        return f"step or train/loss is missing in the row {json.dumps(row)[:60]}"
+    for key in ("grad/norm", "train/lr"):
+        if not is_number(row.get(key, 0.0)):
+            return f"{key} is not a number at step {row['step']}"
+    return None
+
+
+def check_row(row: dict[str, Any], path: Path) -> Row:
+    """The row. Raises UserError, naming the file, if it has no step or training loss."""
+    if fault := row_fault(row):
+        raise UserError(f"{path}: {fault}.")
+    return row
 
 
 @contextmanager
-def named(key: str, directory: Path) -> Iterator[None]:
-    """Turn the error of a path that can be no folder into a UserError that names its key."""
+def naming(key: str, directory: Path) -> Iterator[None]:
+    """Turn the error of a path that cannot be a directory into a UserError that names its key."""
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in DISK_FAULTS:
             raise
-        why = "it is not a folder" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+        why = "not a directory" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
         raise UserError(f"{key}={directory}: {why}.") from error
-
-
-def finished(directory: Path) -> dict[str, Any] | None:
-    """The summary of a run that is over, or None."""
-    file = directory / "summary.json"
-    if not file.exists():
-        return None
-    summary = read_json(file)
-    return summary if summary.get("status") in (COMPLETE, STOPPED) else None
-
-
-def refuse_other_data(directory: Path, now: str) -> None:
-    """UserError where the data, of hash `now`, are no longer those of the run's first start."""
-    file = directory / "environment.json"
-    before = read_json(file).get("data_hash") if file.exists() else now
-    if before != now:
-        raise UserError(
-            f"run_dir={directory}: the run began on other data (hash {before}, now {now}). "
-            "Put them back, or name another run_dir."
-        )
-
-
-def note_environment(directory: Path, facts: dict[str, Any]) -> None:
-    """Keep the environment of the first start."""
-    if not (directory / "environment.json").exists():
-        write_atomic(directory / "environment.json", json.dumps(facts, indent=1) + "\n")
-
-
-def seconds_spent(directory: Path) -> float:
-    """Time of all starts by the clock of their events; of one that was killed, up to its last event."""
-    total, began, last = 0.0, 0.0, 0.0
-    for event in read_events(directory / "events.jsonl"):
-        if not isinstance(event.get("time"), (int, float)):
-            continue
-        if event.get("event") == "start":
-            total, began = total + last - began, event["time"]
-        last = event["time"]
-    return max(0.0, total + last - began)

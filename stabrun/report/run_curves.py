@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stabrun.record.jsonl import number
-from stabrun.report.source import Row, Source, read_rows, restarts
+from stabrun.record.schema import Row
+from stabrun.report.source import Source, read_rows
 
 POINTS = 400  # of a curve of single numbers, at most; a page and a figure show no more
 LAYERED = 120  # of a curve that has a line a layer
@@ -62,9 +63,8 @@ class Trace:
 
 def trace(source: Source, run: str) -> Trace:
     """The curves of a run; what could not be read is noted in `source.notes`."""
-    rows = read_rows(source.folder(run) / "metrics.jsonl", source.notes)
-    found = traced(rows)
-    found.restarts = restarts(source.folder(run))
+    found = traced(read_rows(source.run(run), source.notes))
+    found.restarts = source.run(run).restarts()
     return found
 
 

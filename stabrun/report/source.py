@@ -5,12 +5,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from stabrun.config import Config, UserError, read_config, run_id
-from stabrun.record.jsonl import check_row, jsonable, parse_line, read_events, read_json
+from stabrun.config import Config, UserError, run_id
+from stabrun.record.jsonl import jsonable
+from stabrun.record.run_dir import RunDir
+from stabrun.record.schema import OVER, Row
+from stabrun.record.schema import RUNNING as STILL
+from stabrun.record.study_dir import StudyDir, find
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING
-from stabrun.study.plan import FILE, FRONTIER, Plan, load
+from stabrun.study.plan import FRONTIER, Plan, load
 from stabrun.study.results import COLUMNS, result
 from stabrun.study.snapshot import SnapshotReader
 from stabrun.study.summary import answer
@@ -20,8 +23,6 @@ from stabrun.verdict.judge import Judge
 WORDS = "run_id", "arm", "variant", "status", "verdict", "reason", "lenient", "standard", "strict", "first_bad_site"
 NUMBERS = tuple(column for column in COLUMNS if column not in WORDS)
 RUN = "run"
-
-Row = dict[str, Any]
 
 
 @dataclass
@@ -62,8 +63,8 @@ class Source:
         variants: Row = self.told.get("variants", {})
         return variants
 
-    def folder(self, run: str) -> Path:
-        return self.directory if self.strategy == RUN else self.directory / "runs" / run
+    def run(self, run_id: str) -> RunDir:
+        return RunDir(self.directory) if self.strategy == RUN else StudyDir(self.directory).run(run_id)
 
     def summary(self, run: str) -> Row:
         return self.summaries.get(run, {})
@@ -71,15 +72,12 @@ class Source:
 
 def opened(directory: Path) -> Source:
     """The study or run in a directory. UserError where it holds neither."""
-    if (directory / FILE).is_file():
-        return a_study(directory)
-    if (directory / "config.yaml").is_file():
-        return a_run(directory)
-    missing = f"it holds no {FILE} and no config.yaml" if directory.is_dir() else "there is no such folder"
-    raise UserError(f"{directory}: it is neither a study nor a run, for {missing}.")
+    found = find(directory)
+    return a_study(found) if isinstance(found, StudyDir) else a_run(found)
 
 
-def a_study(directory: Path) -> Source:
+def a_study(study: StudyDir) -> Source:
+    directory = study.path
     plan, notes = load(directory), list[str]()
     look = SnapshotReader(directory).look(plan)
     finished = [{**facts, "arm": plan.cells[run].arm} for run, facts in look.summaries.items()]
@@ -87,37 +85,41 @@ def a_study(directory: Path) -> Source:
         if entry.status == DONE and run not in look.summaries:
             notes.append(f"runs/{run}/summary.json holds no summary; the run's signals and spikes are left out.")
     try:
-        told = read_json(directory / "study.json")
-    except (OSError, UserError):
+        told = study.summary()
+    except UserError:
+        told = None
+    if told is None:
         if finished:
             notes.append("study.json is missing or damaged; what it would hold was worked out anew from the summaries.")
         told = jsonable(answer(plan, finished))
-    rows = list(read_results(directory / "results.csv", notes))
+    rows = list(read_results(study.results_file, notes))
     counts = {status: look.count(status) for status in (PLANNED, RUNNING, DONE, FAILED)}
     return Source(
         directory, plan.name, plan.strategy, told, plan.arms, rows, counts, plan, look.summaries, look.failed, notes
     )
 
 
-def a_run(directory: Path) -> Source:
+def a_run(run: RunDir) -> Source:
     """A run, judged on what is recorded so far where it is not over."""
-    config, notes = read_config(directory / "config.yaml"), list[str]()
+    config, notes = run.config(), list[str]()
     try:
-        summary = read_json(directory / "summary.json")
-    except (OSError, UserError):
+        summary = run.summary()
+    except UserError:
+        summary = None
+    if summary is None:
         notes.append("summary.json is not there, so that the run is not over; it is judged on what is recorded so far.")
         judge = Judge()
-        for row in read_rows(directory / "metrics.jsonl", notes):
+        for row in read_rows(run, notes):
             judge.add(row)
         steps = judge.steps[-1] + 1 if judge.steps else 0
         facts = {"run_id": run_id(config), "variant": config.variant, "lr": config.optim.lr, "seed": config.seed}
-        summary = jsonable(facts | asdict(judge.conclude()) | {"status": "running", "steps": steps})
+        summary = jsonable(facts | asdict(judge.conclude()) | {"status": STILL, "steps": steps})
     name = run_name(config.variant, config.optim.lr, config.seed)
     rows = [result({**summary, "arm": config.variant})]
-    over = summary["status"] in ("complete", "stopped")
+    over = summary["status"] in OVER
     counts = {PLANNED: 0, RUNNING: int(not over), DONE: int(over), FAILED: 0}
-    run = summary["run_id"]
-    return Source(directory, name, RUN, {}, {config.variant: config}, rows, counts, None, {run: summary}, notes=notes)
+    summaries = {summary["run_id"]: summary}
+    return Source(run.path, name, RUN, {}, {config.variant: config}, rows, counts, None, summaries, notes=notes)
 
 
 def read_results(file: Path, notes: list[str]) -> Iterator[Row]:
@@ -144,27 +146,16 @@ def typed(text: str) -> float | int | str | None:
     return int(text) if text.removeprefix("-").isdigit() else float(text)
 
 
-def read_rows(file: Path, notes: list[str]) -> Iterator[Row]:
-    """The rows of `metrics.jsonl`; a line that is none, or was cut, is noted and left out."""
-    if not file.is_file():
-        notes.append(f"{file.parent.name}/{file.name} is not there.")
-        return
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            row = parse_line(line)
-            try:
-                if row is None:
-                    raise UserError("")
-                yield check_row(row, file)
-            except UserError:
-                what = "is no row of a record" if line.endswith(b"\n") else "was cut off, or is still being written"
-                notes.append(f"{file.parent.name}/{file.name}: line {number} {what}; it was left out.")
-
-
-def restarts(directory: Path) -> list[int]:
-    """The steps at which a run was started again."""
-    starts = [event.get("step") for event in read_events(directory / "events.jsonl") if event.get("event") == "start"]
-    return [step for step in starts if isinstance(step, int) and step > 0]
+def read_rows(run: RunDir, notes: list[str]) -> Iterator[Row]:
+    """The rows of `metrics.jsonl`; lines that are not rows are noted and left out."""
+    place = f"{run.path.name}/{run.metrics.name}"
+    if not run.metrics.is_file():
+        notes.append(f"{place} is missing.")
+    for row, _ in run.readable_rows():
+        if isinstance(row, str):
+            notes.append(f"{place}: {row}")
+        else:
+            yield row
 
 
 def environment(source: Source) -> Row:
@@ -172,8 +163,8 @@ def environment(source: Source) -> Row:
     seen: dict[str, list[str]] = {}
     for row in source.rows:
         try:
-            facts = read_json(source.folder(row["run_id"]) / "environment.json")
-        except (OSError, UserError):
+            facts = source.run(row["run_id"]).environment()
+        except UserError:
             continue
         packages = facts.pop("packages", None)
         for key, value in {**facts, **(packages if isinstance(packages, dict) else {})}.items():

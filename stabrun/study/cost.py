@@ -11,10 +11,10 @@ from statistics import median
 
 from stabrun.config import Config
 from stabrun.model.describe import flops_per_token
+from stabrun.record.schema import Row
 from stabrun.study import results
 from stabrun.study.plan import GRID, Plan, tokens_of
 from stabrun.study.pool import threads_each
-from stabrun.study.results import Row
 from stabrun.text import duration_text, rate_text
 
 # Prints the FLOPs a second of float32 matrix products of 1024³, the best of three.

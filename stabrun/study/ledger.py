@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.record.jsonl import write_atomic
+from stabrun.record.study_dir import StudyDir
 
 PLANNED, RUNNING, DONE, FAILED = "planned", "running", "done", "failed"
 ATTEMPTS = 2  # a cell that fails, or kills its worker, so often in a row without getting further is given up
@@ -86,7 +87,8 @@ class Ledger:
     """One process's view of a study's ledger. Its folders are made by the first claim: looking writes nothing."""
 
     def __init__(self, directory: Path, lease: float = LEASE, clock: Callable[[], float] = time.monotonic) -> None:
-        self.folder, self.runs, self.attempts = (directory / name for name in ("ledger", "runs", "attempts"))
+        self.study = study = StudyDir(directory)
+        self.folder, self.runs, self.attempts = study.ledger, study.runs, study.attempts
         self.lease, self.clock, self.owner = lease, clock, this_process()
         self.seen: dict[tuple[str, int], tuple[str, float]] = {}  # the last beat of an attempt, and since when
 
@@ -170,7 +172,7 @@ class Ledger:
     def reopen(self, cell: str, attempt: int) -> None:
         """Make a finished run an attempt that was left, which the next one goes on from."""
         self.end(cell, attempt, "left", "its end no longer stands")
-        os.rename(self.runs / cell, self.attempts / f"{cell}.{attempt:04d}")
+        os.rename(self.runs / cell, self.place(cell, attempt))
 
     def _step(self, cell: str, attempt: int) -> int:
         return int(self.progress(cell, attempt).get("step", 0))
@@ -186,7 +188,7 @@ class Ledger:
 
     def place(self, cell: str, attempt: int) -> Path:
         """Where an attempt trains."""
-        return self.attempts / f"{cell}.{attempt:04d}"
+        return self.study.attempt(cell, attempt).path
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from stabrun.record.schema import Summary
 from stabrun.study.ledger import DONE, FAILED, LEASE, PLANNED, RUNNING, Entry
 from stabrun.study.plan import GRID, Cell, Plan
-from stabrun.study.snapshot import Attempt, Row, Snapshot, SnapshotReader, seconds_left
+from stabrun.study.snapshot import Attempt, Snapshot, SnapshotReader, seconds_left
 from stabrun.text import GAP, aligned, duration_text, rate_text, run_name
 
 MARKS = {"converged": "c", "recovered": "r", "diverged": "D", "undecided": "?", RUNNING: ">", PLANNED: ".", FAILED: "!"}
@@ -128,7 +129,7 @@ def given_up(look: Snapshot) -> Iterator[str]:
         )
 
 
-def said(cell: Cell, facts: Row, number: int, cells: int) -> str:
+def said(cell: Cell, facts: Summary, number: int, cells: int) -> str:
     """`[3/20] qk_norm lr=0.1 s0: diverged (runaway), loss 2.955`."""
     loss = facts["final_loss"]
     end = loss if isinstance(loss, str) or loss is None else f"{loss:.3f}"

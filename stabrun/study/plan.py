@@ -1,12 +1,10 @@
 """A study's plan: the question that was asked, and the cells that answer it, each with a frozen configuration."""
 
-import fcntl
 import hashlib
 import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from stabrun.composition import composed_each, plainly
 from stabrun.config import RESULT, Config, UserError, check, config_of, marked, run_id
 from stabrun.record.jsonl import write_atomic
+from stabrun.record.study_dir import StudyDir
 from stabrun.text import run_name
 
-FILE = "study.yaml"
 FORMAT = 1
 GRID, FRONTIER = "grid", "frontier"
 OWN_AXES = ("optim.lr", "seed")  # axes of every study; any other key that sweeps makes arms of its own
@@ -65,15 +63,7 @@ class Plan:
         cells = [[cell.id, cell.arm, cell.lr, cell.seed] for cell in self.cells.values()]
         text = yaml.dump({"format": FORMAT, **facts, "arms": arms}, Dumper=yaml.CSafeDumper, sort_keys=False)
         rows = "".join(f"- {json.dumps(row)}\n" for row in cells)  # a flow sequence a line: YAML, and quick
-        write_atomic(directory / FILE, f"{text}cells:\n{rows}" if cells else f"{text}cells: []\n")
-
-
-@contextmanager
-def planning(directory: Path) -> Iterator[None]:
-    """One process at a time changes the plan; the ledger needs no lock."""
-    with open(directory / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        write_atomic(StudyDir(directory).plan_file, f"{text}cells:\n{rows}" if cells else f"{text}cells: []\n")
 
 
 def with_rate(config: Config, lr: float, seed: int) -> Config:
@@ -89,7 +79,7 @@ class Latest:
         self.known: Plan | None = None
 
     def plan(self) -> Plan:
-        facts = (self.directory / FILE).stat()
+        facts = StudyDir(self.directory).plan_file.stat()
         stamp = facts.st_mtime_ns, facts.st_ino
         if self.known is None or stamp != self.stamp:
             self.known, self.stamp = load(self.directory), stamp
@@ -103,7 +93,7 @@ def tokens_of(config: Config) -> int:
 
 def load(directory: Path) -> Plan:
     """The plan of a study directory. UserError where it holds none, or a damaged one."""
-    file = directory / FILE
+    file = StudyDir(directory).plan_file
     try:
         facts = yaml.load(file.read_bytes(), Loader=yaml.CSafeLoader)
         arms = {arm: config_of(values) for arm, values in facts.pop("arms").items()}
@@ -112,7 +102,7 @@ def load(directory: Path) -> Plan:
             raise UserError(f"{file}: it was written by another version of stabrun.")
         return Plan(**facts, arms=arms, cells=cells)
     except FileNotFoundError as error:
-        raise UserError(f"{directory}: it is no study, for it holds no {FILE}.") from error
+        raise UserError(f"{directory}: not a study: {file.name} is missing.") from error
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is damaged: it holds no plan of a study.") from error
 

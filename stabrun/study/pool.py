@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
+from stabrun.record.study_dir import StudyDir
 from stabrun.study.ledger import Ledger
 
 GRACE = 60.0  # seconds that workers have to end after Ctrl-C
@@ -39,7 +40,8 @@ class WorkerPool(ABC):
             self.lives -= missing
             self.start(missing)
         elif at_work == 0:
-            raise ChildProcessError(errno.ECHILD, "workers die before they train", f"{self.directory}/worker.log")
+            log = StudyDir(self.directory).worker_log
+            raise ChildProcessError(errno.ECHILD, "workers die before they train", str(log))
 
     @abstractmethod
     def at_work(self) -> int:
@@ -57,9 +59,9 @@ class WorkerPool(ABC):
         """
 
     def process(self, module: str, *words: str, **environment: str) -> Process:
-        """A process of this crew, which writes into `worker.log`."""
+        """A process of this crew, which writes into the log of workers."""
         command = [sys.executable, "-m", module, str(self.directory.absolute()), *words]
-        with open(self.directory / "worker.log", "ab") as log:
+        with open(StudyDir(self.directory).worker_log, "ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
 
 
@@ -150,7 +152,7 @@ def those_of(ledger: Ledger, crew: str) -> tuple[set[int], set[int]]:
 
 def stop_file(directory: Path, crew: str) -> Path:
     """Once it is there, the workers of a launched crew stop after their step: no signal reaches another machine."""
-    return directory / "ledger" / f"{crew}.stop"
+    return StudyDir(directory).ledger / f"{crew}.stop"
 
 
 def threads_each(workers: int) -> int:

@@ -2,12 +2,12 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from stabrun.record.jsonl import jsonable, read_json, write_atomic
+from stabrun.record.jsonl import jsonable, write_atomic
+from stabrun.record.schema import Row, StudySummary
+from stabrun.record.study_dir import StudyDir
 from stabrun.study.plan import Plan
 from stabrun.study.summary import answer
 from stabrun.verdict.judge import STRICTNESS
@@ -18,26 +18,23 @@ COLUMNS = (
     "val_perplexity", "val_gap", "clipped_share", "skipped_steps", "steps", "tokens", "seconds", "tokens_per_second",
 )  # fmt: skip
 
-Row = dict[str, Any]
-
 
 def finished(plan: Plan, directory: Path) -> Iterator[Row]:
     """The summary of each finished run, with its `arm`, in the order of the plan."""
     for cell in plan.cells.values():
-        file = directory / "runs" / cell.id / "summary.json"
-        if file.is_file():
-            yield {**read_json(file), "arm": cell.arm}
+        if summary := StudyDir(directory).run(cell.id).summary():
+            yield {**summary, "arm": cell.arm}
 
 
-def write(plan: Plan, directory: Path) -> dict[str, Any]:
+def write(plan: Plan, directory: Path) -> StudySummary:
     """Make `results.csv` and `study.json` anew from the runs that are finished; a reader never sees half of one.
 
     Returns what `study.json` holds.
     """
-    rows = list(finished(plan, directory))
-    told: dict[str, Any] = jsonable(answer(plan, rows))
-    write_atomic(directory / "results.csv", as_csv(map(result, rows)))
-    write_atomic(directory / "study.json", json.dumps(told, indent=1) + "\n")
+    study, rows = StudyDir(directory), list(finished(plan, directory))
+    told: StudySummary = jsonable(answer(plan, rows))
+    write_atomic(study.results_file, as_csv(map(result, rows)))
+    study.write_summary(told)
     return told
 
 

@@ -1,9 +1,9 @@
 """The search for the frontier: which run a study needs next, given those that ended and those under way; no torch."""
 
 from collections.abc import Container, Iterable
-from typing import Any
 
 from stabrun.record.jsonl import number
+from stabrun.record.schema import Row
 from stabrun.study.frontier import Frontier, Grid
 from stabrun.study.plan import FRONTIER, Plan
 from stabrun.verdict.judge import DIVERGED, STANDARD, UNDECIDED
@@ -11,8 +11,6 @@ from stabrun.verdict.judge import DIVERGED, STANDARD, UNDECIDED
 USUAL_COST = 0.5  # steps of a run that diverges, of those of a whole one, before any has: counts as one run
 
 IDLE = 0.03  # of the first loss: as far above it may a run end that learned nothing and lost nothing
-
-Row = dict[str, Any]
 
 
 def outcome(row: Row, strictness: str = STANDARD) -> bool | None:

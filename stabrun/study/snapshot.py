@@ -4,15 +4,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from stabrun.config import Config, UserError
 from stabrun.model.describe import flops_per_token
-from stabrun.record.jsonl import last_row, read_events, read_json
+from stabrun.record.jsonl import read_json
+from stabrun.record.schema import Row, Summary
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING, Entry, Ledger, gone
 from stabrun.study.plan import GRID, Cell, Plan
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Snapshot:
 
     plan: Plan
     entries: dict[str, Entry]
-    summaries: dict[str, Row]
+    summaries: dict[str, Summary]
     running: list[Attempt]
     failed: dict[str, str]
 
@@ -53,14 +51,14 @@ class SnapshotReader:
 
     def __init__(self, directory: Path) -> None:
         self.ledger = Ledger(directory)
-        self.summaries: dict[str, Row] = {}
+        self.summaries: dict[str, Summary] = {}
 
     def look(self, plan: Plan, entries: dict[str, Entry] | None = None) -> Snapshot:
         """The study now. `entries` are the ledger's, where they were just read."""
         entries = self.ledger.entries(plan.cells) if entries is None else entries
         for cell, entry in entries.items():
             if entry.status == DONE and cell not in self.summaries:
-                summary = _object(self.ledger.runs / cell / "summary.json")
+                summary = _object(self.ledger.study.run(cell).summary_file)
                 if summary:
                     self.summaries[cell] = summary
         running = [self._attempt(plan, cell, entry) for cell, entry in entries.items() if entry.status == RUNNING]
@@ -73,45 +71,21 @@ class SnapshotReader:
 
     def _attempt(self, plan: Plan, cell: str, entry: Entry) -> Attempt:
         number, ledger, planned = entry.attempt, self.ledger, plan.cells[cell]
-        folder = ledger.place(cell, number)
+        run = ledger.study.attempt(cell, number)
         owner, said = (_object(ledger.path(cell, number, kind)) for kind in ("claim", "beat"))
         beats = (_modified(ledger.path(cell, number, kind)) for kind in ("beat", "claim"))
         last = next((beat for beat in beats if beat is not None), None)
         return Attempt(
             planned,
             number,
-            max(steps_done(folder), int(said.get("step", 0))),
+            max(run.steps_done(), int(said.get("step", 0))),
             plan.arms[planned.arm].train.steps,
-            speed(folder),
+            run.steps_per_second(),
             str(owner.get("host", "?")),
             owner.get("pid"),
             None if last is None else max(0.0, time.time() - last),
             "pid" in owner and gone(owner),
         )
-
-
-def steps_done(folder: Path) -> int:
-    """How many updates a run's record tells of."""
-    try:
-        return int((last_row(folder / "metrics.jsonl") or {})["step"]) + 1
-    except (OSError, KeyError, TypeError, ValueError):
-        return 0
-
-
-def speed(folder: Path) -> float | None:
-    """Steps a second since the process that trains, or trained, a run began; None where that cannot be told.
-
-    By the times of its files, which are all of one clock: the lock's, which it opened, and the record's.
-    """
-    try:
-        starts = [event["step"] for event in read_events(folder / "events.jsonl") if event.get("event") == "start"]
-    except (OSError, KeyError):
-        return None
-    began, now = _modified(folder / ".lock"), _modified(folder / "metrics.jsonl")
-    if not starts or began is None or now is None or now <= began:
-        return None
-    steps = steps_done(folder) - starts[-1]
-    return steps / (now - began) if steps > 0 else None
 
 
 def seconds_left(look: Snapshot) -> float | None:

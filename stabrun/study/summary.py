@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from stabrun.record.jsonl import number
+from stabrun.record.schema import Row
 from stabrun.study.frontier import Frontier, ratio
 from stabrun.study.grid import Curve, best_rate, gain, lowest, sensitivity
 from stabrun.study.plan import FRONTIER, GRID, Plan, tokens_of
@@ -17,8 +18,6 @@ from stabrun.verdict.judge import DIVERGED, RULE, STANDARD, STRICTNESS, UNDECIDE
 
 BASELINE, QK_NORM = "baseline", "qk_norm"
 SAFE, HALF = 0.1, 0.5  # shares of seeds that diverge at lr10 and lr50
-
-Row = dict[str, Any]
 
 
 def answer(plan: Plan, rows: list[Row]) -> dict[str, Any]:

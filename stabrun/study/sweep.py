@@ -4,14 +4,13 @@ import shutil
 import time
 from pathlib import Path
 
-from stabrun.config import UserError
-from stabrun.record.jsonl import read_json
+from stabrun.record.study_dir import StudyDir
 from stabrun.study import results, summary
 from stabrun.study.cost import described
 from stabrun.study.launch import crew_of
 from stabrun.study.ledger import DONE, FAILED, Ledger
 from stabrun.study.live_table import LEGEND, LiveTable, given_up, said, table
-from stabrun.study.plan import FILE, GRID, Latest, Plan, extended, load, planned, planning
+from stabrun.study.plan import GRID, Latest, Plan, extended, load, planned
 from stabrun.study.pool import WorkerPool
 from stabrun.study.rejudge import renew
 from stabrun.study.search import next_run
@@ -33,7 +32,7 @@ def sweep(conf: Path, overrides: list[str], dry_run: bool) -> int:
         print("\n".join(described(_with_what_is_there(asked, directory), directory, config.study.workers)))
         return 0
     directory.mkdir(parents=True, exist_ok=True)
-    with planning(directory):
+    with StudyDir(directory).lock():
         plan = _with_what_is_there(asked, directory)
         plan.save(directory)
         ledger = Ledger(directory)
@@ -59,10 +58,10 @@ def sweep(conf: Path, overrides: list[str], dry_run: bool) -> int:
 
 
 def _with_what_is_there(asked: Plan, directory: Path) -> Plan:
-    if (directory / FILE).exists():
+    study = StudyDir(directory)
+    if study.is_study():
         return extended(load(directory), asked)
-    if directory.is_dir() and any(item.name != ".lock" for item in directory.iterdir()):
-        raise UserError(f"study_dir={directory}: the folder is not empty and holds no study.")
+    study.refuse_other_content()
     return asked
 
 
@@ -78,7 +77,7 @@ def _supervise(directory: Path, ledger: Ledger, crew: WorkerPool) -> int:
             if done := [cell for cell, entry in entries.items() if entry.status == DONE and cell not in told]:
                 results.write(plan, directory)
                 for cell in done:
-                    summary = read_json(directory / "runs" / cell / "summary.json")
+                    summary = StudyDir(directory).run(cell).summary() or {}
                     board.say(said(plan.cells[cell], summary, len(told) + 1, len(plan.cells)))
                     told.add(cell)
             if all(entry.status in (DONE, FAILED) for entry in entries.values()) and not _more(plan, directory):

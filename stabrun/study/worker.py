@@ -9,13 +9,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from stabrun.config import UserError
 from stabrun.record.jsonl import write_atomic
-from stabrun.record.run_dir import INTERRUPTED
+from stabrun.record.schema import INTERRUPTED, Row, Summary
+from stabrun.record.study_dir import StudyDir
 from stabrun.study.ledger import DONE, FAILED, LEASE, PLANNED, RUNNING, Claim, Ledger
-from stabrun.study.plan import Plan, load, planning
+from stabrun.study.plan import Plan, load
 from stabrun.study.pool import stop_file
 from stabrun.study.results import finished
 from stabrun.study.search import next_run
@@ -65,7 +65,7 @@ def _next(ledger: Ledger, directory: Path, stop: Stop) -> Claim | None:
 
 def grow(ledger: Ledger, directory: Path) -> bool:
     """Plan the run that a search needs next. False where it needs none now."""
-    with planning(directory):
+    with StudyDir(directory).lock():
         plan = load(directory)
         entries = ledger.entries(plan.cells)
         ended = {cell for cell, entry in entries.items() if entry.status in (DONE, FAILED)}
@@ -76,7 +76,7 @@ def grow(ledger: Ledger, directory: Path) -> bool:
     return run is not None
 
 
-def attempt(plan: Plan, claim: Claim, stop: Stop) -> dict[str, Any] | None:
+def attempt(plan: Plan, claim: Claim, stop: Stop) -> Summary | None:
     """Train one cell, from where an earlier attempt came to; its summary, or None where it failed or was lost.
 
     What goes wrong ends in the ledger, and the worker goes on.
@@ -115,7 +115,7 @@ def beating(claim: Claim) -> Iterator[Watch]:
         if not claim.beat(step):
             lost.set()
 
-    def watch(row: dict[str, Any]) -> None:
+    def watch(row: Row) -> None:
         nonlocal step
         step = row["step"] + 1
         if lost.is_set():

@@ -1,6 +1,5 @@
 """One run: from a configuration to a record and a verdict."""
 
-import json
 import math
 import signal
 import time
@@ -14,19 +13,9 @@ from stabrun.data import tokenizer
 from stabrun.data.degenerate import Finding
 from stabrun.data.shards import prepare
 from stabrun.observe.initial import findings
-from stabrun.record.jsonl import Record, jsonable, write_atomic
-from stabrun.record.run_dir import (
-    COMPLETE,
-    FAILED,
-    INTERRUPTED,
-    STOPPED,
-    claimed,
-    finished,
-    note_environment,
-    refuse_other_data,
-    refuse_strangers,
-    seconds_spent,
-)
+from stabrun.record.jsonl import jsonable, write_atomic
+from stabrun.record.run_dir import RunDir, RunWriter
+from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, STOPPED, Row, Summary
 from stabrun.text import rate_text, warn
 from stabrun.training import checkpoint
 from stabrun.training.console import Console
@@ -37,14 +26,14 @@ from stabrun.training.tracker import Tracker
 from stabrun.training.trainer import Trainer
 from stabrun.verdict.judge import Judge
 
-Watch = Callable[[dict[str, Any]], None]
+Watch = Callable[[Row], None]
 
 ODD_SHOWN = 3  # degenerate batches a start that the console tells of
 
 
 def train(
     config: Config, directory: Path | None = None, watch: Watch | None = None, stop: "Stop | None" = None
-) -> dict[str, Any]:
+) -> Summary:
     """Train one run to its end, from its checkpoint if it has one. Returns its summary.
 
     `directory` stands in for the configuration's own; `watch` is shown each row as it comes; `stop` can be asked by
@@ -53,16 +42,17 @@ def train(
     """
     check(config)
     directory = directory or run_dir(config)
-    refuse_strangers(config, directory)
+    run = RunDir(directory)
+    run.refuse_other_run(config)
     data = prepare(config.data, config.model)
-    refuse_other_data(directory, data.manifest["hash"])
-    if summary := finished(directory):
+    run.refuse_other_data(data.manifest["hash"])
+    if summary := run.final_summary():
         print(f"{directory} holds this run already; nothing is trained.")
         return summary
     trainer = Trainer(config, data)
-    with claimed(config, directory) as record:  # another process may have begun or finished it meanwhile
-        refuse_other_data(directory, data.manifest["hash"])
-        return finished(directory) or Run(trainer, record, watch).start(stop)
+    with run.lock(config) as record:  # another process may have begun or finished it meanwhile
+        run.refuse_other_data(data.manifest["hash"])
+        return run.final_summary() or Run(trainer, record, watch).start(stop)
 
 
 def keep_tokenizer(directory: Path, prepared: Path) -> None:
@@ -74,16 +64,17 @@ def keep_tokenizer(directory: Path, prepared: Path) -> None:
 class Run:
     """One start of a run: the loop, and all that look on."""
 
-    def __init__(self, trainer: Trainer, record: Record, watch: Watch | None = None) -> None:
+    def __init__(self, trainer: Trainer, record: RunWriter, watch: Watch | None = None) -> None:
         self.trainer, self.config, self.record = trainer, trainer.config, record
+        self.run_dir = record.run
         self.environment = environment(trainer.device, trainer.data.manifest["hash"], trainer.compiled)
-        note_environment(record.directory, self.environment)
-        keep_tokenizer(record.directory, self.trainer.data.folder)
-        self.done, path = checkpoint.latest(record.directory / "checkpoints") or (0, None)
+        self.run_dir.keep_environment(self.environment)
+        keep_tokenizer(self.run_dir.path, self.trainer.data.folder)
+        self.done, path = checkpoint.latest(self.run_dir.checkpoints) or (0, None)
         earlier, later = record.cut(self.done)
         if later:
             warn(
-                f"{record.directory}: {later} of {self.done + later} recorded steps have no checkpoint; trained again."
+                f"{self.run_dir.path}: {later} of {self.done + later} recorded steps have no checkpoint; trained again."
             )
         if path:
             trainer.scaling.load(checkpoint.load(path, trainer.model, trainer.optimizer))
@@ -95,13 +86,12 @@ class Run:
         self.odd = 0
         self.last = earlier[-1] if earlier else {"tokens": 0}
         self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
-        self.tracker = Tracker(self.config, run_id(self.config), record.directory, earlier)
+        self.tracker = Tracker(self.config, run_id(self.config), self.run_dir, earlier)
         self.watches: list[Watch] = [self.record.write, self.judge.add, self.tally.add, self.tracker.row]
         self.watches += [watch] if watch else []
         self.before = {"step": self.done, "tokens": self.last["tokens"]}
 
-    def start(self, stop: "Stop | None" = None) -> dict[str, Any]:
-        directory = self.record.directory
+    def start(self, stop: "Stop | None" = None) -> Summary:
         self.record.event("start", **self.before, environment=self.environment)
         self.open_console()
         began = time.monotonic()
@@ -115,13 +105,13 @@ class Run:
             self.console.close()
             self.record.close()
         summary = self.summary(status, time.monotonic() - began)
-        write_atomic(directory / "summary.json", json.dumps(summary, indent=1) + "\n")
+        self.run_dir.write_summary(summary)
         self.tracker.finish(summary, status == INTERRUPTED)
         return summary
 
     def open_console(self) -> None:
         config = self.config
-        title = f"{config.variant}  lr {rate_text(config.optim.lr)}  seed {config.seed}  → {self.record.directory}"
+        title = f"{config.variant}  lr {rate_text(config.optim.lr)}  seed {config.seed}  → {self.run_dir.path}"
         self.console = Console(title, self.done, config.train.steps, self.judge.verdict)
         if sentence := unreached(config):
             self.console.say(sentence)
@@ -132,7 +122,7 @@ class Run:
         A step's values are read after the next one is launched, so that the device never waits for the reader.
         """
         steps, every = self.config.train.steps, self.config.train.checkpoint_every
-        late: dict[str, Any] | None = None
+        late: Row | None = None
         while self.done < steps:
             row = self.launch(self.done)
             self.done += 1
@@ -156,7 +146,7 @@ class Run:
         """Whether nothing that follows could change the verdict, as far as the configuration lets that end the run."""
         return self.judge.over or (self.config.train.stop_early and self.judge.certain is not None)
 
-    def launch(self, step: int) -> dict[str, Any]:
+    def launch(self, step: int) -> Row:
         """Queue one update; its row holds the snapshot in place of the values that the device still works on."""
         train, every = self.config.train, self.config.train.val_every
         row = {
@@ -180,7 +170,7 @@ class Run:
             more = "; more of this kind stand in events.jsonl alone" if self.odd == ODD_SHOWN else ""
             self.console.say(f"step {step}: {odd.sentence} ({where}){more}")
 
-    def note(self, row: dict[str, Any] | None) -> None:
+    def note(self, row: Row | None) -> None:
         """Read a row's values and show it to all who look on."""
         if row is None:
             return
@@ -196,12 +186,12 @@ class Run:
 
     def save(self) -> None:
         self.record.sync()
-        folder = self.record.directory / "checkpoints"
+        folder = self.run_dir.checkpoints
         trainer = self.trainer
         path = checkpoint.save(folder, self.done, trainer.model, trainer.optimizer, trainer.scaling.state())
         self.record.event("checkpoint", step=self.done, path=path.name)
 
-    def summary(self, status: str, seconds: float) -> dict[str, Any]:
+    def summary(self, status: str, seconds: float) -> Summary:
         """The fields of `summary.json`; also closes the record with an event."""
         config, tokens = self.config, self.last["tokens"]
         verdict = self.judge.conclude(config.train.steps)
@@ -220,10 +210,10 @@ class Run:
             "val_perplexity": None if val is None else math.exp(min(val, 700.0)),
             "steps": verdict.horizon + 1,
             "tokens": tokens,
-            "seconds": round(seconds_spent(self.record.directory), 3),
+            "seconds": round(self.run_dir.seconds_spent(), 3),
             "tokens_per_second": rate,
         }
-        told: dict[str, Any] = jsonable(summary)
+        told: Summary = jsonable(summary)
         return told
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from stabrun.config import Config, TrackerConfig
+from stabrun.record.run_dir import RunDir
+from stabrun.record.schema import Row, Summary
 from stabrun.record.synced import OFFLINE, ONLINE, Sent, digest, file_digest, forget, note
 from stabrun.text import run_name, warn
 
@@ -23,43 +25,43 @@ class Tracker:
     has. Any exception of W&B's is reported once and ends the tracking, not the run.
     """
 
-    def __init__(self, config: Config, run_id: str, directory: Path, earlier: Iterable[dict[str, Any]]) -> None:
+    def __init__(self, config: Config, run_id: str, run_dir: RunDir, earlier: Iterable[Row]) -> None:
         self.config: TrackerConfig = config.tracker
-        self.directory, self.steps = directory, 0
+        self.run_dir, self.steps = run_dir, 0
         self.there = 0  # rows that W&B has; asked once, for each question waits for W&B's own process
         self.run: Any = None
         if self.config.name == "wandb":
-            self._guard(lambda: self._start(config, run_id, directory, earlier))
+            self._guard(lambda: self._start(config, run_id, run_dir, earlier))
 
-    def _start(self, config: Config, run_id: str, directory: Path, earlier: Iterable[dict[str, Any]]) -> None:
-        forget(directory)
-        self.run = opened_run(config, run_id, directory)
+    def _start(self, config: Config, run_id: str, run_dir: RunDir, earlier: Iterable[Row]) -> None:
+        forget(run_dir.path)
+        self.run = opened_run(config, run_id, run_dir.path)
         self.there = self.run.step or 0
         self.run.define_metric("train/loss", summary="min", step_metric="step")
         for row in earlier:
             self._log(row)
 
-    def row(self, row: dict[str, Any]) -> None:
+    def row(self, row: Row) -> None:
         if self.run is not None:
             self._guard(lambda: self._log(row))
 
-    def _log(self, row: dict[str, Any]) -> None:
+    def _log(self, row: Row) -> None:
         if row["step"] >= self.there:
             self.run.log(projection(row, self.config.norms_every), step=row["step"])
         self.steps = row["step"] + 1
 
-    def finish(self, summary: dict[str, Any], interrupted: bool) -> None:
+    def finish(self, summary: Summary, interrupted: bool) -> None:
         """Put the run's summary beside W&B's own and close it; exit code 130 marks an interrupted run."""
         if self.run is not None:
             self._guard(lambda: self._finish(summary, 130 if interrupted else 0))
 
-    def _finish(self, summary: dict[str, Any], exit_code: int) -> None:
+    def _finish(self, summary: Summary, exit_code: int) -> None:
         self.run.summary.update({key: value for key, value in summary.items() if value is not None})
         self.run.finish(exit_code=exit_code)
         self.run = None
-        metrics = self.directory / "metrics.jsonl"
+        metrics = self.run_dir.metrics
         size, sha256 = metrics.stat().st_size, file_digest(metrics)
-        note_sent(self.config, self.directory, steps=self.steps, size=size, sha256=sha256, summary=digest(summary))
+        note_sent(self.config, self.run_dir.path, steps=self.steps, size=size, sha256=sha256, summary=digest(summary))
 
     def _guard(self, action: Callable[[], None]) -> None:
         try:
@@ -118,7 +120,7 @@ def note_sent(tracker: TrackerConfig, directory: Path, **facts: Any) -> None:
         note(directory, Sent(mode, tracker.entity, tracker.project, **facts))
 
 
-def projection(row: dict[str, Any], norms_every: int) -> dict[str, float]:
+def projection(row: Row, norms_every: int) -> dict[str, float]:
     """A row as W&B takes it: scalars always; lists every `norms_every` steps, as `key/layer_03`."""
     flat: dict[str, float] = {}
     for key, value in row.items():

@@ -1,0 +1,72 @@
+"""A study directory: the names of its files, and how those are read and written that no other module owns."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stabrun.config import UserError
+from stabrun.record.jsonl import read_json, write_json
+from stabrun.record.run_dir import RunDir
+from stabrun.record.schema import StudySummary
+
+
+class StudyDir:
+    """The files of one study. `stabrun.study` has the formats of the plan, the ledger and `results.csv`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.plan_file = path / "study.yaml"
+        self.summary_file = path / "study.json"
+        self.results_file = path / "results.csv"
+        self.ledger = path / "ledger"
+        self.runs = path / "runs"
+        self.attempts = path / "attempts"
+        self.worker_log = path / "worker.log"
+        self.lock_file = path / ".lock"
+
+    def is_study(self) -> bool:
+        return self.plan_file.is_file()
+
+    def run(self, run_id: str) -> RunDir:
+        """The directory of a finished run."""
+        return RunDir(self.runs / run_id)
+
+    def attempt(self, run_id: str, number: int) -> RunDir:
+        """Where an attempt at a run trains; it becomes the run's directory when it is finished."""
+        return RunDir(self.attempts / f"{run_id}.{number:04d}")
+
+    def recorded_runs(self) -> list[RunDir]:
+        """The finished runs that have a record, by name."""
+        runs = [RunDir(path) for path in sorted(self.runs.glob("*"))]
+        return [run for run in runs if run.metrics.is_file()]
+
+    def summary(self) -> StudySummary | None:
+        """What `study.json` holds; None if there is none. UserError if it is damaged."""
+        return read_json(self.summary_file) if self.summary_file.is_file() else None
+
+    def write_summary(self, summary: StudySummary) -> None:
+        write_json(self.summary_file, summary)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Wait for the right to change the plan. The ledger needs no lock."""
+        with open(self.lock_file, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def refuse_other_content(self) -> None:
+        """Raise UserError if the directory holds something, and not a study."""
+        if self.path.is_dir() and any(item != self.lock_file for item in self.path.iterdir()):
+            raise UserError(f"study_dir={self.path}: not empty, and not a study directory.")
+
+
+def find(path: Path) -> StudyDir | RunDir:
+    """The study or the run in a directory. Raises UserError if it holds neither."""
+    study, run = StudyDir(path), RunDir(path)
+    if study.is_study():
+        return study
+    if run.is_run():
+        return run
+    missing = f"{study.plan_file.name} and {run.config_file.name} are missing" if path.is_dir() else "no such directory"
+    raise UserError(f"{path}: neither a study nor a run: {missing}.")
