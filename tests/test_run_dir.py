@@ -44,7 +44,7 @@ def test_rows_are_read_up_to_the_incomplete_line_and_no_damage_is_passed_over(ru
     if tail in INCOMPLETE:
         assert list(rows) == []
     else:
-        with pytest.raises(UserError, match="the line at byte 90 is not a JSON object"):
+        with pytest.raises(UserError, match="the line at byte 93 is not a JSON object"):
             list(rows)
     readable = [row for row, _ in run.readable_rows()]
     assert [row["step"] for row in readable[:3]] == [0, 1, 2]

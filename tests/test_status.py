@@ -215,7 +215,7 @@ def test_a_study_s_finished_runs_stand_in_its_table(tmp_path):
         (("one", "two"), "name one DIR"),
         (("--follow", "."), "the only flag is --json"),
         (("nowhere",), "nowhere: neither a study nor a run: no such directory."),
-        ((".",), "it holds no study.yaml and no config.yaml"),
+        ((".",), "study.yaml and config.yaml are missing"),
     ],
 )
 def test_what_is_neither_a_study_nor_a_run(tmp_path, monkeypatch, capsys, words, said):
