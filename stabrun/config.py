@@ -78,8 +78,8 @@ class MlpConfig:
     activation: str = key(
         "relu2",
         RESULT,
-        "relu2 is the squared ReLU; swiglu gates, so that FC1 has twice the width",
-        allowed=("gelu", "gelu_tanh", "relu2", "swiglu"),
+        "relu2 is the squared ReLU; swiglu and geglu are gated: FC1 has twice the width",
+        allowed=("gelu", "gelu_tanh", "relu2", "swiglu", "geglu"),
     )
 
 
@@ -431,5 +431,7 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
 
 
 def rotated(model: ModelConfig) -> int:
-    """Channels of each head that RoPE rotates: an even number."""
+    """Channels of each head that RoPE rotates: an even number, 0 for other position encodings."""
+    if model.position.kind != "rope":
+        return 0
     return 2 * int(model.d_model // model.n_head * model.position.rope_fraction / 2)

@@ -551,7 +551,7 @@ def test_a_run_names_its_degenerate_batches(capsys, tmp_path):
         assert place == starts(tokens, 0, event["step"], 1, 16)[0]
     said = [line for line in capsys.readouterr().out.splitlines() if "train-00000.bin, token" in line]
     assert len(said) == 3
-    assert said[-1].endswith("more of this kind stand in events.jsonl alone")
+    assert said[-1].endswith("further findings are in events.jsonl only")
 
 
 def test_a_token_out_of_range_ends_the_run_in_a_sentence(tmp_path):

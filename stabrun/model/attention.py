@@ -1,21 +1,21 @@
-"""Causal self-attention over the switches of `model.attn`."""
+"""Causal self-attention with the switches of `model.attn`."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stabrun.config import AttentionConfig, ModelConfig, rotated
-from stabrun.model.linear import exactly, make_linear
+from stabrun.model.linear import make_linear, no_autocast
 from stabrun.model.norm import make_norm, wide
 from stabrun.model.position import Rotary
 
 
 class AttentionCore(nn.Module):
-    """Queries, keys and values, after norms and position encoding, to their attention: `[B, h, T, d]` each.
+    """Attention of queries, keys and values that are already normalized and position-encoded: `[B, h, T, d]` each.
 
-    The paper's logit is QKᵀ/√d; the weights are clip((ζ−γ)·softmax(c·tanh(β·logit/c)) + γ, 0, 1) over the
-    past (2410.16682), each switch at rest by default. SDPA where neither cap nor clip is set; a plain path with
-    logits and softmax in fp32 where one is.
+    The paper's logit is QKᵀ/√d. The weights are clip((ζ−γ)·softmax(c·tanh(β·logit/c)) + γ, 0, 1) over the past
+    (arXiv 2410.16682); by default each of these switches is off. Without cap and clip this is SDPA. With either, logits
+    and softmax are computed explicitly, in fp32.
     """
 
     def __init__(self, config: AttentionConfig, dropout: float) -> None:
@@ -28,18 +28,18 @@ class AttentionCore(nn.Module):
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
         """QKᵀ/√d in fp32, before temperature, cap and mask: `[B, h, T, T]`.
 
-        Autocast is off, for its product would come rounded to bf16, unlike the sums inside SDPA.
+        Autocast is off: it would round the product to bf16, unlike the sums inside SDPA.
         """
-        with exactly(q.device.type):
+        with no_autocast(q.device.type):
             return (wide(q) * q.shape[-1] ** -0.5) @ wide(k).mT
 
     def shaped(self, logits: Tensor) -> Tensor:
-        """What the softmax takes: logits tempered, capped and, where a key comes after its query, far below."""
+        """The input of the softmax: logits with temperature, cap and causal mask applied."""
         if self.temp != 1.0:
             logits = self.temp * logits
         if self.cap is not None:
             logits = self.cap * torch.tanh(logits / self.cap)
-        return logits + future(logits)
+        return logits + causal_mask(logits)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
@@ -52,47 +52,48 @@ class AttentionCore(nn.Module):
         return F.dropout(weights, dropout).to(v.dtype) @ v
 
 
-def future(logits: Tensor) -> Tensor:
-    """A causal mask to add, `[T, T]`: 0, and the lowest finite number where a key comes after its query."""
+def causal_mask(logits: Tensor) -> Tensor:
+    """A mask to add, `[T, T]`: the lowest finite number where a key comes after its query, else 0."""
     time = logits.shape[-1]
     lowest = torch.finfo(logits.dtype).min
     return torch.full((time, time), lowest, dtype=logits.dtype, device=logits.device).triu(1)
 
 
 class Attention(nn.Module):
-    """`[B, T, d_model]` → the same: project to Q, K, V; norm and place them; attend; project."""
+    """Projection to Q, K and V, their norms and positions, attention, projection: `[B, T, d_model]` → same."""
 
     def __init__(self, config: ModelConfig, seq_len: int) -> None:
         super().__init__()
-        width, attn = config.d_model, config.attn
-        self.n_head, self.head_dim = config.n_head, width // config.n_head
+        attn = config.attn
+        self.n_head, self.head_dim = config.n_head, config.d_model // config.n_head
         self.norm_last = attn.norm_after_position
 
         def norm(where: str) -> nn.Module:
-            size = width if where == "full" else self.head_dim
-            inner = make_norm(config.norm, size, config.bias, present=where != "none")
-            return FullWidth(inner) if where == "full" else inner
+            if where == "full":
+                return FullWidth(make_norm(config, config.d_model))
+            return make_norm(config, self.head_dim, present=where == "head")
 
-        self.qkv = make_linear(config.sigma_reparam, width, 3 * width, config.bias)
+        self.qkv = make_linear(config, "qkv")
         self.q_norm, self.k_norm, self.v_norm = norm(attn.qk_norm), norm(attn.qk_norm), norm(attn.v_norm)
-        rope = config.position.kind == "rope"
-        self.rotary = Rotary(rotated(config), seq_len, config.position.rope_base) if rope else nn.Identity()
+        width = rotated(config)
+        self.rotary = Rotary(width, seq_len, config.position.rope_base) if width else nn.Identity()
         self.core = AttentionCore(attn, config.dropout)
-        self.proj = make_linear(config.sigma_reparam, width, width, config.bias)
+        self.proj = make_linear(config, "proj")
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, width = x.shape
         q, k, v = self.qkv(x).view(batch, time, 3, self.n_head, self.head_dim).unbind(2)
-        q, k, v = self.place(q, self.q_norm), self.place(k, self.k_norm), self.v_norm(v)
+        q, k, v = self.encode(q, self.q_norm), self.encode(k, self.k_norm), self.v_norm(v)
         out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(out.transpose(1, 2).reshape(batch, time, width))
 
-    def place(self, x: Tensor, norm: nn.Module) -> Tensor:
+    def encode(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Norm and position encoding of Q or K, in the configured order: `[B, T, h, d]` → same."""
         return norm(self.rotary(x)) if self.norm_last else self.rotary(norm(x))
 
 
 class FullWidth(nn.Module):
-    """A norm over all heads at once, for tensors that are split by head: `[B, T, h, d]` → the same."""
+    """A norm over all heads at once of a tensor that is split by head: `[B, T, h, d]` → same."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()

@@ -1,73 +1,67 @@
-"""Parameters, FLOPs and memory of a configuration in closed form; no torch, nothing is allocated."""
+"""Parameters, FLOPs and memory of a configuration in closed form: no torch is imported and nothing is allocated."""
 
+from collections import Counter
 from typing import Any
 
-from stabrun.config import Config, ModelConfig, keys, rotated, value_of
+from stabrun.config import AttentionConfig, Config, MlpConfig, ModelConfig, keys, rotated, value_of
+from stabrun.model.switches import ACTIVATIONS, NORMS, layers, linears
 
 LOW = {"bf16": "bfloat16", "fp16": "float16"}  # precisions of two bytes → torch's names for them
 
 
-def norm_parameters(model: ModelConfig, width: int, present: bool = True) -> int:
-    """Gain, and bias where there is one."""
-    learns = present and model.norm.kind != "none" and model.norm.affine
-    return width * (1 + model.bias) if learns else 0
-
-
 def parameters(model: ModelConfig, seq_len: int) -> dict[str, int]:
     """Parameters by part; `total` counts a tied head once."""
-    d, width = model.d_model, model.mlp.width or 4 * model.d_model
-    fan_out = width * (2 if model.mlp.activation == "swiglu" else 1)
-    head = d // model.n_head
-    by_head = {"none": 0, "head": head, "full": d}
-
-    def linear(n_in: int, n_out: int) -> int:
-        return n_in * n_out + n_out * model.bias + (model.sigma_reparam != "none")
-
-    attn, mlp = model.attn, model.mlp
-    around = sum(
-        norm_parameters(model, d, present)
-        for branch in (attn, mlp)
-        for present in (branch.pre_norm, branch.out_norm, branch.post_norm)
-    )
-    inside = 2 * norm_parameters(model, by_head[attn.qk_norm]) + norm_parameters(model, by_head[attn.v_norm])
-    scales = 2 * d if model.layer_scale is not None else 0
-    layers = model.n_layer
+    d = model.d_model
+    blocks: Counter[str] = Counter()
+    for layer in layers(model):
+        blocks.update(block_parameters(layer))
+    blocks["norms_and_scales"] += norm_parameters(model, d) * (1 + (model.embedding == "norm"))
     parts = {
         "embedding": model.vocab_size * d,
         "position": seq_len * d if model.position.kind == "learned" else 0,
-        "qkv": layers * linear(d, 3 * d),
-        "proj": layers * linear(d, d),
-        "fc1": layers * linear(d, fan_out),
-        "fc2": layers * linear(width, d),
-        "norms_and_scales": layers * (around + inside + scales)
-        + norm_parameters(model, d) * (1 + (model.embedding == "norm")),
+        **blocks,
         "head": 0 if model.tied else model.vocab_size * d,
     }
     return {"total": sum(parts.values()), **parts}
 
 
+def block_parameters(model: ModelConfig) -> dict[str, int]:
+    """Parameters of one block by part."""
+    attn, mlp, d = model.attn, model.mlp, model.d_model
+    widths = {"none": 0, "head": d // model.n_head, "full": d}
+    branches = sum(branch.pre_norm + branch.out_norm + branch.post_norm for branch in (attn, mlp))
+    normed = branches * d + 2 * widths[attn.qk_norm] + widths[attn.v_norm]
+    scales = 2 * d if model.layer_scale is not None else 0
+    extra = model.sigma_reparam != "none"  # γ
+    parts = {site: n_in * n_out + n_out * model.bias + extra for site, (n_in, n_out) in linears(model).items()}
+    return parts | {"norms_and_scales": norm_parameters(model, normed) + scales}
+
+
+def norm_parameters(model: ModelConfig, width: int) -> int:
+    """Gains, and biases if there are any, of norms over `width` channels in all."""
+    learned = NORMS[model.norm.kind] is not None and model.norm.affine
+    return width * (1 + model.bias) if learned else 0
+
+
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
-    """FLOPs of one training step a token, forward and backward: 6 a weight of the matrix products, head included, and
-    12 · n_layer · d_model · seq_len for attention, causality not reckoned with (PaLM, arXiv 2204.02311, appendix B).
+    """FLOPs of one training step per token, forward and backward: 6 per weight of the matrix products, head included,
+    and 12 · n_layer · d_model · seq_len for attention, ignoring causality (PaLM, arXiv 2204.02311, appendix B).
     """
-    d, width = model.d_model, model.mlp.width or 4 * model.d_model
-    fan_out = width * (2 if model.mlp.activation == "swiglu" else 1)
-    block = 4 * d * d + d * fan_out + width * d
-    return 6 * (model.n_layer * block + d * model.vocab_size) + 12 * model.n_layer * d * seq_len
+    weights = sum(n_in * n_out for layer in layers(model) for n_in, n_out in linears(layer).values())
+    return 6 * (weights + model.d_model * model.vocab_size) + 12 * model.n_layer * model.d_model * seq_len
 
 
 def memory(config: Config) -> dict[str, int]:
-    """Bytes of a training step on one device: fp32 weights, gradients and Adam's moments, and a micro-batch's
-    activations as autograd keeps them. `peak_bytes` is the larger of two moments: the start of the backward pass and
-    the optimizer's step. An estimate: kernels' workspaces and the allocator's slack are left out.
+    """Bytes of a training step on one device: fp32 weights, gradients and Adam's moments, and the activations of a
+    micro-batch that autograd keeps. `peak_bytes` is the larger of two moments: the start of the backward pass and the
+    optimizer's step. This is an estimate: kernel workspaces and allocator overhead are not counted.
     """
     model, seq_len, train = config.model, config.data.seq_len, config.train
     count = parameters(model, seq_len)["total"]
-    sequences = train.micro_batch_size or train.batch_size
-    tokens = sequences * seq_len
+    tokens = (train.micro_batch_size or train.batch_size) * seq_len
     logits = 4 * tokens * model.vocab_size
-    activations = tokens * model.n_layer * activation_bytes(config)
-    low_copies = 2 * count if train.precision in LOW else 0  # autocast's cast weights, kept for the backward
+    activations = tokens * sum(block_bytes(layer, seq_len, train.precision) for layer in layers(model))
+    low_copies = 2 * count if train.precision in LOW else 0  # the weights that autocast converts, kept for the backward
     steady = {
         "weights_bytes": 4 * count,
         "gradients_bytes": 4 * count,
@@ -79,55 +73,47 @@ def memory(config: Config) -> dict[str, int]:
     return {"peak_bytes": max(backward, 16 * count + logits), **steady}
 
 
-def activation_bytes(config: Config) -> int:
-    """Bytes that autograd keeps for one token in one block, with fused kernels for norms and dropout (CPUs lack
-    those of RMSNorm and of attention's dropout, and keep more).
+def block_bytes(model: ModelConfig, seq_len: int, precision: str) -> int:
+    """Bytes that autograd keeps for one token in one block, assuming fused kernels for norms and dropout. CPUs have no
+    such kernels for RMSNorm and for attention's dropout, and keep more.
     """
-    model, seq_len = config.model, config.data.seq_len
-    attn, mlp, d = model.attn, model.mlp, model.d_model
-    low = 2 if config.train.precision in LOW else 4
-    cast = 0 if low == 4 else 1  # an fp32 norm's output is kept once more as its bf16 copy
-    width = mlp.width or 4 * d
-    normed = model.norm.kind != "none"
+    attn, d = model.attn, model.d_model
+    low = 2 if precision in LOW else 4
+    cast = low < 4  # the fp32 output of a norm is kept a second time, as its low-precision copy
+    normed = NORMS[model.norm.kind] is not None
 
-    def around(branch: Any) -> int:
-        """The residual stream before the branch, its norm's output as the linear layer's input, and out-norms."""
-        pre = 4 * d * (branch.pre_norm and normed) + low * d
-        return pre + 4 * d * (branch.out_norm + branch.post_norm) * normed
+    def branch(switches: AttentionConfig | MlpConfig) -> int:
+        """The residual stream before the branch, the input of its first linear layer, its outer norms and its scale."""
+        kept = 4 * d * (switches.pre_norm + switches.out_norm + switches.post_norm) * normed + low * d
+        scaled = 4 if switches.out_norm and normed else low
+        return kept + (scaled * d if model.layer_scale is not None else 0)
 
-    branches = sum(4 if branch.out_norm and normed else low for branch in (attn, mlp))
-    scales = d * branches if model.layer_scale is not None else 0
-    rope = model.position.kind == "rope"
-    qk = (attn.qk_norm != "none") * normed
-    plain = attn.soft_cap is not None or (attn.clip_low, attn.clip_high) != (0.0, 1.0)
-    keys_and_queries = 2 * d * (4 if plain else low) if qk or rope or (plain and cast) else 0
-    scores = model.n_head * seq_len
-    saved_scores = 0
-    if plain:
-        saved_scores = 4 + (4 if attn.soft_cap is not None else 0)
-        saved_scores += 4 if (attn.clip_low, attn.clip_high) != (0.0, 1.0) else 0
-        saved_scores += 2 * cast
-        saved_scores *= scores
-    v_norm = (attn.v_norm != "none") * normed
-    # Norms of bf16 keep their inputs in fp32; where all three are normed, the projection itself is let go.
-    heart = 3 * d * low * (not (cast and qk and v_norm)) + keys_and_queries
-    heart += 8 * d * (cast and qk) + (low + 4 * cast) * d * v_norm
-    heart += 2 * d * low + (4 * model.n_head if not plain else 0) + saved_scores
-    hidden = {"relu2": 2, "gelu": 2, "gelu_tanh": 2, "swiglu": 4}[mlp.activation] * width * low
-    dropout = (2 * d + scores * plain) * (1 if model.dropout else 0)
-    return around(attn) + around(mlp) + scales + heart + hidden + dropout
+    clips = (attn.clip_low, attn.clip_high) != (0.0, 1.0)
+    explicit = attn.soft_cap is not None or clips  # not SDPA: the matrix of scores is kept
+    scores = model.n_head * seq_len * explicit
+    qk_norm, v_norm = (normed and where != "none" for where in (attn.qk_norm, attn.v_norm))
+    # Under autocast a norm's input is kept in fp32; if Q, K and V are all normed, the projection's output is freed.
+    attention = 3 * d * low * (not (cast and qk_norm and v_norm)) + 2 * d * low
+    if qk_norm or rotated(model) or (explicit and cast):
+        attention += 2 * d * (4 if explicit else low)
+    attention += 8 * d * (cast and qk_norm) + (low + 4 * cast) * d * v_norm
+    attention += scores * (4 + 4 * (attn.soft_cap is not None) + 4 * clips + 2 * cast)
+    attention += 4 * model.n_head * (not explicit)
+    hidden = low * ACTIVATIONS[model.mlp.activation].kept * linears(model)["fc2"][0]
+    dropout = (2 * d + scores) * bool(model.dropout)
+    return branch(attn) + branch(model.mlp) + attention + hidden + dropout
 
 
 def switches(model: ModelConfig) -> dict[str, Any]:
-    """The model's switches that are not at rest: key → value."""
-    rest, set_to = Config(), Config(model=model)
+    """The model's switches that differ from their defaults: key → value."""
+    defaults, given = Config(), Config(model=model)
     sizes = ("model.n_layer", "model.n_head", "model.d_model", "model.vocab_size")
     paths = [k.path for k in keys() if k.path.startswith("model.") and k.path not in sizes]
-    return {p: value_of(set_to, p) for p in paths if value_of(set_to, p) != value_of(rest, p)}
+    return {p: value_of(given, p) for p in paths if value_of(given, p) != value_of(defaults, p)}
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """All that `stabrun model` tells, as plain data."""
+    """Everything that `stabrun model` reports, as plain data."""
     model = config.model
     return {
         "variant": config.variant,
@@ -136,7 +122,7 @@ def describe(config: Config) -> dict[str, Any]:
             "n_head": model.n_head,
             "d_model": model.d_model,
             "head_dim": model.d_model // model.n_head,
-            "rotated": rotated(model) if model.position.kind == "rope" else 0,
+            "rotated": rotated(model),
             "vocab_size": model.vocab_size,
             "seq_len": config.data.seq_len,
         },
@@ -148,7 +134,7 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def report(facts: dict[str, Any], config: Config) -> str:
-    """The description in lines for a reader."""
+    """The description as text."""
     shape, count, bytes_ = facts["shape"], facts["parameters"], facts["memory"]
     sequences = config.train.micro_batch_size or config.train.batch_size
     lines = [
@@ -158,7 +144,7 @@ def report(facts: dict[str, Any], config: Config) -> str:
         "parameters",
         *(f"  {name:<18}{value:>15,}" for name, value in count.items() if value),
         "",
-        f"FLOPs a token (training)  {facts['flops_per_token']:,}",
+        f"FLOPs per token (training)  {facts['flops_per_token']:,}",
         "",
         f"memory of a step of {sequences} sequences in {config.train.precision} (estimate)",
         *(f"  {name.removesuffix('_bytes'):<18}{human(value):>15}" for name, value in bytes_.items()),
@@ -166,11 +152,11 @@ def report(facts: dict[str, Any], config: Config) -> str:
         "switches",
         *(f"  {path} = {value}" for path, value in facts["switches"].items()),
     ]
-    return "\n".join(lines if facts["switches"] else [*lines, "  none: all at rest"])
+    return "\n".join(lines if facts["switches"] else [*lines, "  none: all at their defaults"])
 
 
 def human(count: float) -> str:
-    """Bytes in the unit that reads best."""
+    """Bytes in B, KiB, MiB or GiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.1f} {unit}"

@@ -1,38 +1,39 @@
-"""A decoder-only GPT over orthogonal switches."""
+"""A decoder-only GPT made of independent switches."""
 
 import torch
 from torch import Tensor, nn
 
 from stabrun.config import ModelConfig
 from stabrun.model.block import Block
-from stabrun.model.init import initialise
+from stabrun.model.init import initialize
 from stabrun.model.linear import SigmaLinear
 from stabrun.model.norm import make_norm, wide
+from stabrun.model.switches import layers
 
 
 class GPT(nn.Module):
-    """Token numbers `[B, T]` → fp32 logits `[B, T, vocab_size]`, T at most `seq_len`.
+    """Token ids `[B, T]` → fp32 logits `[B, T, vocab_size]`, T at most `seq_len`.
 
     Under autocast the linear layers run in the lower precision; the residual stream, norms, softmax and logits
-    stay in fp32. The weights are a function of (config, seed) alone, whatever the device.
+    stay in fp32. The initial weights depend on (config, seed) only, not on the device.
     """
 
     def __init__(self, config: ModelConfig, seq_len: int, seed: int = 0) -> None:
         super().__init__()
         learned = config.position.kind == "learned"
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.embed_norm = make_norm(config.norm, config.d_model, config.bias, present=config.embedding == "norm")
+        self.embed_norm = make_norm(config, config.d_model, present=config.embedding == "norm")
         self.embed_scale = config.d_model**0.5 if config.embedding == "scaled" else None
         self.position = nn.Embedding(seq_len, config.d_model) if learned else None
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config, seq_len) for _ in range(config.n_layer))
-        self.norm = make_norm(config.norm, config.d_model, config.bias)
+        self.blocks = nn.ModuleList(Block(layer, seq_len) for layer in layers(config))
+        self.norm = make_norm(config, config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
         self.sigma_layers = [m for m in self.modules() if isinstance(m, SigmaLinear)]
         if not self.embed.weight.is_meta:
-            initialise(self, config, seed)
+            initialize(self, config, seed)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed_norm(self.embed(tokens))
@@ -46,12 +47,12 @@ class GPT(nn.Module):
         return wide(self.head(self.norm(x)))
 
     def before_step(self) -> None:
-        """What moves once a training step, outside of the forward pass: σReparam's power iteration."""
+        """Work of each training step outside the forward pass: σReparam's power iteration."""
         for layer in self.sigma_layers:
             layer.iterate()
 
 
 def meta_gpt(config: ModelConfig, seq_len: int) -> GPT:
-    """The model without its memory: shapes alone."""
+    """The model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return GPT(config, seq_len)

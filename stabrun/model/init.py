@@ -1,4 +1,4 @@
-"""Initial weights: a scheme is a function from a matrix's name and shape to its standard deviation, 0 for zeros."""
+"""Initial weights. A scheme maps a matrix's name and shape to its standard deviation; 0 gives zeros."""
 
 import math
 
@@ -9,16 +9,16 @@ from stabrun.config import ModelConfig
 from stabrun.model.linear import SigmaLinear
 
 RESIDUAL_OUTPUTS = ("proj.weight", "fc2.weight")
-CUT = 0.87962566103423978  # standard deviation of a unit normal variable cut off at ±2
+CUT = 0.87962566103423978  # standard deviation of a standard normal variable truncated at ±2
 
 
 def fan_in(name: str, shape: torch.Size, config: ModelConfig) -> float:
-    """1/√fan_in for linear layers; 1/√d_model for embeddings."""
+    """1/√fan_in for linear layers, 1/√d_model for embeddings."""
     return shape[1] ** -0.5
 
 
 def gpt2(name: str, shape: torch.Size, config: ModelConfig) -> float:
-    """0.02, and 0.02/√(2·n_layer) for the layers that write to the residual stream (GPT-2)."""
+    """0.02; 0.02/√(2·n_layer) for the layers that write to the residual stream (GPT-2)."""
     return 0.02 * ((2 * config.n_layer) ** -0.5 if name.endswith(RESIDUAL_OUTPUTS) else 1.0)
 
 
@@ -28,7 +28,7 @@ def xavier(name: str, shape: torch.Size, config: ModelConfig) -> float:
 
 
 def kaiming(name: str, shape: torch.Size, config: ModelConfig) -> float:
-    """√(2/fan_in), which keeps the variance through a ReLU (arXiv 1502.01852)."""
+    """√(2/fan_in), which preserves the variance through a ReLU (arXiv 1502.01852)."""
     return math.sqrt(2.0) / math.sqrt(shape[1])
 
 
@@ -38,12 +38,12 @@ def small(name: str, shape: torch.Size, config: ModelConfig) -> float:
 
 
 def zero_out(name: str, shape: torch.Size, config: ModelConfig) -> float:
-    """As fan_in, but 0 for the layers that write to the residual stream: each block starts as the identity."""
+    """Like fan_in, but 0 for the layers that write to the residual stream: each block starts as the identity."""
     return 0.0 if name.endswith(RESIDUAL_OUTPUTS) else fan_in(name, shape, config)
 
 
 def zero(name: str, shape: torch.Size, config: ModelConfig) -> float:
-    """0 everywhere: the lesson's warning example, from which nothing is learned."""
+    """0 everywhere, so that nothing is learned: an example of docs/lessons.md."""
     return 0.0
 
 
@@ -60,11 +60,11 @@ SCHEMES = {
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Draw every matrix of `model` from a normal distribution, in the order of its parameters; biases are zero.
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Draw every matrix of `model` from a normal distribution, in the order of its parameters; set biases to zero.
 
-    trunc_fan_in cuts the distribution off at two standard deviations, and widens it so that what is left has the one
-    that was asked for.
+    trunc_fan_in truncates the distribution at two standard deviations, and widens it so that the truncated one has the
+    scheme's standard deviation.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -79,4 +79,4 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
             parameter.zero_()
     for layer in model.modules():
         if isinstance(layer, SigmaLinear):
-            layer.start(config.sigma_reparam == "sigma")
+            layer.start()

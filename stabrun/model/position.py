@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 
 class Rotary(nn.Module):
-    """Rotates pairs of the first `width` channels of each head by an angle that grows with the position.
+    """Rotates pairs of the first `width` channels of each head: `[B, T, h, d]` → same.
 
-    Channel i and channel i + width/2 form a pair, turned by position · base^(−2i/width): `[B, T, h, d]` → same.
+    Channels i and i + width/2 form a pair, rotated by the angle position · base^(−2i/width).
     """
 
     def __init__(self, width: int, seq_len: int, base: float) -> None:
@@ -17,15 +17,15 @@ class Rotary(nn.Module):
         angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
         self.cos: Tensor
         self.sin: Tensor
-        # With the sign of (−sin, +sin) in the table, a turn is one product and one fused multiply-add.
+        # With the signs of (−sin, +sin) in the table, a rotation is one product and one fused multiply-add.
         self.register_buffer("cos", torch.cat([angle.cos(), angle.cos()], 1).float()[:, None], persistent=False)
         self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], 1).float()[:, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.width == x.shape[-1]:
-            return self.turn(x)
-        return torch.cat([self.turn(x[..., : self.width]), x[..., self.width :]], dim=-1)
+            return self.rotate(x)
+        return torch.cat([self.rotate(x[..., : self.width]), x[..., self.width :]], dim=-1)
 
-    def turn(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor) -> Tensor:
         cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
         return torch.addcmul(x * cos, x.roll(self.width // 2, dims=-1), sin)

@@ -1,4 +1,8 @@
-"""The peak memory of a training step, by tracing it on fake tensors: slow, exact up to kernels' workspaces."""
+"""The peak memory of a training step, traced on fake tensors: slow, and exact up to the workspaces of kernels.
+
+`FakeTensorMode` and `MemTracker` are private to torch. There is no public way to run a step without allocating it, or
+to account memory on the CPU.
+"""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,7 +15,7 @@ from stabrun.model.gpt import GPT
 
 
 def traced_memory(config: Config) -> int:
-    """Bytes at the peak of the second step of a micro-batch, when Adam's moments are there; nothing is allocated."""
+    """Peak bytes of the second step of a micro-batch, when Adam's moments exist; nothing is allocated."""
     sequences = config.train.micro_batch_size or config.train.batch_size
     low = getattr(torch, LOW.get(config.train.precision, "float32"))
     with FakeTensorMode():

@@ -9,9 +9,9 @@ import torch
 from stabrun.config import Config, ObserveConfig
 from stabrun.model.gpt import GPT
 from stabrun.observe.initial import findings, variances
+from stabrun.observe.norms import tensor_norms
 from stabrun.observe.probe import Probe
 from stabrun.training.objective import cross_entropy
-from stabrun.training.optimizer import gradient_norms
 from stabrun.training.precision import pick_device
 
 TOKENS = 1024  # of the pass, at most: so that a model of 830M parameters fits on a laptop
@@ -36,9 +36,9 @@ def check_initial(config: Config) -> dict[str, Any]:
     loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
     loss.backward()
     probe.merge(0, 1)
-    norm, norms = gradient_norms([p.grad for p in model.parameters() if p.grad is not None])
+    norms = tensor_norms([p.grad for p in model.parameters() if p.grad is not None])
     probe.before_update(norms)
-    row = probe.snapshot(loss.detach(), norm).read()
+    row = probe.snapshot(loss.detach(), torch.linalg.vector_norm(norms)).read()
     layers = {site: found[0][1] for site, found in probe.sites.items() if site != "head"}
     widths = {site: (layer.in_features, layer.out_features) for site, layer in layers.items()}
     return {

@@ -20,7 +20,7 @@ from stabrun.text import rate_text, warn
 from stabrun.training import checkpoint
 from stabrun.training.console import Console
 from stabrun.training.environment import environment
-from stabrun.training.schedule import learning_rate, unreached
+from stabrun.training.schedule import unreached
 from stabrun.training.tally import Tally
 from stabrun.training.tracker import Tracker
 from stabrun.training.trainer import Trainer
@@ -28,7 +28,7 @@ from stabrun.verdict.judge import Judge
 
 Watch = Callable[[Row], None]
 
-ODD_SHOWN = 3  # degenerate batches a start that the console tells of
+FINDINGS_SHOWN = 3  # findings about batches that the console shows per start
 
 
 def train(
@@ -83,7 +83,7 @@ class Run:
         for row in earlier:
             self.judge.add(row)
             self.tally.add(row)
-        self.odd = 0
+        self.batch_findings = 0
         self.last = earlier[-1] if earlier else {"tokens": 0}
         self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
         self.tracker = Tracker(self.config, run_id(self.config), self.run_dir, earlier)
@@ -149,26 +149,27 @@ class Run:
     def launch(self, step: int) -> Row:
         """Queue one update; its row holds the snapshot in place of the values that the device still works on."""
         train, every = self.config.train, self.config.train.val_every
+        snapshot = self.trainer.step(step)
         row = {
             "step": step,
             "tokens": (step + 1) * train.batch_size * self.config.data.seq_len,
-            "train/lr": learning_rate(self.config, step),
-            "snapshot": self.trainer.step(step),
+            "train/lr": self.trainer.rate,
+            "snapshot": snapshot,
         }
-        for odd in self.trainer.odd:
-            self.tell_odd(step, odd)
+        for finding in self.trainer.findings:
+            self.report_batch(step, finding)
         if step + 1 == train.steps or (every and (step + 1) % every == 0):
             row["val/loss"] = self.trainer.validate()
         return row
 
-    def tell_odd(self, step: int, odd: Finding) -> None:
-        """Name a degenerate batch in the events, and the first few on the console."""
-        where = self.trainer.data.train.where(odd.position)
-        self.record.event("batch", step=step, finding=odd.sentence, sequence=odd.sequence, where=where)
-        self.odd += 1
-        if self.odd <= ODD_SHOWN:
-            more = "; more of this kind stand in events.jsonl alone" if self.odd == ODD_SHOWN else ""
-            self.console.say(f"step {step}: {odd.sentence} ({where}){more}")
+    def report_batch(self, step: int, finding: Finding) -> None:
+        """Write a finding about a batch to the events, and the first few to the console."""
+        where = self.trainer.data.train.where(finding.position)
+        self.record.event("batch", step=step, finding=finding.sentence, sequence=finding.sequence, where=where)
+        self.batch_findings += 1
+        if self.batch_findings <= FINDINGS_SHOWN:
+            more = "; further findings are in events.jsonl only" if self.batch_findings == FINDINGS_SHOWN else ""
+            self.console.say(f"step {step}: {finding.sentence} ({where}){more}")
 
     def note(self, row: Row | None) -> None:
         """Read a row's values and show it to all who look on."""

@@ -1,0 +1,106 @@
+"""What each value of a switch means, one table row per value, and the shapes that follow from them.
+
+This module imports no torch, so that counting parameters stays quick. Functions of tensors therefore take
+`torch.nn.functional` as their first argument, `F`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stabrun.config import ModelConfig
+
+
+def gelu(F: Any, x: Any) -> Any:
+    return F.gelu(x)
+
+
+def gelu_tanh(F: Any, x: Any) -> Any:
+    return F.gelu(x, approximate="tanh")
+
+
+def relu2(F: Any, x: Any) -> Any:
+    """Squared ReLU: max(x, 0)² (arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+def swiglu(F: Any, x: Any) -> Any:
+    """silu(gate) · up, where gate and up are the halves of x: `[..., 2w]` → `[..., w]` (arXiv 2002.05202)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def geglu(F: Any, x: Any) -> Any:
+    """gelu(gate) · up, where gate and up are the halves of x: `[..., 2w]` → `[..., w]` (arXiv 2002.05202)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation `function(F, x)`.
+
+    `widths` is FC1's output width as a multiple of FC2's input width. `kept` counts the values that autograd keeps for
+    the backward pass, as a multiple of FC2's input width: FC1's output, FC2's input and what the function saves.
+    """
+
+    function: Callable[[Any, Any], Any]
+    widths: int = 1
+    kept: int = 2
+
+
+ACTIVATIONS = {
+    "gelu": Activation(gelu),
+    "gelu_tanh": Activation(gelu_tanh),
+    "relu2": Activation(relu2),
+    "swiglu": Activation(swiglu, widths=2, kept=4),
+    "geglu": Activation(geglu, widths=2, kept=4),
+}
+
+
+def layer_norm(F: Any, x: Any, gain: Any, bias: Any, eps: float) -> Any:
+    """(x − mean) / √(var + ε) · gain + bias, over the last dimension."""
+    return F.layer_norm(x, x.shape[-1:], gain, bias, eps)
+
+
+def rms_norm(F: Any, x: Any, gain: Any, bias: Any, eps: float) -> Any:
+    """x / √(mean(x²) + ε) · gain + bias, over the last dimension (arXiv 1910.07467)."""
+    y = F.rms_norm(x, x.shape[-1:], gain, eps)
+    return y if bias is None else y + bias
+
+
+@dataclass(frozen=True)
+class NormKind:
+    """A norm `function(F, x, gain, bias, eps)`; `gain_offset` is added to the stored gain."""
+
+    function: Callable[..., Any]
+    gain_offset: float = 0.0
+
+
+NORMS: dict[str, NormKind | None] = {
+    "layernorm": NormKind(layer_norm),
+    "rmsnorm": NormKind(rms_norm),
+    "layernorm1p": NormKind(layer_norm, gain_offset=1.0),  # NeMo: weight decay pulls the gain towards 1
+    "none": None,
+}
+
+
+def of_layer(model: ModelConfig, index: int) -> ModelConfig:
+    """The configuration of block `index`, counted from 0. A difference between layers is made here and nowhere else."""
+    return model
+
+
+def layers(model: ModelConfig) -> list[ModelConfig]:
+    """The configuration of each block, `[n_layer]`."""
+    return [of_layer(model, index) for index in range(model.n_layer)]
+
+
+def linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The linear layers of a block: site → (inputs, outputs)."""
+    d, hidden = model.d_model, model.mlp.width or 4 * model.d_model
+    return {
+        "qkv": (d, 3 * d),
+        "proj": (d, d),
+        "fc1": (d, hidden * ACTIVATIONS[model.mlp.activation].widths),
+        "fc2": (hidden, d),
+    }
