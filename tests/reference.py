@@ -1,7 +1,7 @@
-"""The model written out by formula from the paper and the switches, sharing no code with `stabrun.model`.
+"""The model written out from the formulas of the paper and the switches, sharing no code with `stabrun.model`.
 
-Elementary operations alone (products, exp, sums, roots), one loop a head; slow, and meant to be read. `logits` runs in
-the precision of the tensors it is given, which the tests take as float64.
+Elementary operations only (products, exp, sums, roots), one loop per head: slow, and written to be read. `logits` runs
+in the precision of the tensors it is given.
 """
 
 import math
@@ -47,6 +47,7 @@ def logits(tensors, config, tokens):
 
 def norm(tensors, config, name, x):
     kind, eps = config.norm.kind, config.norm.eps
+    assert kind in ("layernorm", "rmsnorm", "layernorm1p", "none"), f"no formula for norm {kind}"
     if kind == "none":
         return x
     if kind != "rmsnorm":
@@ -140,7 +141,11 @@ def activation(name, x):
         return x**2 * (x > 0)
     half = x.shape[-1] // 2
     gate, up = x[..., :half], x[..., half:]
-    return gate / (1 + torch.exp(-gate)) * up
+    if name == "swiglu":
+        return gate / (1 + torch.exp(-gate)) * up
+    if name == "geglu":
+        return gate / 2 * (1 + torch.erf(gate / math.sqrt(2))) * up
+    raise AssertionError(f"no formula for activation {name}")
 
 
 def cross_entropy(rows, targets):

@@ -1,6 +1,7 @@
 """The closed forms of `stabrun model` against counts, traces and torch's own FLOP counter."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from stabrun.model import switches
 from stabrun.model.describe import describe, flops_per_token, memory, parameters
 from stabrun.model.gpt import GPT, meta_gpt
 from stabrun.model.trace import traced_memory
@@ -23,6 +25,7 @@ EXTRA = {
     "full": ["model.attn.qk_norm=full", "model.attn.v_norm=full", "model.bias=true"],
     "post": ["model.attn.post_norm=true", "model.mlp.post_norm=true", "model.mlp.pre_norm=false"],
     "swiglu": ["model.mlp.activation=swiglu", "model.mlp.width=100", "model.bias=true"],
+    "geglu": ["model.mlp.activation=geglu"],
     "embedding_norm": ["model.embedding=norm", "model.bias=true"],
     "learned_tied": ["model.position.kind=learned", "model.tied=true"],
 }
@@ -41,15 +44,21 @@ def part_of(name):
     return module if module in SITES else "norms_and_scales"
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_parameters_by_part(setting):
-    config = configured(*SETTINGS[setting])
+def counted_parameters(config):
+    """The parameters of the built model by part."""
     counted = Counter()
     for name, parameter in meta_gpt(config.model, config.data.seq_len).named_parameters():
         counted[part_of(name)] += parameter.numel()
-    told = parameters(config.model, config.data.seq_len)
-    assert told.pop("total") == counted.total()
-    assert told == {part: counted[part] for part in told}
+    return counted
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_parameters_by_part(setting):
+    config = configured(*SETTINGS[setting])
+    counted = counted_parameters(config)
+    closed = parameters(config.model, config.data.seq_len)
+    assert closed.pop("total") == counted.total()
+    assert closed == {part: counted[part] for part in closed}
 
 
 def test_830m_has_the_size_of_the_paper():
@@ -61,6 +70,7 @@ TRACED = ("baseline", "qkv_norm", "qk_fc_norm", "layer_scale", "qk_norm_cap")
 MEMORY = {
     **{variant: [f"+variant={variant}"] for variant in TRACED},
     "swiglu-micro-batch": ["model.mlp.activation=swiglu", "train.micro_batch_size=8"],
+    "geglu": ["model.mlp.activation=geglu"],
     "mini-soft_clip": ["model=mini", "+variant=soft_clip"],
     "mini-gpt2": ["model=mini", "model.position.kind=learned", "model.mlp.activation=gelu_tanh", "model.bias=true"],
     **{
@@ -68,7 +78,7 @@ MEMORY = {
         for variant in ("baseline", "qkv_norm", "soft_cap", "qk_fc_norm", "layer_scale", "qk_norm_cap")
     },
 }
-# What the closed form misses by more: setting → why.
+# Where the error is larger: setting → why.
 APART = {
     "mini-rmsnorm": (["model.norm.kind=rmsnorm"], "11 % under: on the CPU rms_norm is several operations"),
     "mini-dropout": (["model.dropout=0.1"], "35 % under: on the CPU masks are floats and SDPA keeps its weights"),
@@ -102,29 +112,74 @@ def counted_flops(config, batch):
 SHAPES = {
     **{variant: (variant,) for variant in VARIANTS},
     "swiglu": ("baseline", "model.n_head=4", "model.mlp.activation=swiglu", "model.mlp.width=24"),
+    "geglu": ("baseline", "model.mlp.activation=geglu"),
     "learned-tied": ("soft_cap", "model.position.kind=learned", "model.tied=true", "model.bias=true"),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_flops_are_exactly_torchs_count(shape):
-    """SDPA in its plain form: the fused kernel of the CPU is not counted, those of CUDA recompute the logits."""
+    """With SDPA's math kernel: torch does not count the fused kernel of the CPU, and those of CUDA recompute logits."""
     config = small(*SHAPES[shape])
-    told = flops_per_token(config.model, config.data.seq_len) * 3 * config.data.seq_len
+    expected = flops_per_token(config.model, config.data.seq_len) * 3 * config.data.seq_len
     with sdpa_kernel(SDPBackend.MATH):
-        assert sum(counted_flops(config, batch=3).values()) == told
+        assert sum(counted_flops(config, batch=3).values()) == expected
 
 
 def test_flops_of_attention_are_what_the_fused_kernel_hides():
     config = small("baseline")
     model, seq_len = config.model, config.data.seq_len
     attention = 12 * model.n_layer * model.d_model * seq_len
-    told = flops_per_token(model, seq_len) * seq_len
+    expected = flops_per_token(model, seq_len) * seq_len
     counted = counted_flops(config, batch=1)
-    assert counted["aten.mm"] == told - attention * seq_len
+    assert counted["aten.mm"] == expected - attention * seq_len
 
 
-def test_describe_names_the_switches_that_are_not_at_rest():
+@pytest.fixture
+def first_layer_differs(monkeypatch):
+    """The first block has no norms before its branches, norms of Q, K and V, an out norm, and a wide gated FFN."""
+
+    def of_layer(model, index):
+        if index:
+            return model
+        attn = replace(model.attn, pre_norm=False, qk_norm="full", v_norm="head")
+        mlp = replace(model.mlp, pre_norm=False, out_norm=True, activation="swiglu", width=6 * model.d_model)
+        return replace(model, attn=attn, mlp=mlp, bias=True)
+
+    monkeypatch.setattr(switches, "of_layer", of_layer)
+
+
+@pytest.mark.usefixtures("first_layer_differs")
+def test_a_difference_between_layers_is_in_the_model_and_in_every_closed_form():
+    config = configured("model=mini")
+    model = meta_gpt(config.model, config.data.seq_len)
+    first, second = (dict(block.named_parameters()) for block in model.blocks[:2])
+    assert first["mlp.layer.fc1.weight"].shape == (12 * 128, 128)
+    assert first.keys() - second.keys() >= {"mlp.out_norm.weight", "attn.layer.q_norm.norm.weight"}
+    counted = counted_parameters(config)
+    closed = parameters(config.model, config.data.seq_len)
+    assert closed == {"total": counted.total(), **{part: counted[part] for part in closed if part != "total"}}
+    assert memory(config)["peak_bytes"] == pytest.approx(traced_memory(config), rel=0.1)
+    tokens = 2 * config.data.seq_len
+    with sdpa_kernel(SDPBackend.MATH):
+        flops = flops_per_token(config.model, config.data.seq_len)
+        assert sum(counted_flops(config, batch=2).values()) == flops * tokens
+
+
+def test_the_difference_matters_to_each_of_them(request):
+    """Or the test above could hold without it."""
+    config = configured("model=mini")
+
+    def numbers():
+        shape = config.model, config.data.seq_len
+        return parameters(*shape)["total"], flops_per_token(*shape), memory(config)["activations_bytes"]
+
+    alike = numbers()
+    request.getfixturevalue("first_layer_differs")
+    assert all(a != b for a, b in zip(alike, numbers(), strict=True))
+
+
+def test_describe_names_the_switches_that_differ_from_their_defaults():
     assert describe(small("baseline"))["switches"] == {}
     assert describe(small("qk_norm_cap"))["switches"] == {
         "model.attn.qk_norm": "head",

@@ -17,9 +17,10 @@ class Rotary(nn.Module):
         angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
         self.cos: Tensor
         self.sin: Tensor
+        cos, sin = (table.to(torch.get_default_dtype())[:, None] for table in (angle.cos(), angle.sin()))
         # With the signs of (−sin, +sin) in the table, a rotation is one product and one fused multiply-add.
-        self.register_buffer("cos", torch.cat([angle.cos(), angle.cos()], 1).float()[:, None], persistent=False)
-        self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], 1).float()[:, None], persistent=False)
+        self.register_buffer("cos", torch.cat([cos, cos], -1), persistent=False)
+        self.register_buffer("sin", torch.cat([-sin, sin], -1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.width == x.shape[-1]:
