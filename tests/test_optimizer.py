@@ -6,8 +6,8 @@ from helpers import a_trainer, tiny
 from torch import nn
 
 from stabrun.model.gpt import GPT
-from stabrun.record.run_dir import RunDir
 from stabrun.observe.norms import tensor_norms
+from stabrun.record.run_dir import RunDir
 from stabrun.training.objective import cross_entropy, z_loss
 from stabrun.training.optimizer import clip_by_norm, clip_by_value, make_optimizer, set_rate
 from stabrun.training.run import train

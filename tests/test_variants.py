@@ -96,7 +96,7 @@ def test_variant_is_not_the_baseline(variant):
         assert (model(tokens) - baseline(tokens)).abs().max() > 1e-3
 
 
-# Every value of every switch. Numbers are stronger than the variants' own, so that each makes a difference at this size.
+# Every value of every switch. Numbers exceed those of the variants, so that each makes a difference at this size.
 SWITCHES = {
     "norm.kind": ("layernorm", "rmsnorm", "layernorm1p", "none"),
     "mlp.activation": ("gelu", "gelu_tanh", "relu2", "swiglu", "geglu"),
