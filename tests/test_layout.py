@@ -9,19 +9,19 @@ import stabrun
 ROOT = Path(stabrun.__file__).parent
 FLOORS = (  # from the ground up; rooms of one floor do not import each other
     ("config", "text"),
-    ("compose",),
+    ("composition",),
     ("record",),
     ("verdict",),
     ("observe", "model", "data"),
-    ("train",),
+    ("training",),
     ("study",),
     ("report",),
-    ("publish", "api"),
+    ("publish",), ("api",),
     ("cli",),
     ("__main__",),
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-TORCH_FREE = ("config", "text", "compose", "record", "verdict")
+TORCH_FREE = ("config", "text", "composition", "record", "verdict")
 
 
 def modules():
