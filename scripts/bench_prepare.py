@@ -98,7 +98,7 @@ def finished(cache: Path) -> int:
 def timed(name: str, words: list[str]) -> None:
     began, spent = time.monotonic(), cpu_seconds()
     out = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
-    said = re.findall(r"^(?:going|tokenized) .*$", out, re.MULTILINE)
+    said = re.findall(r"^(?:resuming|tokenized) .*$", out, re.MULTILINE)
     took = (
         f"{time.monotonic() - began:.1f} s and {cpu_seconds() - spent:.1f} s of CPU in total, on {os.cpu_count()} cores"
     )

@@ -126,24 +126,24 @@ def test_several_processes_ask_at_the_same_time(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
-    [(b"", "holds no text"), (b"\xff\xfe\x00junk", "not UTF-8"), (b"a\x00b", "zero bytes"), (b"short", "has only")],
+    ("content", "message"),
+    [(b"", "contains no text"), (b"\xff\xfe\x00junk", "not UTF-8"), (b"a\x00b", "zero bytes"), (b"short", "has only")],
 )
-def test_texts_that_cannot_be_used(tmp_path, content, said):
+def test_unusable_texts_are_refused(tmp_path, content, message):
     (tmp_path / "a.txt").write_bytes(content)
     data = DataConfig(name="local", path=str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "c"))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         prepare(data, ModelConfig())
     assert not list((tmp_path / "c").glob("*.part"))
 
 
-def test_a_pipe_is_no_text(tmp_path):
+def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="regular file"):
         prepare(DataConfig(name="local", path=str(tmp_path / "pipe"), cache_dir=str(tmp_path / "c")), ModelConfig())
 
 
-def test_links_in_a_circle_folders_and_pipes_are_passed_over(tmp_path):
+def test_link_loops_directories_and_pipes_are_skipped(tmp_path):
     texts = tmp_path / "texts"
     (texts / "folder.txt").mkdir(parents=True)
     os.mkfifo(texts / "pipe.txt")
@@ -154,18 +154,18 @@ def test_links_in_a_circle_folders_and_pipes_are_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"junk", lzma.compress(b"words " * 999)[:-20]])
-def test_a_damaged_xz_is_no_text(tmp_path, content):
+def test_a_damaged_xz_is_refused(tmp_path, content):
     (tmp_path / "text.xz").write_bytes(content)
-    with pytest.raises(UserError, match="no whole"):
+    with pytest.raises(UserError, match="not a complete"):
         prepare(DataConfig(name="local", path=str(tmp_path / "text.xz"), cache_dir=str(tmp_path / "c")), ModelConfig())
 
 
-def test_cut_shard_is_noticed(tmp_path):
+def test_a_truncated_shard_is_noticed(tmp_path):
     data = tiny(f"data.cache_dir={tmp_path}").data
     prepare(data, ModelConfig())
     shard = next(tmp_path.glob("*/train-00000.bin"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         prepare(data, ModelConfig())
 
 
@@ -267,7 +267,7 @@ def test_the_separator_of_a_trained_bpe_is_one_token(tmp_path):
     assert saved.decode(ids, skip_special_tokens=False) == "".join(DOCUMENTS[i] + "<|end|>" for i in ends)
 
 
-def test_a_folder_that_datasets_can_load_stands_for_the_hub(tmp_path):
+def test_a_local_directory_can_be_used_as_a_dataset(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(lines())
     (tmp_path / "a.jsonl").write_bytes(lines())
@@ -277,13 +277,13 @@ def test_a_folder_that_datasets_can_load_stands_for_the_hub(tmp_path):
         prepared.manifest["hash"] == prepare(local(tmp_path / "a.jsonl", separator="|"), ModelConfig()).manifest["hash"]
     )
     assert prepared.manifest["revision"]
-    for wrong, said in (
-        ({"split": "test"}, "data.split=test.*it has train"),
-        ({"text_key": "body"}, "data.text_key=body.*it has id, text"),
-        ({"text_key": "id"}, "no text, but int"),
+    for wrong, message in (
+        ({"split": "test"}, "data.split=test.*Splits: train"),
+        ({"text_key": "body"}, "data.text_key=body.*Columns: id, text"),
+        ({"text_key": "id"}, "must be text, not int"),
         ({"config": "fr"}, "'fr' not found"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             prepare(DataConfig(**(vars(data) | wrong)), ModelConfig())
     assert not list((tmp_path / "cache").glob("*.part"))
 
@@ -303,20 +303,20 @@ def test_a_dataset_of_the_hub_is_pinned_and_needs_no_network_again(tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (ConnectionError("no route"), "cannot be reached"),
-        (type("RepositoryNotFoundError", (OSError,), {})("404"), "none of that name"),
+        (type("RepositoryNotFoundError", (OSError,), {})("404"), "not found on the Hub"),
         (ValueError("what\na library says"), r"cannot be read \(ValueError: what\)"),
     ],
 )
-def test_what_the_hub_says_becomes_a_sentence(tmp_path, monkeypatch, error, said):
+def test_errors_of_the_hub_become_user_errors(tmp_path, monkeypatch, error, message):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("datasets.load_dataset", fail)
     monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_, **__: ["train"])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         list(hub.documents(DataConfig(name="hub", path="org/name"), "c0ffee"))
 
 
@@ -329,35 +329,35 @@ def gpt2_like(file, texts, added=(), **keys):
     return Tokenizer.from_file(str(file))
 
 
-def test_anyones_tokenizer_file(tmp_path):
+def test_a_tokenizer_file(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines())
     cut = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
-    theirs = gpt2_like(tmp_path / "tokenizer.json", DOCUMENTS, ["<|endoftext|>"], truncation=cut)
-    theirs.no_truncation()
+    library = gpt2_like(tmp_path / "tokenizer.json", DOCUMENTS, ["<|endoftext|>"], truncation=cut)
+    library.no_truncation()
     data = local(tmp_path / "a.jsonl", separator="<|endoftext|>", tokenizer=str(tmp_path / "tokenizer.json"))
     prepared = prepare(data, ModelConfig(vocab_size=1000))
-    expected = [id for i, d in enumerate(DOCUMENTS) if i % 20 != 19 for id in theirs.encode(d + "<|endoftext|>").ids]
+    expected = [id for i, d in enumerate(DOCUMENTS) if i % 20 != 19 for id in library.encode(d + "<|endoftext|>").ids]
     assert prepared.train.read(0, len(prepared.train)).tolist() == expected
     raw = (tmp_path / "tokenizer.json").read_bytes()
     assert prepared.manifest["tokenizer_sha256"] == hashlib.sha256(raw).hexdigest()
-    with pytest.raises(UserError, match=r"model.vocab_size=256: the tokenizer has 401 tokens"):
+    with pytest.raises(UserError, match=r"model.vocab_size=256: must be at least 401, the number of tokens"):
         prepare(data, ModelConfig())
     gpt2_like(tmp_path / "tokenizer.json", ["other text"])
     assert shards.name(data, ModelConfig(vocab_size=1000)) != prepared.folder.name
 
 
 @pytest.mark.parametrize("content", [None, b"junk", b"{}", b"\xff", b'{"type": "bytes"}\n'])
-def test_files_that_are_no_tokenizer(tmp_path, content):
+def test_invalid_tokenizer_files_are_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "t.json").write_bytes(content)
     data = DataConfig(tokenizer=str(tmp_path / "t.json"), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"data.tokenizer=.*(no such file|no tokenizer.json)"):
+    with pytest.raises(UserError, match=r"data.tokenizer=.*(no such file|not a tokenizer.json)"):
         prepare(data, ModelConfig())
 
 
-def test_a_tokenizer_of_the_hub_is_asked_for_once(tmp_path, monkeypatch):
+def test_a_tokenizer_of_the_hub_is_fetched_once(tmp_path, monkeypatch):
     data = DataConfig(tokenizer="gpt2", tokenizer_revision="e7da7f2", cache_dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"data.tokenizer=gpt2: it is neither.*cannot be reached"):
+    with pytest.raises(UserError, match=r"data.tokenizer=gpt2: not bytes, bpe or a file, and .*cannot be reached"):
         prepare(data, ModelConfig(vocab_size=1000))
     asked = []
     inner = Tokenizer(models.BPE())
@@ -407,9 +407,9 @@ def test_any_text_is_encoded_as_the_library_does(text):
     ],
 )
 def test_tokenizers_that_split_otherwise_are_asked_each_time(tmp_path, changed):
-    theirs = gpt2_like(tmp_path / "t.json", DOCUMENTS, **changed)
+    library = gpt2_like(tmp_path / "t.json", DOCUMENTS, **changed)
     ours = tokenizer.Vocabulary((tmp_path / "t.json").read_text())
-    assert ours.encode("Document 3: A word").tolist() == theirs.encode("Document 3: A word").ids
+    assert ours.encode("Document 3: A word").tolist() == library.encode("Document 3: A word").ids
 
 
 def test_a_file_of_an_old_version_splits_as_gpt2_too(tmp_path):
@@ -446,51 +446,51 @@ def test_a_bpe_learns_from_a_bounded_text(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "said"),
+    ("file", "content", "message"),
     [
         ("a.txt", b"good " * 20_000 + "é".encode("latin-1") + b" bad", r"not UTF-8 text \(.*at byte 100000\)"),
         ("a.txt.gz", gzip.compress(b"good \xc3", mtime=0), "unexpected end of data at byte 5"),
         ("a.txt", "utf-16 text".encode("utf-16"), "at byte 0"),
-        ("a.jsonl", lines() + b'{"text": "cut', "a.jsonl: line 501 is no whole JSON"),
+        ("a.jsonl", lines() + b'{"text": "cut', "a.jsonl: line 501 is not a complete JSON"),
         ("a.jsonl", lines() + b'{"text": "caf\xe9"}', "a.jsonl: line 501 is not UTF-8"),
-        ("a.jsonl", b"[1]\n", "line 1 is no JSON object"),
-        ("a.jsonl", b'{"body": "x", "id": 1}\n', "line 1 has no field data.text_key=text; it has body, id"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1 holds no text under data.text_key=text, but int"),
+        ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"),
+        ("a.jsonl", b'{"body": "x", "id": 1}\n', "line 1 has no field data.text_key=text. Fields: body, id"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1 must have text under data.text_key=text, not int"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "half of a surrogate pair"),
-        ("a.jsonl", b"[" * 100_000, "line 1 is no whole JSON"),
-        ("a.jsonl.gz", gzip.compress(lines(), mtime=0)[:-50], "no whole .gz"),
-        ("a.jsonl.gz", lines(), "no whole .gz"),
-        ("a.jsonl", b"", "a.jsonl: it holds no text"),
-        ("a.txt", b"", "a.txt: it holds no text"),
-        ("a.parquet", b"PAR1 junk", "no whole Parquet"),
-        ("a.parquet", b"", "no whole Parquet"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not a complete JSON"),
+        ("a.jsonl.gz", gzip.compress(lines(), mtime=0)[:-50], "not a complete .gz"),
+        ("a.jsonl.gz", lines(), "not a complete .gz"),
+        ("a.jsonl", b"", "a.jsonl: contains no text"),
+        ("a.txt", b"", "a.txt: contains no text"),
+        ("a.parquet", b"PAR1 junk", "not a complete Parquet"),
+        ("a.parquet", b"", "not a complete Parquet"),
     ],
 )
-def test_a_file_that_is_bad_among_good_ones_is_named(tmp_path, file, content, said):
+def test_a_damaged_file_among_good_ones_is_named(tmp_path, file, content, message):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "0.txt").write_text("good text " * 500)
     (tmp_path / "texts" / file).write_bytes(content)
-    with pytest.raises(UserError, match=said) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         prepare(local(tmp_path / "texts"), ModelConfig())
     assert str(tmp_path / "texts" / file) in str(raised.value)
     assert os.listdir(tmp_path / "cache") == [file for file in os.listdir(tmp_path / "cache") if file.endswith(".lock")]
 
 
 @pytest.mark.parametrize(
-    ("key", "said"), [("body", "no such column; it has id, text"), ("id", "is no text, but int64")]
+    ("key", "message"), [("body", "no such column. Columns: id, text"), ("id", "must be text, not int64")]
 )
-def test_a_column_that_is_no_text(tmp_path, key, said):
+def test_a_column_without_text_is_refused(tmp_path, key, message):
     as_table(tmp_path)
-    with pytest.raises(UserError, match=f"data.text_key={key}: .*{said}"):
+    with pytest.raises(UserError, match=f"data.text_key={key}: .*{message}"):
         prepare(local(tmp_path / "a.parquet", text_key=key), ModelConfig())
 
 
-def test_a_parquet_spoilt_in_its_middle(tmp_path):
+def test_a_parquet_damaged_in_the_middle(tmp_path):
     as_table(tmp_path)
     raw = bytearray((tmp_path / "a.parquet").read_bytes())
     raw[4:2000] = bytes(1996)
     (tmp_path / "a.parquet").write_bytes(raw)
-    with pytest.raises(UserError, match="no whole Parquet"):
+    with pytest.raises(UserError, match="not a complete Parquet"):
         prepare(local(tmp_path / "a.parquet"), ModelConfig())
 
 
@@ -526,10 +526,10 @@ def test_degenerate_batches_are_found(as_batch):
     good, other = as_batch([[1, 2, 3], [4, 5, 6]]), as_batch([[7, 7, 7], [1, 9, 8]])
     assert list(findings(good, [10, 20], 10)) == []
     (again,) = findings(good, [10, 20], 10, earlier=3)
-    assert again == (None, 10, "the whole batch is the one of step 3", False)
+    assert again == (None, 10, "the batch is identical to that of step 3", False)
     same, wrong = findings(other, [30, 40], 9)
     assert same == (0, 30, "sequence 0 is token 7 repeated 3 times", False)
-    assert wrong == (1, 41, "sequence 1 holds token 9, and the vocabulary has 9", True)
+    assert wrong == (1, 41, "sequence 1 contains token 9, but the vocabulary has 9 tokens", True)
     assert digest(other) == digest(np.asarray(other).astype(np.int32))
 
 
@@ -544,17 +544,17 @@ def test_a_run_names_its_degenerate_batches(capsys, tmp_path):
     assert len(blank) > 3
     assert "token 32 repeated 17 times" in blank[0]["finding"]
     assert again
-    assert "is the one of step" in again[0]["finding"]
+    assert "is identical to that of step" in again[0]["finding"]
     tokens = prepare(tiny(*words).data, ModelConfig()).train
     for event in events:
         place = int(event["where"].removeprefix("train-00000.bin, token "))
         assert place == starts(tokens, 0, event["step"], 1, 16)[0]
-    said = [line for line in capsys.readouterr().out.splitlines() if "train-00000.bin, token" in line]
-    assert len(said) == 3
-    assert said[-1].endswith("further findings are in events.jsonl only")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "train-00000.bin, token" in line]
+    assert len(lines) == 3
+    assert lines[-1].endswith("further findings are in events.jsonl only")
 
 
-def test_a_token_out_of_range_ends_the_run_in_a_sentence(tmp_path):
+def test_a_token_out_of_range_is_a_user_error(tmp_path):
     (tmp_path / "text.txt").write_text("Some text, and more of it. " * 200)
     words = "data=local", f"data.path={tmp_path / 'text.txt'}", f"data.cache_dir={tmp_path / 'cache'}"
     config = tiny(*words, f"run_dir={tmp_path / 'run'}")
@@ -563,7 +563,9 @@ def test_a_token_out_of_range_ends_the_run_in_a_sentence(tmp_path):
     trainer = Trainer(config, replace(data, train=Tokens(shards, data.train.starts)))
     places = ((step, starts(data.train, 0, step, 4, 16)) for step in range(1000))
     steps = (step for step, starting in places if ((starting >= 984) & (starting <= 1000)).any())
-    with pytest.raises(UserError, match=r"token 1000: sequence \d holds token 300, and the vocabulary has 256"):
+    with pytest.raises(
+        UserError, match=r"token 1000: sequence \d contains token 300, but the vocabulary has 256 tokens"
+    ):
         trainer.batch(next(steps))
 
 
@@ -586,7 +588,7 @@ def test_names_of_files_in_capitals_and_byte_order_marks(tmp_path):
         assert prepared.train.read(0, 16).tobytes() == b"In the beginning", name
 
 
-def test_hidden_folders_are_passed_over(tmp_path):
+def test_hidden_directories_are_skipped(tmp_path):
     (tmp_path / "t" / ".git").mkdir(parents=True)
     (tmp_path / "t" / ".git" / "x.txt").write_text("hidden " * 100)
     (tmp_path / "t" / "x.txt").write_text("shown " * 100)
@@ -595,13 +597,13 @@ def test_hidden_folders_are_passed_over(tmp_path):
     assert b"hidden" not in prepared.train.read(0, len(prepared.train)).tobytes()
 
 
-def test_what_would_be_read_as_something_else_is_refused(tmp_path):
+def test_ambiguous_files_are_refused(tmp_path):
     (tmp_path / "x.csv").write_text("text\nsome\n")
-    with pytest.raises(UserError, match=r"x.csv: it is none of .txt, .jsonl, .parquet"):
+    with pytest.raises(UserError, match=r"x.csv: not one of .txt, .jsonl, .parquet"):
         prepare(DataConfig(name="local", path=str(tmp_path / "x.csv"), cache_dir=str(tmp_path / "c")), ModelConfig())
     table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
     parquet.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="several columns of that name"):
+    with pytest.raises(UserError, match="several columns with this name"):
         prepare(
             DataConfig(name="local", path=str(tmp_path / "x.parquet"), cache_dir=str(tmp_path / "c")), ModelConfig()
         )
@@ -610,5 +612,5 @@ def test_what_would_be_read_as_something_else_is_refused(tmp_path):
     words.save(str(tmp_path / "words.json"))
     (tmp_path / "x.txt").write_text("some other words " * 100)
     data = DataConfig(name="local", path=str(tmp_path / "x.txt"), cache_dir=str(tmp_path / "c"))
-    with pytest.raises(UserError, match="it cannot tell 'some other"):
+    with pytest.raises(UserError, match="cannot encode 'some other"):
         prepare(replace(data, tokenizer=str(tmp_path / "words.json")), ModelConfig())

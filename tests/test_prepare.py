@@ -47,9 +47,9 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus, tmp_path_factory):
+def uninterrupted(corpus, tmp_path_factory):
     """The folder that one process makes in one pass, in one chunk."""
-    return prepare(data(corpus, tmp_path_factory.mktemp("undisturbed")), MODEL).folder
+    return prepare(data(corpus, tmp_path_factory.mktemp("uninterrupted")), MODEL).folder
 
 
 def data(corpus, cache, **keys):
@@ -98,7 +98,7 @@ def group_is_gone(process):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_twice_and_continued_gives_the_bytes_of_an_undisturbed_pass(corpus, undisturbed, tmp_path, workers):
+def test_killed_twice_and_continued_gives_the_bytes_of_an_uninterrupted_pass(corpus, uninterrupted, tmp_path, workers):
     cache = tmp_path / "cache"
     for kill in (1, 2):
         process = start(corpus, cache, workers)
@@ -106,20 +106,20 @@ def test_killed_twice_and_continued_gives_the_bytes_of_an_undisturbed_pass(corpu
         process.kill()
         process.communicate(timeout=DEADLINE)
         assert process.returncode == -signal.SIGKILL
-        assert not (cache / undisturbed.name).exists()
+        assert not (cache / uninterrupted.name).exists()
         until(lambda: group_is_gone(process))  # noqa: B023
     left = finished(cache)
     process = start(corpus, cache, workers)
     out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0, err
-    assert f"going on from {left} finished parts" in out
+    assert f"resuming from {left} finished parts" in out
     assert "MB/s" in out
-    assert contents(cache / undisturbed.name) == contents(undisturbed)
+    assert contents(cache / uninterrupted.name) == contents(uninterrupted)
     assert not list(cache.glob("*.part"))
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_all_processes_and_loses_nothing(corpus, undisturbed, tmp_path, sign):
+def test_ctrl_c_ends_all_processes_and_loses_nothing(corpus, uninterrupted, tmp_path, sign):
     cache = tmp_path / "cache"
     process = start(corpus, cache, 2)
     until(lambda: finished(cache) >= 3, process)
@@ -130,11 +130,11 @@ def test_ctrl_c_ends_all_processes_and_loses_nothing(corpus, undisturbed, tmp_pa
     until(lambda: group_is_gone(process))
     assert finished(cache) >= 3
     prepare(data(corpus, cache), MODEL)
-    assert contents(cache / undisturbed.name) == contents(undisturbed)
+    assert contents(cache / uninterrupted.name) == contents(uninterrupted)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the worker in /proc")
-def test_a_killed_worker_is_a_sentence_and_status_1(corpus, tmp_path):
+def test_a_killed_worker_is_reported_with_status_1(corpus, tmp_path):
     cache = tmp_path / "cache"
     process = start(corpus, cache, 2)
     until(lambda: finished(cache) >= 3, process)
@@ -153,31 +153,31 @@ def limited():
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
 
 
-def test_a_full_disk_is_a_fault_and_the_parts_are_kept(corpus, undisturbed, tmp_path):
-    """A limit on the size of files stands in for a disk that fills up while the parts are joined."""
+def test_a_full_disk_is_a_fault_and_the_parts_are_kept(corpus, uninterrupted, tmp_path):
+    """A limit on the size of files simulates a disk that fills up while the parts are joined."""
     cache = tmp_path / "cache"
     process = start(corpus, cache, 2, preexec_fn=limited)
     _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1
     assert err.startswith("stabrun: ")
     assert err.count("\n") == 1
-    assert not (cache / undisturbed.name).exists()
+    assert not (cache / uninterrupted.name).exists()
     left = finished(cache)
     assert left > 20
     out, err = start(corpus, cache, 1).communicate(timeout=DEADLINE)
-    assert f"going on from {left} finished parts" in out, err
-    assert contents(cache / undisturbed.name) == contents(undisturbed)
+    assert f"resuming from {left} finished parts" in out, err
+    assert contents(cache / uninterrupted.name) == contents(uninterrupted)
 
 
-def test_progress_is_told_in_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
+def test_progress_is_printed_in_plain_lines_without_a_terminal(capsys, monkeypatch):
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    with Progress(3, tell=False) as progress:
+    with Progress(3, verbose=False) as progress:
         progress.skip({"bytes": 2_000_000, "tokens": {"train": 5, "val": 1}})
         for _ in range(4):
             progress.add({"bytes": 4_000_000, "tokens": {"train": 900, "val": 100}})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "going on from 3 finished parts of an earlier pass"
+    assert lines[0] == "resuming from 3 finished parts of an earlier pass"
     assert lines[1] == "tokenizing: 14.0 MB of text, 3,006 tokens, 0.8 MB/s"  # 12 MB in 16 s
     assert lines[2].startswith("tokenized 18.0 MB of text, 4,006 tokens, ")
 
@@ -201,16 +201,16 @@ def stopped(corpus, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_finished_parts_and_the_trained_tokenizer_are_used_again(corpus, undisturbed, stopped, monkeypatch):
+def test_finished_parts_and_the_trained_tokenizer_are_used_again(corpus, uninterrupted, stopped, monkeypatch):
     made, write = [], parts.write_part
     monkeypatch.setattr(parts, "write_part", lambda *words: made.append(words[3]) or write(*words))
     monkeypatch.setattr(tokenizer, "trained", None)
     prepare(data(corpus, stopped), MODEL)
     assert made[0] == 7
-    assert contents(stopped / undisturbed.name) == contents(undisturbed)
+    assert contents(stopped / uninterrupted.name) == contents(uninterrupted)
 
 
-def test_damaged_parts_are_made_again(corpus, undisturbed, stopped):
+def test_damaged_parts_are_made_again(corpus, uninterrupted, stopped):
     scratch = next(stopped.glob("*.part"))
     (scratch / "00001.bin").write_bytes((scratch / "00001.bin").read_bytes()[:-1])
     (scratch / "00002.bin").write_bytes(b"\0" * (scratch / "00002.bin").stat().st_size)
@@ -221,7 +221,7 @@ def test_damaged_parts_are_made_again(corpus, undisturbed, stopped):
     (scratch / "whole").mkdir()
     (scratch / "whole" / "train-00009.bin").write_text("of a pass that was killed while it joined its parts")
     prepare(data(corpus, stopped), MODEL)
-    assert contents(stopped / undisturbed.name) == contents(undisturbed)
+    assert contents(stopped / uninterrupted.name) == contents(uninterrupted)
 
 
 def test_parts_of_other_content_never_mix(corpus, stopped):
@@ -277,10 +277,10 @@ def forge(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda folder: flip(folder / "train-00000.bin"), "train-00000.bin is missing or damaged"),
-        (lambda folder: (folder / "val-00000.bin").unlink(), "val-00000.bin is missing or cut short"),
+        (lambda folder: (folder / "val-00000.bin").unlink(), "val-00000.bin is missing or truncated"),
         (lambda folder: flip(folder / "tokenizer.json"), "tokenizer.json is missing or damaged"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing or damaged"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing or damaged"),
@@ -288,15 +288,15 @@ def forge(folder):
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is missing or damaged"),
         (manifest(lambda facts: facts.pop("shards")), "manifest.json is missing or damaged"),
         (manifest(lambda facts: facts.update(dtype="junk")), "manifest.json is missing or damaged"),
-        (manifest(lambda facts: facts.update(hash="0" * 16)), "manifest.json contradicts itself"),
-        (manifest(lambda facts: facts["tokens"].update(train=5)), "manifest.json contradicts itself"),
-        (forge, "manifest.json contradicts itself"),
+        (manifest(lambda facts: facts.update(hash="0" * 16)), "manifest.json is inconsistent"),
+        (manifest(lambda facts: facts["tokens"].update(train=5)), "manifest.json is inconsistent"),
+        (forge, "manifest.json is inconsistent"),
     ],
 )
-def test_a_damaged_folder_is_noticed_and_left(folder, damage, said):
+def test_a_damaged_folder_is_noticed_and_left(folder, damage, message):
     damage(folder)
     before = contents(folder)
-    with pytest.raises(UserError, match=f"{said}.*; remove {folder} to prepare it anew"):
+    with pytest.raises(UserError, match=f"{message}.*. Delete {folder} to prepare the data again"):
         prepare(DataConfig(cache_dir=str(folder.parent)), ModelConfig())
     assert contents(folder) == before
 

@@ -179,7 +179,7 @@ def data(words: list[str], conf: Path) -> int:
         raise UserError("data: it is `stabrun data prepare [OVERRIDE…]`.")
     config = composed(conf, Words.parse(words[1:], ("--config-dir DIR",)))
     try:
-        prepared = prepare(config.data, config.model, tell=True)
+        prepared = prepare(config.data, config.model, verbose=True)
         opened(prepared.folder, math.inf)
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on from the parts that are finished.")

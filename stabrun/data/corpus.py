@@ -1,4 +1,4 @@
-"""Where text comes from: the one shipped in the package, the user's own files, or the hub."""
+"""Sources of text: the embedded one, local files, or the Hugging Face Hub."""
 
 import hashlib
 import itertools
@@ -14,15 +14,15 @@ from stabrun.data.formats import Document
 EMBEDDED = Path(__file__).parent / "text" / "kjv.txt.xz"
 
 
-class Block(NamedTuple):
-    """At most 65,536 characters of one document, and whether that document ends with them."""
+class TextBlock(NamedTuple):
+    """At most 65,536 characters of a document. `last`: whether the document ends here."""
 
     text: str
     last: bool
 
 
 class Piece(NamedTuple):
-    """A block, or a part of one, and its split: "train" or "val"."""
+    """A block or a part of one, and its split ("train" or "val")."""
 
     split: str
     text: str
@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 
 
 def files(config: DataConfig) -> list[Path]:
-    """The corpus's files, in order. UserError where there are none."""
+    """The files of the corpus, in order. Raises UserError if there are none."""
     if config.name == "embedded":
         return [EMBEDDED]
     path = Path(config.path or "")
@@ -40,22 +40,22 @@ def files(config: DataConfig) -> list[Path]:
             file for file in path.rglob("*") if os.path.isfile(file) and wanted(file) and not hidden(file, path)
         )
         if not found:
-            raise UserError(f"data.path={path}: the folder holds no .txt, .jsonl or .parquet file.")
+            raise UserError(f"data.path={path}: no .txt, .jsonl or .parquet file in this directory.")
         return found
     if not path.exists():
-        raise UserError(f"data.path={path}: there is no such file or folder.")
+        raise UserError(f"data.path={path}: no such file or directory.")
     if not path.is_file():
-        raise UserError(f"data.path={path}: it is neither a regular file nor a folder.")
+        raise UserError(f"data.path={path}: neither a regular file nor a directory.")
     return [path]
 
 
 def hidden(file: Path, folder: Path) -> bool:
-    """Whether the file, or a folder on the way to it, has a name that begins with a dot."""
+    """Whether the name of the file, or of a directory above it in `folder`, begins with a dot."""
     return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def fingerprint(config: DataConfig) -> str:
-    """Names the corpus without reading it: a hash of its files' paths, sizes and times, or of its name on the hub."""
+    """Hash of the paths, sizes and times of the corpus's files, or of its name on the Hub, without reading it."""
     if config.name == "embedded":
         facts: list = [(EMBEDDED.name, EMBEDDED.stat().st_size, 0)]
     elif config.name == "hub" and not hub.is_local(config):
@@ -66,16 +66,16 @@ def fingerprint(config: DataConfig) -> str:
 
 
 def revision(config: DataConfig) -> str | None:
-    """What to read, exactly: the hub's commit, or the fingerprint of a local folder that stands for one."""
+    """The version to read: a commit on the Hub, or the fingerprint of a local directory that is used as a dataset."""
     if config.name != "hub":
         return None
     return fingerprint(config) if hub.is_local(config) else hub.commit(config)
 
 
-def blocks(config: DataConfig, at: str | None = None) -> Iterator[Block]:
-    """The text in blocks, document by document, of the hub's dataset `at` a revision.
+def blocks(config: DataConfig, at: str | None = None) -> Iterator[TextBlock]:
+    """Yield the text in blocks, document by document. `at`: revision of a dataset on the Hub.
 
-    An empty document is passed over. UserError where something is damaged or no text, or a file is empty.
+    Empty documents are skipped. Raises UserError if data is damaged or not text, or a file is empty.
     """
     left = config.max_documents
     for source, documents in _sources(config, at):
@@ -90,7 +90,7 @@ def blocks(config: DataConfig, at: str | None = None) -> Iterator[Block]:
                 if not left:
                     return
         if empty:
-            raise UserError(f"data.path={source}: it holds no text.")
+            raise UserError(f"data.path={source}: contains no text.")
 
 
 def _sources(config: DataConfig, at: str | None) -> Iterator[tuple[str, Iterator[Document]]]:
@@ -101,16 +101,16 @@ def _sources(config: DataConfig, at: str | None) -> Iterator[tuple[str, Iterator
         yield str(file), formats.documents(file, config.text_key)
 
 
-def _marked(document: Document) -> Iterator[Block]:
+def _marked(document: Document) -> Iterator[TextBlock]:
     text = next(document, None)
     while text:
         following = next(document, None)
-        yield Block(text, following is None)
+        yield TextBlock(text, following is None)
         text = following
 
 
 def split_blocks(config: DataConfig, at: str | None = None) -> Iterator[Piece]:
-    """Each block with its split: one in every round(1/val_fraction) is held out."""
+    """Yield each block with its split: one in every round(1/val_fraction) is held out."""
     every = round(1 / config.val_fraction)
     found = blocks(config, at)
     first = list(itertools.islice(found, every))
@@ -125,13 +125,13 @@ def _split(index: int, every: int) -> str:
     return "val" if index % every == every - 1 else "train"
 
 
-def _evenly(blocks: list[Block], every: int, separated: bool) -> Iterator[Piece]:
-    """A text of fewer than `every` blocks, cut into `every` even ones so that some can be held out.
+def _evenly(blocks: list[TextBlock], every: int, separated: bool) -> Iterator[Piece]:
+    """Cut a text of fewer than `every` blocks into `every` equal pieces, so that some can be held out.
 
-    They run on over the ends of documents, unless something is put there.
+    Without a separator, pieces may span several documents.
     """
     if not separated:
-        blocks = [Block("".join(block.text for block in blocks), True)]
+        blocks = [TextBlock("".join(block.text for block in blocks), True)]
     total = sum(len(block.text) for block in blocks)
     edges = [total * i // every for i in range(every + 1)]
     start = 0

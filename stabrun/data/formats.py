@@ -1,7 +1,7 @@
 """Files of documents: plain text, JSON lines and Parquet, each read as a stream.
 
-A document is an iterator of blocks: strings of at most 65,536 characters. A text file is one document; so is a JSON
-line, and a row of a Parquet file. `.xz` and `.gz` are unpacked on the way.
+A document is an iterator of blocks: strings of at most 65,536 characters. A text file, a JSON line and a row of a
+Parquet file are one document each. `.xz` and `.gz` files are decompressed while reading.
 """
 
 import codecs
@@ -16,43 +16,43 @@ from typing import Any
 
 from stabrun.config import UserError
 
-BLOCK = 1 << 16  # characters; whole blocks go to training or to validation
-ROWS = 1024  # of a Parquet file, held in memory at a time
+BLOCK_CHARS = 1 << 16  # whole blocks go to training or to validation
+ROWS = 1024  # rows of a Parquet file in memory at a time
 PACKED: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 Document = Iterator[str]
 
 
 def documents(file: Path, text_key: str) -> Iterator[Document]:
-    """The file's documents, in order. UserError where it is damaged, no UTF-8, or has no text under `text_key`."""
+    """The documents of the file. Raises UserError if it is damaged, not UTF-8, or lacks text under `text_key`."""
     if _ending(file) in TABLES:
         raise UserError(
-            f"data.path={file}: it is none of {', '.join(FORMATS)}; end its name in .txt to read it as text."
+            f"data.path={file}: not one of {', '.join(FORMATS)}. Rename it to .txt to read it as plain text."
         )
     return FORMATS.get(_ending(file), _text)(file, text_key)
 
 
 def known(file: Path) -> bool:
-    """Whether the file's name ends like one of the formats."""
+    """Whether the file name has the suffix of a supported format."""
     return _ending(file) in FORMATS
 
 
 def cut(text: str) -> Document:
-    """A document that is in memory, in blocks."""
-    return (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
+    """Cut a document into blocks."""
+    return (text[i : i + BLOCK_CHARS] for i in range(0, len(text), BLOCK_CHARS))
 
 
 def _text(file: Path, text_key: str) -> Iterator[Document]:
     def blocks() -> Document:
         try:
             with _whole(file), _opener(file)(file, "rt", encoding="utf-8-sig", newline="") as text:
-                while block := text.read(BLOCK):
+                while block := text.read(BLOCK_CHARS):
                     if "\0" in block:
-                        raise UserError(f"data.path={file}: it holds zero bytes, so it is no text file.")
+                        raise UserError(f"data.path={file}: not a text file: it contains zero bytes.")
                     yield block
         except UnicodeDecodeError as error:
             where = f"{error.reason} at byte {_bad_byte(file)}"
-            raise UserError(f"data.path={file}: it is not UTF-8 text ({where}).") from error
+            raise UserError(f"data.path={file}: not UTF-8 text ({where}).") from error
 
     yield blocks()
 
@@ -67,24 +67,24 @@ def _lines(file: Path, text_key: str) -> Iterator[Document]:
 
 
 def _field(line: bytes, text_key: str, where: str) -> str:
-    """The text of one JSON line; null is an empty one."""
+    """The text of one JSON line. Null counts as empty text."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 ({error.reason} at its byte {error.start}).") from error
+        raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start} of the line).") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no whole JSON object.") from error
+        raise UserError(f"{where} is not a complete JSON object.") from error
     if not isinstance(row, dict):
-        raise UserError(f"{where} is no JSON object.")
+        raise UserError(f"{where} is not a JSON object.")
     if text_key not in row:
-        raise UserError(f"{where} has no field data.text_key={text_key}; {those_there(row)}.")
+        raise UserError(f"{where} has no field data.text_key={text_key}. {listed('Fields', row)}.")
     text = "" if row[text_key] is None else row[text_key]
     if not isinstance(text, str):
-        raise UserError(f"{where} holds no text under data.text_key={text_key}, but {type(text).__name__}.")
+        raise UserError(f"{where} must have text under data.text_key={text_key}, not {type(text).__name__}.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} holds half of a surrogate pair, which is no character.") from error
+        raise UserError(f"{where} contains half of a surrogate pair, which is not a character.") from error
     return text
 
 
@@ -96,32 +96,35 @@ def _table(file: Path, text_key: str) -> Iterator[Document]:
         with parquet.ParquetFile(file) as table:
             schema = table.schema_arrow
             if text_key not in schema.names:
-                raise UserError(f"data.text_key={text_key}: {file} has no such column; {those_there(schema.names)}.")
+                raise UserError(
+                    f"data.text_key={text_key}: {file} has no such column. {listed('Columns', schema.names)}."
+                )
             if schema.names.count(text_key) > 1:
-                raise UserError(f"data.text_key={text_key}: {file} has several columns of that name.")
+                raise UserError(f"data.text_key={text_key}: {file} has several columns with this name.")
             kind = schema.field(text_key).type
             kind = kind.value_type if types.is_dictionary(kind) else kind
             if not any(check(kind) for check in (types.is_string, types.is_large_string, types.is_string_view)):
-                raise UserError(f"data.text_key={text_key}: that column of {file} is no text, but {kind}.")
+                raise UserError(f"data.text_key={text_key}: this column of {file} must be text, not {kind}.")
             for batch in table.iter_batches(batch_size=ROWS, columns=[text_key]):
                 for text in batch.column(0).to_pylist():
                     yield cut(text or "")
     except UnicodeDecodeError as error:
-        raise UserError(f"data.path={file}: its column {text_key} is not UTF-8 ({error.reason}).") from error
+        raise UserError(f"data.path={file}: column {text_key} is not UTF-8 ({error.reason}).") from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"data.path={file}: it is no whole Parquet file.") from error
+        raise UserError(f"data.path={file}: not a complete Parquet file.") from error
 
 
 FORMATS = {".txt": _text, ".jsonl": _lines, ".parquet": _table}
-TABLES = (".json", ".csv", ".tsv")  # hold text among other things; anything else that is UTF-8 is read as text
+TABLES = (".json", ".csv", ".tsv")  # not read as plain text, unlike other files in UTF-8
 
 
-def those_there(names: Any) -> str:
-    return f"it has {', '.join(map(str, names))}" if names else "it has none at all"
+def listed(kind: str, names: Any) -> str:
+    """`Columns: id, text`."""
+    return f"{kind}: {', '.join(map(str, names)) or 'none'}"
 
 
 def _ending(file: Path) -> str:
-    """`.jsonl` of `a.jsonl` and of `a.jsonl.xz`; a packed Parquet is none of ours."""
+    """The format's suffix: `.jsonl` for `a.jsonl` and `a.jsonl.xz`. A compressed Parquet file is not supported."""
     name = Path(file.name.lower())
     if name.suffix not in PACKED:
         return ".jsonl" if name.suffix == ".ndjson" else name.suffix
@@ -138,15 +141,15 @@ def _whole(file: Path) -> Iterator[None]:
     try:
         yield
     except (lzma.LZMAError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"data.path={file}: it is no whole {file.suffix} file.") from error
+        raise UserError(f"data.path={file}: not a complete {file.suffix} file.") from error
 
 
 def _bad_byte(file: Path) -> int:
-    """The place of the first byte, from 0, that is not UTF-8 in the unpacked file."""
+    """Position, from 0, of the first byte of the decompressed file that is not UTF-8."""
     decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
     with _opener(file)(file, "rb") as raw:
         while True:
-            pending, chunk = len(decoder.getstate()[0]), raw.read(BLOCK)
+            pending, chunk = len(decoder.getstate()[0]), raw.read(BLOCK_CHARS)
             try:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:

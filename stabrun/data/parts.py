@@ -1,7 +1,7 @@
-"""One pass over a corpus: its text in chunks, tokenized by several processes into part files, joined into shards.
+"""One pass over a corpus: chunks of text are tokenized into part files by several processes, and joined into shards.
 
-A part is `00007.bin` (the chunk's training tokens, then its validation tokens) and, once that is whole, `00007.json`
-(the sha256 of text and tokens, and their counts). After a kill, a part whose text and tokens still fit is used again.
+A part is `00007.bin` (the training tokens of the chunk, then its validation tokens) and, once complete, `00007.json`
+(SHA-256 of text and tokens, and their counts). After a kill, parts whose text and tokens still match are reused.
 """
 
 import errno
@@ -27,7 +27,7 @@ from stabrun.data.corpus import Piece
 from stabrun.data.progress import Progress
 from stabrun.data.tokenizer import Tokenizer, load
 
-CHUNK = 8 << 20  # characters of text that a process tokenizes at a time
+CHUNK = 8 << 20  # characters of text per part
 SHARD_TOKENS = 1 << 28
 SPLITS = ("train", "val")
 
@@ -36,7 +36,7 @@ Tokenize = Callable[[int, list[Piece]], Part]
 
 
 def chunks(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
-    """The pieces in lists of at least `size` characters; the last may be shorter."""
+    """Group pieces into lists of at least `size` characters. The last may be shorter."""
     chunk: list[Piece] = []
     held = 0
     for piece in pieces:
@@ -50,17 +50,17 @@ def chunks(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
 
 
 def finished(folder: Path) -> int:
-    """How many parts an earlier pass has left."""
+    """Number of finished parts of an earlier pass."""
     return len(list(folder.glob("[0-9]*.json")))
 
 
 def make(
-    pieces: Iterable[Piece], folder: Path, tokenizer: Path, separator: str | None, workers: int, tell: bool
+    pieces: Iterable[Piece], folder: Path, tokenizer: Path, separator: str | None, workers: int, verbose: bool
 ) -> list[Part]:
-    """Tokenize the pieces into part files in `folder`; what each holds, in order.
+    """Tokenize the pieces into part files in `folder`. Returns the metadata of each part, in order.
 
-    `tokenizer` is its saved file; `tell`: print the speed, however little time it took.
-    Raises ChildProcessError where a worker is killed from outside.
+    `tokenizer` is the saved file. `verbose`: print the speed even after a short pass.
+    Raises ChildProcessError if a worker is killed from outside.
     """
     parts: dict[int, Part] = {}
     pending: dict[Future[Part], int] = {}
@@ -72,13 +72,13 @@ def make(
             parts[index] = future.result()
             progress.add(parts[index])
 
-    with Progress(finished(folder), tell) as progress, _pool(folder, tokenizer, separator, workers) as submit:
+    with Progress(finished(folder), verbose) as progress, _pool(folder, tokenizer, separator, workers) as submit:
         for index, chunk in enumerate(chunks(pieces, CHUNK)):
             if part := _found(folder, index, chunk):
                 parts[index] = part
                 progress.skip(part)
                 continue
-            while len(pending) > workers:  # one more than they work on, so that none of them waits
+            while len(pending) > workers:  # one more than there are workers, so that no worker waits
                 collect()
             pending[submit(index, chunk)] = index
         while pending:
@@ -88,7 +88,7 @@ def make(
 
 @contextmanager
 def _pool(folder: Path, tokenizer: Path, separator: str | None, workers: int) -> Iterator[Callable[..., Future[Part]]]:
-    """A function that has a chunk tokenized: at once in this process, or by one of `workers` others."""
+    """Yield a function that tokenizes a chunk, in this process or in one of `workers` processes."""
     if workers == 1:
         tokenize = partial(write_part, folder, load(tokenizer), separator)
         yield partial(_at_once, tokenize)
@@ -100,10 +100,12 @@ def _pool(folder: Path, tokenizer: Path, separator: str | None, workers: int) ->
         yield partial(_submit, pool)
         pool.shutdown()
     except BrokenProcessPool as error:
-        said = "a worker was killed, perhaps for want of memory; the same command goes on from the finished parts"
-        raise ChildProcessError(errno.ECHILD, said, f"data.workers={workers}") from error
+        message = (
+            "a worker was killed, possibly because memory ran out; the same command resumes from the finished parts"
+        )
+        raise ChildProcessError(errno.ECHILD, message, f"data.workers={workers}") from error
     finally:
-        write_end.close()  # ends workers that are still at work, as this process's death would
+        write_end.close()  # ends busy workers, as the end of this process would
         pool.shutdown(cancel_futures=True)
         read_end.close()
 
@@ -115,7 +117,7 @@ def _at_once(tokenize: Tokenize, index: int, chunk: list[Piece]) -> Future[Part]
 
 
 def _submit(pool: ProcessPoolExecutor, index: int, chunk: list[Piece]) -> Future[Part]:
-    """Signals to the group are for the parent, which ends its workers: those that start here inherit the block."""
+    """Submit a chunk. Workers started here inherit the signal mask, so that only the parent handles signals."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         return pool.submit(_work, index, chunk)
@@ -123,7 +125,7 @@ def _submit(pool: ProcessPoolExecutor, index: int, chunk: list[Piece]) -> Future
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_tokenize: Tokenize  # a worker's own
+_tokenize: Tokenize  # set in each worker
 
 
 def _start_worker(parent: Connection, folder: Path, tokenizer: Path, separator: str | None) -> None:
@@ -134,7 +136,7 @@ def _start_worker(parent: Connection, folder: Path, tokenizer: Path, separator: 
 
 
 def _end_with(parent: Connection) -> None:
-    """Wait until the other end of the pipe is gone, and the parent with it, killed or not."""
+    """Exit when the other end of the pipe closes, that is, when the parent has ended."""
     try:
         parent.recv()
     except (EOFError, OSError):
@@ -146,7 +148,7 @@ def _work(index: int, chunk: list[Piece]) -> Part:
 
 
 def write_part(folder: Path, tokenizer: Tokenizer, separator: str | None, index: int, chunk: list[Piece]) -> Part:
-    """Tokenize one chunk, a separator after each document's end, and leave it as a part; what the part holds."""
+    """Tokenize one chunk, with a separator after each document, and write it as a part. Returns its metadata."""
     end = [tokenizer.encode(separator)] if separator else []
     tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     for piece in chunk:
@@ -162,12 +164,12 @@ def write_part(folder: Path, tokenizer: Tokenizer, separator: str | None, index:
 
 
 def dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest type, little-endian, that holds every token."""
+    """The smallest little-endian integer type for all tokens."""
     return np.min_scalar_type(tokenizer.size - 1).newbyteorder("<")
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """The file appears under its name with all of its content, or not at all."""
+    """Write a file atomically."""
     scratch = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         with open(scratch, "wb") as out:
@@ -180,7 +182,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def _found(folder: Path, index: int, chunk: list[Piece]) -> Part | None:
-    """The finished part of this chunk, if it is there and undamaged."""
+    """The finished part of this chunk, if it exists and is undamaged."""
     try:
         part = json.loads((folder / f"{index:05d}.json").read_bytes())
         same = part.items() >= _facts(chunk).items()
@@ -203,7 +205,7 @@ def _sha256(*contents: bytes) -> str:
 
 
 def join(parts: list[Part], scratch: Path, kind: np.dtype, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Copy the parts in `scratch` into shards in `folder`; each split's shards, for the manifest."""
+    """Copy the parts in `scratch` into shards in `folder`. Returns the shards of each split, for the manifest."""
     shards = {}
     for split in SPLITS:
         cut = _cut(_tokens(parts, scratch, kind, split))
@@ -222,7 +224,7 @@ def _tokens(parts: list[Part], scratch: Path, kind: np.dtype, split: str) -> Ite
 
 
 def _cut(arrays: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """The arrays, cut where a shard is full: (shard, tokens)."""
+    """Yield (shard, tokens), cutting the arrays where a shard is full."""
     done = 0
     for array in arrays:
         while len(array):

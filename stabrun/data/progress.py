@@ -1,4 +1,4 @@
-"""What is told while a corpus is tokenized: a live line on a terminal, a plain one now and then elsewhere."""
+"""Progress of tokenizing: a live line on a terminal, plain lines at intervals elsewhere."""
 
 import sys
 import time
@@ -11,17 +11,17 @@ EVERY = 10.0  # seconds between plain lines
 
 
 class Progress:
-    """Counts text and tokens of finished parts; `found` parts of an earlier pass are told at once.
+    """Counts text and tokens of finished parts, after `reused` parts of an earlier pass.
 
-    The last line comes where `tell` is set, or where the pass took long enough to be waited for.
+    The last line is printed if `verbose` is set or the pass took longer than EVERY.
     """
 
-    def __init__(self, found: int, tell: bool) -> None:
-        self.began = self.told = time.monotonic()
-        self.tell = tell
+    def __init__(self, reused: int, verbose: bool) -> None:
+        self.began = self.printed = time.monotonic()
+        self.verbose = verbose
         self.bytes = self.tokens = self.skipped = 0
-        if found:
-            print(f"going on from {found} finished part{'s'[: found > 1]} of an earlier pass", flush=True)
+        if reused:
+            print(f"resuming from {reused} finished part{'s'[: reused > 1]} of an earlier pass", flush=True)
         self.live = Console().status("tokenizing") if sys.stdout.isatty() else None
 
     def __enter__(self) -> Self:
@@ -32,26 +32,26 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.live:
             self.live.stop()
-        if kind is None and self.bytes and (self.tell or time.monotonic() - self.began > EVERY):
+        if kind is None and self.bytes and (self.verbose or time.monotonic() - self.began > EVERY):
             print(f"tokenized {self.line()}", flush=True)
 
     def skip(self, part: dict[str, Any]) -> None:
-        """Count a part that an earlier pass has made."""
+        """Count a part of an earlier pass."""
         self.skipped += part["bytes"]
         self.tokens += sum(part["tokens"].values())
 
     def add(self, part: dict[str, Any]) -> None:
-        """Count a part that is made now."""
+        """Count a part of this pass."""
         self.bytes += part["bytes"]
         self.tokens += sum(part["tokens"].values())
         now = time.monotonic()
         if self.live:
             self.live.update(f"tokenizing: {self.line()}")
-        elif now - self.told > EVERY:
+        elif now - self.printed > EVERY:
             print(f"tokenizing: {self.line()}", flush=True)
-            self.told = now
+            self.printed = now
 
     def line(self) -> str:
-        """Text and tokens so far, and the speed of this pass alone."""
+        """Text and tokens so far, and the speed of this pass."""
         speed = self.bytes / 1e6 / max(time.monotonic() - self.began, 1e-9)
         return f"{(self.bytes + self.skipped) / 1e6:,.1f} MB of text, {self.tokens:,} tokens, {speed:.1f} MB/s"

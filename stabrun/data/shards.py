@@ -1,8 +1,8 @@
 """Token shards on disk, prepared once and memory-mapped afterwards.
 
-A prepared folder holds `train-00000.bin`, `val-00000.bin`, … (raw little-endian integers of the smallest type
-that holds the vocabulary), `tokenizer.json` and `manifest.json`. It appears under its name only when whole; until
-then its parts gather beside it in NAME.part, from which the same call goes on after it was stopped.
+A directory of prepared data contains `train-00000.bin`, `val-00000.bin`, … (raw little-endian integers of the smallest
+type for the vocabulary), `tokenizer.json` and `manifest.json`. It appears under its name when it is complete. Until
+then, its parts are kept in NAME.part, from which the same call resumes.
 """
 
 import fcntl
@@ -23,22 +23,22 @@ from stabrun.data import corpus, parts, tokenizer
 from stabrun.data.parts import SPLITS
 
 FORMAT = 1
-CHECKED_BYTES = 64_000_000  # of shards, whose sha256 is verified at each opening: a fraction of a second
+CHECKED_BYTES = 64_000_000  # of shards, verified each time they are opened: takes a fraction of a second
 LATER_KEYS = ("config", "split", "revision", "text_key", "max_documents", "separator", "tokenizer_revision")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A split's tokens: memory-mapped shards, read as one long array."""
+    """The tokens of a split: memory-mapped shards, read as one array."""
 
     shards: Sequence[np.ndarray]
-    starts: np.ndarray  # [shards + 1], the first token of each shard and the total
+    starts: np.ndarray  # [shards + 1]: first token of each shard, and the total
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from `start` on, `[count]`; they may lie in several shards."""
+        """`count` tokens from `start` on, `[count]`, possibly from several shards."""
         parts = []
         while count > 0:
             shard = int(np.searchsorted(self.starts, start, side="right")) - 1
@@ -48,7 +48,7 @@ class Tokens:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def where(self, position: int) -> str:
-        """The file that holds a token, and its place there, in words: "train-00003.bin, token 1234"."""
+        """File and position of a token: "train-00003.bin, token 1234"."""
         shard = int(np.searchsorted(self.starts, position, side="right")) - 1
         file = getattr(self.shards[shard], "filename", None)
         return f"{Path(file).name if file else f'shard {shard}'}, token {position - int(self.starts[shard])}"
@@ -64,13 +64,13 @@ class Prepared:
     folder: Path
 
 
-def prepare(data: DataConfig, model: ModelConfig, tell: bool = False) -> Prepared:
-    """The shards for this configuration, made now if they are missing; several processes may ask at once.
+def prepare(data: DataConfig, model: ModelConfig, verbose: bool = False) -> Prepared:
+    """The shards for this configuration, prepared now if they are missing. Several processes may call this at once.
 
-    `tell` has the speed of tokenizing printed even where it took no time.
+    `verbose`: print the speed even if tokenizing took little time.
 
-    Raises UserError where the corpus is missing, empty, damaged, no text, too short for `data.seq_len`, or its
-    tokenizer larger than `model.vocab_size`; and where shards made earlier are damaged.
+    Raises UserError if the corpus is missing, empty, damaged, not text or too short for `data.seq_len`, if the
+    tokenizer is larger than `model.vocab_size`, or if existing shards are damaged.
     """
     if data.separator:
         data = replace(data, separator=unescaped(data.separator))
@@ -83,11 +83,11 @@ def prepare(data: DataConfig, model: ModelConfig, tell: bool = False) -> Prepare
         try:
             root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"data.cache_dir={root}: it is not a folder.") from error
+            raise UserError(f"data.cache_dir={root}: not a directory.") from error
         with open(root / f"{folder.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.exists():
-                _write(data, model, scratch, folder, tell)
+                _write(data, model, scratch, folder, verbose)
             shutil.rmtree(scratch, ignore_errors=True)
     prepared = opened(folder, CHECKED_BYTES)
     _refuse_larger(prepared.manifest["vocab_size"], model)
@@ -95,30 +95,30 @@ def prepare(data: DataConfig, model: ModelConfig, tell: bool = False) -> Prepare
         if len(tokens) <= data.seq_len:
             raise UserError(
                 f"data.seq_len={data.seq_len}: the {split} split of {data.path or 'the text'} has only "
-                f"{len(tokens)} tokens, and needs at least {data.seq_len + 1}."
+                f"{len(tokens)} tokens. It needs at least {data.seq_len + 1}."
             )
     return prepared
 
 
 def unescaped(text: str) -> str:
-    r"""The text with \n, \t and \\ as what they stand for: a command line hands them on as two characters."""
+    r"""The text with the escapes \n, \t and \\ replaced: a command line passes them as two characters."""
     return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
 
 
 def default_cache() -> Path:
-    """$STABRUN_CACHE, or `stabrun` in the user's cache folder."""
+    """$STABRUN_CACHE, or `stabrun` in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("STABRUN_CACHE") or Path(base) / "stabrun")
 
 
 def name(data: DataConfig, model: ModelConfig) -> str:
-    """The folder's name: a hash of all that its content depends on, but for what the hub changes."""
+    """The directory name: a hash of everything that the content depends on, except changes on the Hub."""
     file = tokenizer.file_of(data)
     kind = hashlib.sha256(file.read_bytes()).hexdigest() if file else data.tokenizer
     facts = [FORMAT, corpus.fingerprint(data), kind, _bpe_size(data, model), data.val_fraction]
     usual = asdict(DataConfig())
     changed = {key: value for key, value in asdict(data).items() if key in LATER_KEYS and value != usual[key]}
-    if data.name == "hub" or changed:  # so that folders keep the names that they had before there were these keys
+    if data.name == "hub" or changed:  # directories made before these keys existed keep their names
         facts.append([data.name, changed])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -130,13 +130,12 @@ def _bpe_size(data: DataConfig, model: ModelConfig) -> int | None:
 def _refuse_larger(needed: int, model: ModelConfig) -> None:
     if needed > model.vocab_size:
         raise UserError(
-            f"model.vocab_size={model.vocab_size}: the tokenizer has {needed} tokens, so that it must be at least "
-            f"{needed}."
+            f"model.vocab_size={model.vocab_size}: must be at least {needed}, the number of tokens of the tokenizer."
         )
 
 
-def _write(data: DataConfig, model: ModelConfig, scratch: Path, folder: Path, tell: bool) -> None:
-    """Tokenize the corpus into `scratch`, going on from what an earlier pass left there, and rename it to `folder`."""
+def _write(data: DataConfig, model: ModelConfig, scratch: Path, folder: Path, verbose: bool) -> None:
+    """Tokenize the corpus into `scratch`, reusing parts of an earlier pass, and rename it to `folder`."""
     scratch.mkdir(exist_ok=True)
     try:
         revision = _revision(data, scratch / "revision")
@@ -145,11 +144,13 @@ def _write(data: DataConfig, model: ModelConfig, scratch: Path, folder: Path, te
             _save_tokenizer(data, model, revision, saved)
         words = tokenizer.load(saved)
         pieces = corpus.split_blocks(data, revision)
-        made = parts.make(pieces, scratch, saved, data.separator, data.workers, tell)
+        made = parts.make(pieces, scratch, saved, data.separator, data.workers, verbose)
         if not sum(part["tokens"]["train"] for part in made):
-            raise UserError(f"data.path={data.path}: it holds no text.")
+            raise UserError(f"data.path={data.path}: contains no text.")
     except UserError:
-        if data.name != "hub" or not parts.finished(scratch):  # mended files have another name; the hub may be away
+        if data.name != "hub" or not parts.finished(
+            scratch
+        ):  # repaired local files get another name; the Hub may be temporarily unreachable
             shutil.rmtree(scratch, ignore_errors=True)
         raise
     whole = scratch / "whole"
@@ -175,7 +176,7 @@ def _write(data: DataConfig, model: ModelConfig, scratch: Path, folder: Path, te
 
 
 def _revision(data: DataConfig, file: Path) -> str | None:
-    """What is read of the hub: a pass that goes on stays with the commit that it began with."""
+    """The revision to read. A resumed pass uses the revision that it began with."""
     if not file.exists():
         parts.write_whole(file, json.dumps(corpus.revision(data)).encode())
     return json.loads(file.read_bytes())
@@ -193,9 +194,9 @@ def _hash(shards: dict[str, Any]) -> str:
 
 
 def opened(folder: Path, checked_bytes: float) -> Prepared:
-    """A prepared folder, memory-mapped. UserError where its files are not those that its manifest tells of.
+    """Open prepared data, memory-mapped. Raises UserError if its files do not match the manifest.
 
-    Sizes are always compared; the sha256 of the first shards that have `checked_bytes` in all, too.
+    File sizes are always compared; SHA-256 only for the first `checked_bytes` of shards.
     """
     manifest = _manifest(folder)
     kind = np.dtype(manifest["dtype"])
@@ -208,7 +209,7 @@ def opened(folder: Path, checked_bytes: float) -> Prepared:
         for shard in facts:
             file, size = folder / shard["file"], shard["tokens"] * kind.itemsize
             if not file.is_file() or file.stat().st_size != size:
-                raise _spoilt(folder, f"{file} is missing or cut short, unlike its manifest")
+                raise _damaged(folder, f"{file} is missing or truncated")
             checked_bytes -= size
             if checked_bytes >= 0:
                 _refuse_changed(folder, shard["file"], shard["sha256"])
@@ -225,14 +226,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
         whole = manifest["hash"] == _hash(manifest["shards"]) and manifest["tokens"] == counts
         np.dtype(manifest["dtype"]), manifest["vocab_size"] + 0
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _spoilt(folder, f"{folder}/manifest.json is missing or damaged") from error
+        raise _damaged(folder, f"{folder}/manifest.json is missing or damaged") from error
     if not whole:
-        raise _spoilt(folder, f"{folder}/manifest.json contradicts itself")
+        raise _damaged(folder, f"{folder}/manifest.json is inconsistent")
     return manifest
 
 
 def _refuse_changed(folder: Path, file: str, sha256: str | None) -> None:
-    """UserError where a file is not the one that the manifest tells of; earlier ones told less."""
+    """Raise UserError if a file does not match the manifest. Manifests of earlier versions lack some hashes."""
     if sha256 is None:
         return
     try:
@@ -241,8 +242,8 @@ def _refuse_changed(folder: Path, file: str, sha256: str | None) -> None:
     except FileNotFoundError:
         same = False
     if not same:
-        raise _spoilt(folder, f"{folder / file} is missing or damaged, unlike its manifest")
+        raise _damaged(folder, f"{folder / file} is missing or damaged")
 
 
-def _spoilt(folder: Path, what: str) -> UserError:
-    return UserError(f"{what}; remove {folder} to prepare it anew.")
+def _damaged(folder: Path, what: str) -> UserError:
+    return UserError(f"{what}. Delete {folder} to prepare the data again.")

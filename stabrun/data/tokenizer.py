@@ -1,4 +1,4 @@
-"""Text to token numbers: bytes, a byte-level BPE trained on the training text, or anyone's tokenizer file."""
+"""Tokenizers: bytes, a byte-level BPE trained on the training text, or a tokenizer file."""
 
 import itertools
 import json
@@ -14,9 +14,9 @@ from stabrun.config import DataConfig, UserError
 from stabrun.data import hub
 
 FILE = "tokenizer.json"
-# Characters of training text that a BPE learns from: its merges hardly change beyond, and its memory stays bounded.
+# Characters of text that a BPE is trained on: more hardly change the merges, and would need more memory.
 TRAINING_TEXT = 64_000_000
-CACHED_WORDS = 1 << 20  # about 200 MB a process
+CACHED_WORDS = 1 << 20  # about 200 MB per process
 
 
 class Tokenizer(Protocol):
@@ -26,7 +26,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> np.ndarray: ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special tokens included. Ids outside the vocabulary are left out."""
+        """Decode tokens, including special tokens. Ids outside the vocabulary are skipped."""
         ...
 
 
@@ -45,7 +45,7 @@ class Bytes:
 
 
 class Vocabulary:
-    """A tokenizer of the `tokenizers` library, given as the text of its tokenizer.json."""
+    """A tokenizer of the `tokenizers` library. `definition` is the text of its tokenizer.json."""
 
     def __init__(self, definition: str) -> None:
         from tokenizers import Tokenizer
@@ -60,7 +60,7 @@ class Vocabulary:
         self.words = _Words(self.inner) if _splits_as_gpt2(json.loads(self.inner.to_str())) else None
 
     def encode(self, text: str) -> np.ndarray:
-        """The text's tokens, `[count]`; the tokenizer's own special tokens are known, and none is added."""
+        """The tokens of the text, `[count]`. Special tokens in the text are recognized; none are added."""
         if self.words is None or (self.added and self.added.search(text)):
             return np.asarray(self._ids(text), dtype=np.uint32)
         look_up = self.words.__getitem__
@@ -74,12 +74,12 @@ class Vocabulary:
     def _ids(self, text: str) -> list[int]:
         try:
             return self.inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        except Exception as error:  # the library raises bare ones
-            raise UserError(f"data.tokenizer: it cannot tell {text[:40]!r} in tokens ({error}).") from error
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"data.tokenizer: cannot encode {text[:40]!r} ({error}).") from error
 
 
-# The split of GPT-2's byte-level tokenizers, for characters whose classes are the same in all versions of Unicode:
-# looking each word up in a table is several times quicker than the library, and gives the same tokens.
+# The word split of GPT-2's byte-level tokenizers, for characters with the same class in all versions of Unicode.
+# Looking up each word in a table is several times faster than the library, and gives the same tokens.
 COMMON = "".join(
     map(chr, [*range(0x80), *range(0xA0, 0x250), *range(0x2010, 0x2028), *range(0x2030, 0x205F), 0x20AC, 0x2122])
 )
@@ -92,13 +92,13 @@ def _of_class(letter: str) -> str:
 _L, _N, _S = _of_class("L"), _of_class("N"), "\t-\r \xa0"
 WORD = re.compile(rf"'(?:[stmd]|re|ve|ll)| ?[{_L}]+| ?[{_N}]+| ?[^{_S}{_L}{_N}]+|[{_S}]+(?![^{_S}])|[{_S}]+")
 UNCOMMON = re.compile(f"[^{re.escape(COMMON)}]")
-# A letter before a space and a letter ends a word, whatever stands farther off.
+# A letter followed by a space and a letter ends a word, independent of the text around it.
 LAST_END = re.compile(r".*[A-Za-z](?= [A-Za-z])", re.DOTALL)
 NEXT_END = re.compile(r"[A-Za-z](?= [A-Za-z])")
 
 
 def _stretches(text: str) -> Iterator[tuple[bool, str]]:
-    """The text cut at ends of words: (True, of common characters alone) or (False, around uncommon ones)."""
+    """Cut the text at word ends: (True, only common characters) or (False, text around uncommon characters)."""
     start = 0
     while uncommon := UNCOMMON.search(text, start):
         before = LAST_END.match(text, start, uncommon.start())
@@ -124,7 +124,7 @@ def _splits_as_gpt2(definition: dict[str, Any]) -> bool:
 
 
 class _Words(dict[str, tuple[int, ...]]):
-    """Word → its tokens, asked of the library once."""
+    """Word → tokens. The library is called once per word."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -137,7 +137,7 @@ class _Words(dict[str, tuple[int, ...]]):
 
 
 def trained(texts: Iterable[str], size: int, separator: str | None) -> Vocabulary:
-    """A byte-level BPE of at most `size` tokens: short texts run out of pairs to merge. A separator is one token."""
+    """Train a byte-level BPE with at most `size` tokens (fewer for short texts). The separator is one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     inner = Tokenizer(models.BPE())
@@ -162,17 +162,17 @@ def _at_most(characters: int, texts: Iterable[str]) -> Iterator[str]:
 
 
 def file_of(data: DataConfig) -> Path | None:
-    """The tokenizer file that `data.tokenizer` names, or None: it is a word, or a name on the hub."""
+    """The file that `data.tokenizer` names, or None if it is `bytes`, `bpe` or a name on the Hub."""
     file = Path(data.tokenizer)
     if data.tokenizer in ("bytes", "bpe") or not (file.exists() or file.suffix == ".json"):
         return None
     if not file.is_file():
-        raise UserError(f"data.tokenizer={file}: there is no such file.")
+        raise UserError(f"data.tokenizer={file}: no such file.")
     return file
 
 
 def chosen(data: DataConfig, size: int, training: Iterable[str]) -> Tokenizer:
-    """The tokenizer of this configuration, trained to `size` tokens if it is the BPE. UserError where it is none."""
+    """The tokenizer of this configuration, trained to `size` tokens if it is a BPE. Raises UserError if invalid."""
     if data.tokenizer == "bytes":
         return Bytes()
     if data.tokenizer == "bpe":
@@ -191,5 +191,5 @@ def load(file: Path) -> Tokenizer:
 def _of_file(file: Path) -> Vocabulary:
     try:
         return Vocabulary(file.read_bytes().decode())
-    except Exception as error:  # the library raises bare ones
-        raise UserError(f"data.tokenizer={file}: it is no tokenizer.json of the tokenizers library.") from error
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"data.tokenizer={file}: not a tokenizer.json of the tokenizers library.") from error
