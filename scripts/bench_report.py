@@ -20,8 +20,6 @@ from typing import Any
 
 import yaml
 
-from stabrun.composition import Words
-from stabrun.config import conf_dir
 from stabrun.record.jsonl import dumps
 from stabrun.study.plan import Cell, Plan, planned
 from stabrun.study.results import write
@@ -43,7 +41,7 @@ def a_study(directory: Path, runs: int, steps: int) -> None:
         f"study.lrs=[{','.join(map(str, rates))}]",
         f"study.seeds={SEEDS}",
     ]
-    plan, _, _ = planned(conf_dir(), Words.parse([*words, f"train.steps={steps}", "tracker=none"]).overrides)
+    plan, _, _ = planned([*words, f"train.steps={steps}", "tracker=none"])
     for name in ("runs", "ledger"):
         (directory / name).mkdir()
     plan.save(directory)

@@ -27,11 +27,10 @@ def plain_loop(model_name: str) -> Callable[[int], None]:
     from torch import nn
     from torch.nn import functional as F
 
-    from stabrun.composition import Words, composed
-    from stabrun.config import conf_dir
+    from stabrun.composition import compose
     from stabrun.data.shards import prepare
 
-    config = composed(conf_dir(), Words.parse([f"model={model_name}"]))
+    config = compose([f"model={model_name}"])
     shape, seq_len, batch_size = config.model, config.data.seq_len, config.train.batch_size
     d, heads = shape.d_model, shape.n_head
     head = d // heads
@@ -110,15 +109,14 @@ def plain_loop(model_name: str) -> Callable[[int], None]:
 
 def our_loop(model_name: str, observed: bool, folder: str) -> Callable[[int], None]:
     """The loop of stabrun: update, record on disk, verdict."""
-    from stabrun.composition import Words, composed
-    from stabrun.config import conf_dir
+    from stabrun.composition import compose
     from stabrun.data.shards import prepare
     from stabrun.record.run_dir import RunDir, RunWriter
     from stabrun.training.run import Run
     from stabrun.training.trainer import Trainer
 
     words = [f"model={model_name}", "tracker=none", "train.steps=1000000", "train.val_every=0", f"run_dir={folder}"]
-    config = composed(conf_dir(), Words.parse([*words, "train.threads=1", *([] if observed else ["observe.every=0"])]))
+    config = compose([*words, "train.threads=1", *([] if observed else ["observe.every=0"])])
     Path(folder).mkdir(exist_ok=True)
     run = Run(Trainer(config, prepare(config.data, config.model)), RunWriter(RunDir(Path(folder))))
     run.open_console()

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stabrun.config import conf_dir
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.plan import planned
 from stabrun.study.pool import threads_each
@@ -58,7 +57,7 @@ def throughput(pairs: int) -> None:
 
 
 def overhead(words: list[str]) -> None:
-    plan, _, config = planned(conf_dir(), words)
+    plan, _, config = planned(words)
     workers = config.study.workers
     with tempfile.TemporaryDirectory() as scratch:
         plan.save(Path(scratch))

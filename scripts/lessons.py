@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stabrun.composition import Words, composed
-from stabrun.config import conf_dir, run_id
+from stabrun.composition import compose
+from stabrun.config import run_id
 from stabrun.data.corpus import EMBEDDED
 from stabrun.record.jsonl import number
 from stabrun.record.run_dir import RunDir
@@ -231,7 +231,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def configured(*words: str) -> Any:
-    return composed(conf_dir(), Words.parse([*FIXED, *words]))
+    return compose([*FIXED, *words])
 
 
 def train_one(job: tuple[tuple[str, ...], str]) -> str:

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from stabrun.composition import Words, composed
-from stabrun.config import conf_dir, run_id
+from stabrun.composition import compose
+from stabrun.config import run_id
 from stabrun.record.jsonl import number
 from stabrun.record.run_dir import RunDir
 
@@ -60,7 +60,7 @@ def train_one(job: tuple[list[str], str]) -> str:
     from stabrun.training.run import train
 
     words, runs = job
-    config = composed(conf_dir(), Words.parse([*FIXED, *words]))
+    config = compose([*FIXED, *words])
     config.run_dir = str(Path(runs) / run_id(config))
     return f"{' '.join(words)}: {verdict_line(train(config))}"
 
@@ -70,7 +70,7 @@ def pack(runs: Path, target: Path) -> int:
     arrays: dict[str, np.ndarray] = {}
     facts: list[dict[str, object]] = []
     for words in plan():
-        config = composed(conf_dir(), Words.parse([*FIXED, *words]))
+        config = compose([*FIXED, *words])
         folder = runs / run_id(config)
         if not (folder / "summary.json").exists():
             continue

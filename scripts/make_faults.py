@@ -16,8 +16,7 @@ import torch
 from make_curves import main
 from torch import nn
 
-from stabrun.composition import Words, composed
-from stabrun.config import conf_dir
+from stabrun.composition import compose
 from stabrun.record.run_dir import RunDir
 from stabrun.training.run import Run
 from stabrun.training.trainer import Trainer
@@ -88,7 +87,7 @@ def train_one(job: tuple[tuple[str, list[str], str, int], str]) -> str:
     from stabrun.data.shards import prepare
 
     (name, words, kind, layer), runs = job
-    config = composed(conf_dir(), Words.parse([*FIXED, *words, f"run_dir={Path(runs) / name}"]))
+    config = compose([*FIXED, *words, f"run_dir={Path(runs) / name}"])
     if RunDir(Path(runs) / name).summary_file.exists():
         return f"{name}: done"
     trainer = Trainer(config, prepare(config.data, config.model))

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -27,39 +28,18 @@ EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  #
 
 
 @dataclass(frozen=True)
-class Words:
-    """A command's words: Hydra overrides and the few flags that stand beside them."""
+class Sources:
+    """Where configuration files are read from: `conf/`, then a directory of the user's; and the primary file's name."""
 
-    overrides: list[str]
-    multirun: bool = False
-    show: bool = False
+    config_dir: Path | None = None
+    config_name: str = "config"
 
-    @staticmethod
-    def parse(words: list[str], flags: tuple[str, ...] = ("-m", "--cfg", "--config-dir DIR")) -> "Words":
-        """UserError at a flag that is not among `flags`."""
-        overrides, multirun, show = [], False, False
-        rest = iter(words)
-        for word in rest:
-            flag = {"--multirun": "-m", "-c": "--cfg"}.get(word, word.partition("=")[0])
-            if flag.startswith("-") and flag not in (known.split()[0] for known in flags):
-                there = f"there are {' and '.join(flags)}" if flags else "this command has none"
-                raise UserError(f"{word}: no such flag here; {there}.")
-            if flag == "-m":
-                multirun = True
-            elif flag == "--cfg":
-                show = True
-            elif flag == "--config-dir":
-                folder = Path(word.partition("=")[2] or next(rest, ""))
-                if not folder.name or not folder.is_dir():
-                    raise UserError(f"--config-dir {folder}: there is no such folder.")
-                overrides.append(f"hydra.searchpath=[file://{folder.resolve()}]")
-            elif "hydra.searchpath" in word:  # Hydra imports the package that a pkg:// path names
-                raise UserError(f"{word}: search paths can name code to run; a folder is added by --config-dir DIR.")
-            elif "=" not in word.lstrip("=~"):
-                raise UserError(f"{word}: an override is KEY=VALUE, such as optim.lr=3e-2 or +variant=qk_norm.")
-            else:
-                overrides.append(word)
-        return Words(overrides, multirun, show)
+    def __post_init__(self) -> None:
+        if self.config_dir is not None and not self.config_dir.is_dir():
+            raise UserError(f"--config-dir {self.config_dir}: no such directory.")
+
+
+SHIPPED = Sources()
 
 
 @contextmanager
@@ -138,31 +118,59 @@ SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
 
 
 @contextmanager
-def hydra(conf: Path) -> Iterator[None]:
+def hydra(sources: Sources = SHIPPED) -> Iterator[Any]:
+    """Hydra's own application object, initialized to read from `sources`.
+
+    Hydra's public functions take one directory only, and none of them runs a multirun.
+    """
     ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(config_dir=str(conf), version_base="1.3", job_name="stabrun"):
-        yield
+    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="stabrun"):
+        application: Any = GlobalHydra.instance().hydra
+        if sources.config_dir is not None:
+            loader: Any = application.config_loader
+            path = loader.get_search_path()
+            path.prepend("command-line", f"file://{sources.config_dir.resolve()}", SearchPathQuery(provider="schema"))
+            loader.repository.initialize_sources(path)
+        yield application
 
 
-def composed(conf: Path, words: Words) -> Config:
-    """The checked configuration of one run."""
-    return composed_each(conf, [words.overrides])[0]
+def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
+    """The checked configuration of one run.
+
+    Args:
+        overrides: Hydra overrides, such as `["+variant=qk_norm", "optim.lr=3e-2"]`.
+        config_dir: a directory with further configuration files, such as `variant/mine.yaml`.
+
+    Raises:
+        UserError: an override that cannot be parsed, an unknown key or choice, or a value out of bounds.
+    """
+    return compose_each([list(overrides)], Sources(Path(config_dir) if config_dir else None))[0]
 
 
-def composed_each(conf: Path, runs: list[list[str]]) -> list[Config]:
+def compose_each(runs: Iterable[list[str]], sources: Sources = SHIPPED) -> list[Config]:
     """The checked configuration of each run, from its overrides."""
-    with plainly(), hydra(conf):
-        return [_composed(overrides) for overrides in runs]
+    with plainly(), hydra(sources) as application:
+        return [_composed(application, sources.config_name, checked_words(overrides)) for overrides in runs]
 
 
-def _composed(overrides: list[str]) -> Config:
+def checked_words(overrides: list[str]) -> list[str]:
+    """The same overrides. UserError if one is not of the form KEY=VALUE, or names a package to import."""
+    for word in overrides:
+        if "hydra.searchpath" in word:  # Hydra imports the package that a pkg:// path names
+            raise UserError(f"{word}: a search path can name code to run; add a directory with --config-dir DIR.")
+        if "=" not in word.lstrip("=~"):
+            raise UserError(f"{word}: an override is KEY=VALUE, such as optim.lr=3e-2 or +variant=qk_norm.")
+    return overrides
+
+
+def _composed(application: Any, name: str, overrides: list[str]) -> Config:
     with foreseen(overrides):
-        whole = the_hydra().compose_config("config", overrides, RunMode.RUN, from_shell=True)
+        whole = application.compose_config(name, overrides, RunMode.RUN, from_shell=True)
     refuse_code(whole)
     return to_config(whole, whole.hydra)
 
 
-def multirun(conf: Path, words: Words, job: Callable[[Config], None]) -> None:
+def multirun(overrides: list[str], sources: Sources, job: Callable[[Config], None]) -> None:
     """Hydra's own multirun: its sweeper and launcher call `job` with the configuration of each run.
 
     All are composed and checked before the first is run; one whose run is refused afterwards does not stop the rest.
@@ -183,25 +191,22 @@ def multirun(conf: Path, words: Words, job: Callable[[Config], None]) -> None:
         return None
 
     def each(task: Callable[[DictConfig], Any], overrides: list[str]) -> None:
-        batches = the_hydra().multirun("config", task, overrides)
+        batches = application.multirun(sources.config_name, task, overrides)
         for result in (result.return_value for batch in batches for result in batch):
             if isinstance(result, UserError):
                 raise result
 
-    with plainly(), hydra(conf), TemporaryDirectory() as scratch:
+    checked_words(overrides)
+    with plainly(), hydra(sources) as application, TemporaryDirectory() as scratch:
         # Hydra's note of the sweep goes where nobody looks, for runs keep their own records.
-        overrides = [f"hydra.sweep.dir={scratch}", *words.overrides, "hydra.mode=MULTIRUN"]
-        with foreseen(words.overrides):
-            whole = the_hydra().compose_config("config", overrides, RunMode.MULTIRUN, from_shell=True)
+        words = [f"hydra.sweep.dir={scratch}", *overrides, "hydra.mode=MULTIRUN"]
+        with foreseen(overrides):
+            whole = application.compose_config(sources.config_name, words, RunMode.MULTIRUN, from_shell=True)
         refuse_code(whole)
-        here = [word for word in overrides if not word.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher"))]
-        with foreseen(words.overrides):
+        here = [word for word in words if not word.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher"))]
+        with foreseen(overrides):
             each(checked, here)
-        each(called, overrides)
-
-
-def the_hydra() -> Any:
-    return GlobalHydra.instance().hydra
+        each(called, words)
 
 
 @contextmanager

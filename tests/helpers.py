@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from stabrun.cli.main import main
-from stabrun.composition import Words, composed
+from stabrun.composition import compose
 from stabrun.config import conf_dir
 from stabrun.data.shards import prepare
 from stabrun.training.run import Run, train
@@ -31,7 +31,7 @@ PRESETS = sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml"))
 
 def configured(*overrides):
     """The configuration of these overrides alone."""
-    return composed(conf_dir(), Words.parse(list(overrides)))
+    return compose(overrides)
 
 
 def tiny(*overrides):

@@ -8,7 +8,6 @@ from dataclasses import asdict
 import yaml
 from helpers import TINY
 
-from stabrun.config import conf_dir
 from stabrun.record.jsonl import dumps
 from stabrun.study.plan import planned
 from stabrun.study.results import write
@@ -25,7 +24,7 @@ def a_study(
 ):
     """A grid study whose runs above an arm's edge diverge; the last `skip` cells are not finished."""
     asked = f"study.variants=[{','.join(variants)}]", f"study.lrs=[{','.join(map(str, lrs))}]", f"study.seeds={seeds}"
-    plan, _, _ = planned(conf_dir(), [*TINY, f"train.steps={steps}", *asked, *words])
+    plan, _, _ = planned([*TINY, f"train.steps={steps}", *asked, *words])
     for folder in ("runs", "ledger"):
         (directory / folder).mkdir(parents=True)
     plan.save(directory)
@@ -86,7 +85,7 @@ RATES = (1e-2, 1e-1, 1.0)
 def summaries(directory, arms=("baseline", "qk_norm"), seeds=2, missing=()):
     """A plan, and the summaries of all of its runs but the `missing` ones: (arm, rate, seed)."""
     words = f"study.variants=[{','.join(arms)}]", f"study.lrs=[{','.join(map(str, RATES))}]", f"study.seeds={seeds}"
-    plan, _, _ = planned(conf_dir(), [*TINY, *words])
+    plan, _, _ = planned([*TINY, *words])
     for cell in plan.cells.values():
         if (cell.arm, cell.lr, cell.seed) in missing:
             continue

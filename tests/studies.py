@@ -6,7 +6,6 @@ import sys
 
 from helpers import TINY, stabrun
 
-from stabrun.config import conf_dir
 from stabrun.study import results
 from stabrun.study.plan import planned
 from stabrun.training.run import train
@@ -22,7 +21,7 @@ def rows(folder):
 
 def rows_alone(folder, *words):
     """The rows of a study whose cells this process trains one after the other: no sweep, no ledger, no worker."""
-    plan, _, _ = planned(conf_dir(), list(words))
+    plan, _, _ = planned(list(words))
     (folder / "study").mkdir()
     plan.save(folder / "study")
     for cell in plan.cells.values():

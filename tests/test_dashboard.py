@@ -10,11 +10,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import TINY
+from helpers import TINY, run
 from made import summaries as a_study
 
 from stabrun.cli import commands
-from stabrun.config import UserError, conf_dir
+from stabrun.config import UserError
 from stabrun.record.metrics import METRICS, SCALAR
 from stabrun.study.plan import in_group, planned
 from stabrun.training.tracker import projection
@@ -32,14 +32,15 @@ def a_planned_study(folder, name="edge-0123"):
     directory.mkdir()
     a_study(directory)
     words = "study.variants=[baseline,qk_norm]", "study.lrs=[1e-2,1e-1,1.0]", "study.seeds=2", "tracker=wandb"
-    plan, _, _ = planned(conf_dir(), [*TINY, *words, f"study_dir={directory}"])
+    plan, _, _ = planned([*TINY, *words, f"study_dir={directory}"])
     plan.save(directory)
     return directory
 
 
 def printed(capsys, *words):
-    assert dashboard([*map(str, words), "--dry-run"]) == 0
-    return json.loads(capsys.readouterr().out)
+    status, out, _ = run(capsys, "dashboard", *words, "--dry-run")
+    assert status == 0
+    return json.loads(out)
 
 
 def panels(views):
@@ -84,7 +85,7 @@ def test_runs_are_those_of_the_study_by_variant_and_rate(tmp_path, capsys):
     "group", ["it's", 'a "b" c', "lr=1e-2 == x", "1 and 2 within_last 5 days", "back\\slash", "ü(x)"]
 )
 def test_a_group_of_any_name_is_asked_for_as_it_is(group):
-    config = in_group(planned(conf_dir(), [*TINY, "study.lrs=[1e-2]"])[2], group)
+    config = in_group(planned([*TINY, "study.lrs=[1e-2]"])[2], group)
     view = module.workspace(Subject("x", config.tracker, "told"), "me")
     (only,) = spec({"view": view})["view"]["spec"]["section"]["runSets"][0]["filters"]["filters"]
     assert only["value"] == group
@@ -109,32 +110,32 @@ def test_without_a_server_there_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with pytest.raises(UserError, match="wandb login"):
-        dashboard([])
+        dashboard()
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(UserError, match="online"):
-        dashboard([])
+        dashboard()
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(module, "save", lambda shown: 1 / 0)
-    assert dashboard([]) == 1
+    assert dashboard() == 1
 
 
 def test_without_the_package_there_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(commands, "find_spec", lambda name: None)
-    assert commands.run("dashboard", ["--dry-run"], conf_dir()) == 2
-    assert "pip install 'stabrun[dashboard]'" in capsys.readouterr().err
+    status, _, err = run(capsys, "dashboard", "--dry-run")
+    assert status == 2
+    assert "pip install 'stabrun[dashboard]'" in err
 
 
 @pytest.mark.parametrize(
     "words", [["--force"], ["nowhere", "--dry-run"], ["--dry-run", "optim.lr=1"], ["--dry-run", "a=b"]]
 )
-def test_mistakes_are_sentences(words, tmp_path, monkeypatch):
+def test_mistakes_are_sentences(capsys, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError):
-        dashboard(words)
+    assert run(capsys, "dashboard", *words)[0] == 2
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch, open(GOLDEN, "w") as golden:
         sys.stdout = golden
-        dashboard([str(a_planned_study(Path(scratch))), "--dry-run"])
+        dashboard(a_planned_study(Path(scratch)), dry_run=True)

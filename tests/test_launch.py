@@ -8,8 +8,8 @@ from clusters import QUESTION, await_, ended, submitit_there, sweeping, swept, t
 from helpers import TINY, stabrun
 from studies import rows
 
-from stabrun.composition import no_such_choice
-from stabrun.config import UserError, conf_dir
+from stabrun.composition import SHIPPED, no_such_choice
+from stabrun.config import UserError
 from stabrun.study.launch import crew_of
 from stabrun.study.pool import LocalPool
 
@@ -41,9 +41,9 @@ def test_a_launcher_whose_package_is_missing_is_named_with_what_brings_it():
 
 
 def test_hydra_s_own_launcher_means_this_machine(tmp_path):
-    assert isinstance(crew_of(conf_dir(), [*TINY, "hydra/launcher=basic"], tmp_path, 2), LocalPool)
+    assert isinstance(crew_of([*TINY, "hydra/launcher=basic"], SHIPPED, tmp_path, 2), LocalPool)
     with pytest.raises(UserError):
-        crew_of(conf_dir(), [*TINY, "hydra/launcher=slrum"], tmp_path, 2)
+        crew_of([*TINY, "hydra/launcher=slrum"], SHIPPED, tmp_path, 2)
 
 
 @pytest.mark.slurm

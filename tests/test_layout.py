@@ -16,7 +16,8 @@ FLOORS = (  # from the ground up; rooms of one floor do not import each other
     ("training",),
     ("study",),
     ("report",),
-    ("publish",), ("api",),
+    ("publish",),
+    ("api",),
     ("cli",),
     ("__main__",),
 )
@@ -25,7 +26,7 @@ TORCH_FREE = ("config", "text", "composition", "record", "verdict")
 
 
 def modules():
-    """Dotted name → source file of each module of the package; `__init__` files that only say what a room is for aside."""
+    """Dotted name → source file of each module of the package, `__init__` files included if they hold code."""
     for file in ROOT.rglob("*.py"):
         name = ".".join(("stabrun", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
         if name != "stabrun":

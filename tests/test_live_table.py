@@ -19,7 +19,6 @@ from contextlib import suppress
 import pytest
 from helpers import TINY
 
-from stabrun.config import conf_dir
 from stabrun.record.jsonl import read_last, read_lines
 from stabrun.study.cost import costs, described
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING, Entry
@@ -36,7 +35,7 @@ ENTRIES = {
 
 
 def a_plan(*words):
-    return planned(conf_dir(), [*TINY, "study.variants=[baseline,qk_norm]", *words])[0]
+    return planned([*TINY, "study.variants=[baseline,qk_norm]", *words])[0]
 
 
 def a_look(plan, fates=(), running=()):

@@ -14,7 +14,7 @@ QUESTION = ("study.variants=[baseline,qk_norm]", "study.lrs=[1e-2,1e-1]", "study
 
 
 def asked(*words):
-    return planned(conf_dir(), list(words))[0]
+    return planned(list(words))[0]
 
 
 def places(plan):
@@ -81,13 +81,13 @@ def test_what_is_planned_is_frozen(tmp_path):
 
 
 def test_a_larger_question_extends_and_keeps_its_folder():
-    folder = planned(conf_dir(), list(QUESTION))[1]
+    folder = planned(list(QUESTION))[1]
     for more in ("study.variants=[qk_norm,soft_cap]", "study.lrs=[3e-2]", "study.seeds=3", "optim.lr=1e-2,0.5"):
-        larger, there, _ = planned(conf_dir(), [*QUESTION[:0], *(w for w in QUESTION if w[:9] != more[:9]), more])
+        larger, there, _ = planned([*QUESTION[:0], *(w for w in QUESTION if w[:9] != more[:9]), more])
         assert there == folder, more
         both = extended(asked(*QUESTION), larger)
         assert places(both) == sorted(set(places(asked(*QUESTION))) | set(places(larger)))
-    assert planned(conf_dir(), [*QUESTION, "train.steps=30"])[1] != folder
+    assert planned([*QUESTION, "train.steps=30"])[1] != folder
     assert extended(asked(*QUESTION), asked(*QUESTION)) == asked(*QUESTION)
 
 
@@ -149,11 +149,11 @@ def test_two_thousand_cells_are_few(tmp_path):
 
 def test_runs_of_a_study_are_one_group_with_names_that_read():
     words = "study.variants=[qk_norm]", "study.lrs=[0.2]"
-    plan, directory, _ = planned(conf_dir(), [*words, "model.n_layer=1,2"])
+    plan, directory, _ = planned([*words, "model.n_layer=1,2"])
     trackers = [plan.config(cell).tracker for cell in plan.cells.values()]
     assert {tracker.group for tracker in trackers} == {directory.name}
     assert [tracker.run_name for tracker in trackers[:2]] == [f"qk_norm n_layer=1 lr=0.2 s{seed}" for seed in (0, 1)]
-    named, _, _ = planned(conf_dir(), [*words, "tracker.group=mine"])
+    named, _, _ = planned([*words, "tracker.group=mine"])
     assert {config.tracker.group for config in named.arms.values()} == {"mine"}
 
 
@@ -172,7 +172,7 @@ def test_each_experiment_is_held_here():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_plans_what_it_says(name):
-    plan, directory, _ = planned(conf_dir(), [f"+experiment={name}"])
+    plan, directory, _ = planned([f"+experiment={name}"])
     arms, places, seeds, schedule = EXPERIMENTS[name]
     assert (len(plan.arms), len(plan.cells), len(plan.seeds)) == (arms, places * seeds, seeds)
     assert {config.schedule.kind for config in plan.arms.values()} == {schedule}
@@ -181,14 +181,14 @@ def test_an_experiment_plans_what_it_says(name):
 
 def test_the_papers_settings_are_those_of_its_facts():
     """PAPER.md's tables, sections 1 and 2, as far as the experiments take them over."""
-    divergence = planned(conf_dir(), ["+experiment=rybakov2024_divergence"])[0]
+    divergence = planned(["+experiment=rybakov2024_divergence"])[0]
     assert sorted({cell.lr for cell in divergence.cells.values()}) == [6e-3, 8e-3, 2e-2, 4e-2, 6e-2, 8e-2]
     config = divergence.arms["baseline"]
     assert config.train.batch_size * config.data.seq_len == 2_097_152
     assert (config.train.precision, config.optim.clip, config.model.n_layer) == ("bf16", 1.0, 24)
-    perplexity = planned(conf_dir(), ["+experiment=rybakov2024_perplexity"])[0]
+    perplexity = planned(["+experiment=rybakov2024_perplexity"])[0]
     assert tokens_of(perplexity.arms["baseline"]) == pytest.approx(0.2e12, rel=1e-4)
-    wortsman = planned(conf_dir(), ["+experiment=wortsman2023_sensitivity"])[0]
+    wortsman = planned(["+experiment=wortsman2023_sensitivity"])[0]
     config = wortsman.arms["qk_norm"]
     assert (config.optim.z_loss, config.optim.weight_decay, config.optim.decay_independent) == (1e-4, 1e-4, True)
     assert (config.train.steps, config.schedule.warmup_steps, config.schedule.min_lr) == (100_000, 5_000, 1e-5)

@@ -10,7 +10,6 @@ import time
 import pytest
 from helpers import TINY
 
-from stabrun.config import conf_dir
 from stabrun.study.ledger import PLANNED, Ledger
 from stabrun.study.plan import planned
 from stabrun.study.pool import SPARE, Batch, LauncherPool, LocalPool, WorkerPool, gpus, stop_file
@@ -115,7 +114,7 @@ def test_a_launched_worker_that_dies_is_missed(tmp_path):
 
 def test_the_stop_file_has_a_worker_leave_its_cell_with_a_checkpoint(tmp_path):
     words = ("study.variants=[baseline]", "study.lrs=[1e-2]", "study.seeds=1", "train.steps=20000")
-    plan, _, _ = planned(conf_dir(), [*TINY, *words, "train.checkpoint_every=0"])
+    plan, _, _ = planned([*TINY, *words, "train.checkpoint_every=0"])
     plan.save(tmp_path)
 
     def tell():

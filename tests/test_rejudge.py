@@ -5,7 +5,6 @@ import json
 import pytest
 from helpers import TINY
 
-from stabrun.config import conf_dir
 from stabrun.study.ledger import DONE, PLANNED, Ledger
 from stabrun.study.plan import planned
 from stabrun.study.rejudge import renew
@@ -15,7 +14,7 @@ from stabrun.verdict.judge import RULE
 
 @pytest.fixture
 def study(tmp_path):
-    plan, _, _ = planned(conf_dir(), [*TINY, "study.lrs=[1e-2,1e-1]", "study.seeds=1", "train.checkpoint_every=10"])
+    plan, _, _ = planned([*TINY, "study.lrs=[1e-2,1e-1]", "study.seeds=1", "train.checkpoint_every=10"])
     plan.save(tmp_path)
     work(tmp_path)
     return plan, tmp_path

@@ -9,18 +9,17 @@ import subprocess
 import sys
 
 import pytest
-from helpers import TINY, stabrun
+from helpers import TINY, run, stabrun
 from made import a_study
 
-from stabrun.cli import commands
-from stabrun.config import RESULT, UserError, conf_dir, marked
+from stabrun.config import RESULT, UserError, marked
 from stabrun.record.jsonl import number
 from stabrun.record.run_dir import RunDir
 from stabrun.report import sentences, style, tables
 from stabrun.report.commands import overrides
 from stabrun.report.figures import figures
 from stabrun.report.paper import beside_paper
-from stabrun.report.report import report
+from stabrun.report.report import write_report
 from stabrun.report.run_curves import LAYERED, POINTS, trace, traced
 from stabrun.report.selection import chosen, pair
 from stabrun.report.source import opened, read_results, read_rows
@@ -221,15 +220,13 @@ def test_the_command_and_its_mistakes(study, tmp_path, monkeypatch, capsys):
     bytes_of = {name: (tmp_path / "study" / "report" / "figures" / name).read_bytes() for name in figures_there}
     (tmp_path / "study" / "report" / "left over").touch()
     monkeypatch.chdir(tmp_path)
-    assert report(["study"]) == 0
-    assert capsys.readouterr().out == first.stdout
+    assert run(capsys, "report", "study")[:2] == (0, first.stdout)
     for name, there in bytes_of.items():
         assert (tmp_path / "study" / "report" / "figures" / name).read_bytes() == there, "the same data, the same bytes"
     assert "left over" not in os.listdir(tmp_path / "study" / "report"), "a report is replaced whole"
     assert not [name for name in os.listdir(tmp_path / "study") if name.startswith(".report")]
     for words in ([], ["a", "b", "c"], ["--json"]):
-        assert commands.run("report", words, conf_dir()) == 2
-        assert "name a study or a run" in capsys.readouterr().err
+        assert run(capsys, "report", *words)[0] == 2
     with pytest.raises(UserError, match="neither a study nor a run"):
         opened(tmp_path)
 
@@ -272,20 +269,21 @@ def test_the_ratio_of_two_runs_norms(study):
 def test_without_the_extra_there_is_a_sentence(study, monkeypatch):
     monkeypatch.setattr("stabrun.report.report.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'stabrun\[report\]'"):
-        report([str(study)])
+        write_report(study)
 
 
 def test_a_report_imports_no_torch(study, tmp_path):
     shutil.copytree(study, tmp_path / "study")
-    code = "import sys; from stabrun.report import report; report.write_figures = lambda *_: None; "
-    code += "report.report(['study']); assert 'torch' not in sys.modules"
+    code = "import sys; from pathlib import Path; from stabrun.report import report; "
+    code += "report.write_figures = lambda *_: None; "
+    code += "report.write_report(Path('study')); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_command_told_asks_the_same_question(study):
     source = opened(study)
-    plan, _, _ = planned(conf_dir(), overrides(source))
+    plan, _, _ = planned(overrides(source))
     assert set(plan.cells) == set(source.plan.cells)
 
 
@@ -296,11 +294,11 @@ def test_the_command_told_of_a_search_with_a_further_axis(tmp_path):
         "model.n_layer=1,2",
         "study.variants=[baseline,qk_norm]",
     )
-    plan, _, _ = planned(conf_dir(), [*TINY, *words])
+    plan, _, _ = planned([*TINY, *words])
     for folder in ("runs", "ledger"):
         (tmp_path / folder).mkdir()
     plan.save(tmp_path)
-    again, _, _ = planned(conf_dir(), overrides(opened(tmp_path)))
+    again, _, _ = planned(overrides(opened(tmp_path)))
     assert [marked(arm, RESULT) for arm in again.arms.values()] == [marked(arm, RESULT) for arm in plan.arms.values()]
     assert (again.strategy, again.lr_range) == (plan.strategy, plan.lr_range)
 
@@ -308,7 +306,7 @@ def test_the_command_told_of_a_search_with_a_further_axis(tmp_path):
 def test_two_studies_side_by_side(study, tmp_path):
     shutil.copytree(study, tmp_path / "one")
     a_study(tmp_path / "two", "model.n_layer=1", skip=3)
-    assert report([str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    write_report(tmp_path / "one", tmp_path / "two")
     place = tmp_path / "one" / "report-beside-two"
     row = next(csv.DictReader((place / "tables" / "side_by_side.csv").read_text().splitlines()))
     told = [json.loads((tmp_path / name / "study.json").read_text())["variants"]["baseline"] for name in ("one", "two")]

@@ -6,7 +6,6 @@ import pytest
 from helpers import TINY
 from made import RATES, summaries
 
-from stabrun.config import conf_dir
 from stabrun.study.frontier import Frontier, Grid
 from stabrun.study.plan import planned
 from stabrun.study.results import COLUMNS
@@ -56,9 +55,7 @@ def test_the_frontier_of_a_grid_is_bayes_over_its_rates(tmp_path):
 
 
 def test_further_axes_have_their_own_baselines(tmp_path):
-    plan, _, _ = planned(
-        conf_dir(), [*TINY, "study.variants=[baseline,qk_norm]", "study.lrs=[0.1,1]", "model.n_layer=1,2"]
-    )
+    plan, _, _ = planned([*TINY, "study.variants=[baseline,qk_norm]", "study.lrs=[0.1,1]", "model.n_layer=1,2"])
     told = by_arm(plan, [])
     assert list(told) == ["baseline n_layer=1", "baseline n_layer=2", "qk_norm n_layer=1", "qk_norm n_layer=2"]
     assert [beside("qk_norm n_layer=2", name) for name in ("baseline", "qk_norm")] == [

@@ -9,7 +9,7 @@ import pytest
 from helpers import TINY
 from scipy.stats import norm
 
-from stabrun.config import UserError, conf_dir
+from stabrun.config import UserError
 from stabrun.study.frontier import Frontier
 from stabrun.study.plan import planned
 from stabrun.study.search import diverged_cost, frontier, grid_of, next_run, outcome
@@ -20,7 +20,7 @@ RANGE = (3e-3, 3.0)
 
 def a_plan(*words, arms=("baseline", "qk_norm")):
     asked = f"study.variants=[{','.join(arms)}]", "study.strategy=frontier", f"study.lr_range=[{RANGE[0]},{RANGE[1]}]"
-    return planned(conf_dir(), [*TINY, *asked, *words])[0]
+    return planned([*TINY, *asked, *words])[0]
 
 
 def ended(cell, diverged, steps=30):
@@ -77,7 +77,7 @@ def test_the_next_run_is_that_of_the_formula():
 
 
 def test_a_grid_needs_no_search_and_a_spent_budget_ends_one():
-    grid, _, _ = planned(conf_dir(), [*TINY, "study.lrs=[1e-2,1e-1]"])
+    grid, _, _ = planned([*TINY, "study.lrs=[1e-2,1e-1]"])
     assert next_run(grid, [], ()) is None
     plan = a_plan("study.max_runs=2", arms=("baseline",))
     plan.add(*next_run(plan, [], ()))
@@ -134,7 +134,7 @@ def test_the_plan_of_a_search_holds_its_rate_and_may_stop_early():
     plan = a_plan()
     assert {config.schedule.kind for config in plan.arms.values()} == {"constant"}
     assert all(config.train.stop_early for config in plan.arms.values())
-    grid, _, _ = planned(conf_dir(), [*TINY, "study.lrs=[1e-2]"])
+    grid, _, _ = planned([*TINY, "study.lrs=[1e-2]"])
     assert not any(config.train.stop_early for config in grid.arms.values())
 
 

@@ -10,11 +10,9 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
 
 import pytest
-from helpers import TINY, stabrun
+from helpers import TINY, run, stabrun
 
-from stabrun.cli import commands
 from stabrun.cli.status import status
-from stabrun.config import conf_dir
 from stabrun.study.ledger import Ledger
 from stabrun.study.plan import planned
 
@@ -23,7 +21,7 @@ LONG = "train.steps=100000", "train.checkpoint_every=0"
 
 
 def a_study(folder, *words):
-    plan, _, _ = planned(conf_dir(), [*WORDS, *words])
+    plan, _, _ = planned([*WORDS, *words])
     plan.save(folder)
     return plan
 
@@ -53,7 +51,7 @@ def going(folder, *words, pattern):
 def told(directory, *words):
     """What `stabrun status DIRECTORY WORDS` prints."""
     with redirect_stdout(StringIO()) as printed:
-        assert status([str(directory), *words]) == 0
+        status(directory, as_json="--json" in words)
     return printed.getvalue()
 
 
@@ -220,8 +218,8 @@ def test_a_study_s_finished_runs_stand_in_its_table(tmp_path):
 )
 def test_what_is_neither_a_study_nor_a_run(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
-    assert commands.run("status", list(words), conf_dir()) == 2
-    out, err = capsys.readouterr()
+    status, out, err = run(capsys, "status", *words)
+    assert status == 2
     assert said in err
     assert (out, len(err.splitlines())) == ("", 1)
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 from helpers import TINY
 
-from stabrun.config import conf_dir
 from stabrun.study.ledger import DONE, FAILED, Ledger
 from stabrun.study.plan import Plan, load, planned
 from stabrun.training.run import train
@@ -29,7 +28,7 @@ WORDS = (
 
 
 def a_study(tmp_path, *words):
-    plan, _, _ = planned(conf_dir(), [*WORDS, *words])
+    plan, _, _ = planned([*WORDS, *words])
     tmp_path.mkdir(exist_ok=True)
     plan.save(tmp_path)
     return plan

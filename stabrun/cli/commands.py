@@ -7,11 +7,27 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stabrun.composition import Words, composed, multirun, no_such_key, plainly
+from stabrun.composition import Sources, checked_words, compose, compose_each, multirun, no_such_key, plainly
 from stabrun.config import Config, UserError, check, config_yaml, keys, run_dir, run_id
 from stabrun.record.schema import INTERRUPTED
 
 MODEL_FLAGS = ("--config-dir DIR", "--json", "--trace")
+
+
+def parse(words: list[str], *known: str) -> tuple[list[str], dict[str, Any]]:
+    """The words that are no flags, and the flags."""
+    rest, flags, source = list[str](), dict[str, Any](), iter(words)
+    for word in source:
+        flag = {"--multirun": "-m", "-c": "--cfg"}.get(word, word.partition("=")[0])
+        if flag.startswith("-") and flag not in [name.split()[0] for name in known]:
+            raise UserError(f"{word}: no such flag here; there are {' and '.join(known) or 'none'}.")
+        if flag == "--config-dir":
+            flags[flag] = Path(word.partition("=")[2] or next(source, ""))
+        elif flag.startswith("-"):
+            flags[flag] = True
+        else:
+            rest.append(word)
+    return rest, flags
 
 
 def run(name: str, words: list[str], conf: Path) -> int:
@@ -38,17 +54,17 @@ def complain(text: str) -> None:
 
 
 def train(words: list[str], conf: Path) -> int:
-    parsed = Words.parse(words)
-    if parsed.show:
-        return show(composed(conf, parsed))
-    if not parsed.multirun:
-        return train_one(composed(conf, parsed))
+    overrides, flags = parse(words, "-m", "--cfg", "--config-dir DIR")
+    sources = Sources(flags.get("--config-dir"))
+    if "-m" not in flags or "--cfg" in flags:
+        (config,) = compose_each([overrides], sources)
+        return show(config) if "--cfg" in flags else train_one(config)
 
     def job(config: Config) -> None:
         if train_one(config) == 130:
             raise KeyboardInterrupt
 
-    multirun(conf, parsed, job)
+    multirun(overrides, sources, job)
     return 0
 
 
@@ -80,16 +96,18 @@ def tell(summary: dict[str, Any], config: Config) -> None:
 def sweep(words: list[str], conf: Path) -> int:
     from stabrun.study.sweep import sweep as run_study
 
-    overrides = Words.parse(
-        [word for word in words if word != "--dry-run"], ("--dry-run", "--config-dir DIR")
-    ).overrides
-    return run_study(conf, overrides, "--dry-run" in words)
+    overrides, flags = parse(words, "--dry-run", "--config-dir DIR")
+    return run_study(overrides, Sources(flags.get("--config-dir")), "--dry-run" in flags)
 
 
 def status(words: list[str], conf: Path) -> int:
     from stabrun.cli import status
 
-    return status.status(words)
+    rest, flags = parse(words, "--json")
+    if len(rest) != 1:
+        raise UserError("status: name one DIR, of a study or a run; the only flag is --json.")
+    status.status(Path(rest[0]), "--json" in flags)
+    return 0
 
 
 def rerun(words: list[str], conf: Path) -> int:
@@ -105,15 +123,15 @@ def rerun(words: list[str], conf: Path) -> int:
         raise UserError(f"{words[0]}: not a run directory: {source.config_file.name} is missing.")
     with plainly():
         recorded = source.config()
-        parsed = Words.parse(words[1:], ("--cfg",))
-        refuse_groups(parsed.overrides)
-        merged = OmegaConf.merge(OmegaConf.structured(recorded), OmegaConf.from_dotlist(parsed.overrides))
+        overrides, flags = parse(words[1:], "--cfg")
+        refuse_groups(checked_words(overrides))
+        merged = OmegaConf.merge(OmegaConf.structured(recorded), OmegaConf.from_dotlist(overrides))
         config: Any = OmegaConf.to_object(merged)
     check(config)
-    if not any(word.startswith("run_dir=") for word in parsed.overrides):
+    if not any(word.startswith("run_dir=") for word in overrides):
         same = run_id(config) == run_id(recorded)
         config.run_dir = f"{words[0].rstrip('/')}-rerun" if same else str(Path(words[0]).parent / run_id(config))
-    return show(config) if parsed.show else train_one(config)
+    return show(config) if "--cfg" in flags else train_one(config)
 
 
 def refuse_groups(overrides: list[str]) -> None:
@@ -132,15 +150,24 @@ def judge(words: list[str], conf: Path) -> int:
 
 
 def report(words: list[str], conf: Path) -> int:
-    from stabrun.report.report import report as write_report
+    from stabrun.report.report import write_report
 
-    return write_report(words)
+    rest, _ = parse(words)
+    if not 1 <= len(rest) <= 2:
+        raise UserError("report: name a study or a run, or two of them: stabrun report DIR [OTHER].")
+    write_report(*map(Path, rest))
+    return 0
 
 
 def upload(words: list[str], conf: Path) -> int:
     from stabrun.publish import upload
 
-    return upload.upload(words)
+    rest, flags = parse(words, "--dry-run")
+    if not rest or "=" in rest[0]:
+        raise UserError(
+            "upload: name one DIR, of a study or a run, then perhaps tracker.KEY=VALUE; the only flag is --dry-run."
+        )
+    return upload.upload(Path(rest[0]), checked_words(rest[1:]), "--dry-run" in flags)
 
 
 def dashboard(words: list[str], conf: Path) -> int:
@@ -148,17 +175,20 @@ def dashboard(words: list[str], conf: Path) -> int:
         raise UserError("dashboard: it needs the package wandb-workspaces: pip install 'stabrun[dashboard]'.")
     from stabrun.publish import dashboard as workspace
 
-    return workspace.dashboard(words)
+    rest, flags = parse(words, "--dry-run")
+    places = rest[:1] if rest and "=" not in rest[0] else []
+    study = Path(places[0]) if places else None
+    return workspace.dashboard(study, checked_words(rest[len(places) :]), "--dry-run" in flags)
 
 
 def model(words: list[str], conf: Path) -> int:
     from stabrun.model.describe import describe, report
     from stabrun.record.jsonl import jsonable
 
-    flags = {flag: flag in words for flag in ("--json", "--trace")}
-    config = composed(conf, Words.parse([word for word in words if word not in flags], MODEL_FLAGS))
+    overrides, flags = parse(words, *MODEL_FLAGS)
+    config = compose(overrides, flags.get("--config-dir"))
     facts = describe(config)
-    if flags["--trace"]:
+    if "--trace" in flags:
         from stabrun.model.trace import traced_memory
 
         facts["memory"]["traced_peak_bytes"] = traced_memory(config)
@@ -168,7 +198,7 @@ def model(words: list[str], conf: Path) -> int:
 
         facts["init"] = check_initial(config)
         lines += ["", *told(facts["init"])]
-    print(json.dumps(jsonable(facts), indent=1) if flags["--json"] else "\n".join(lines))
+    print(json.dumps(jsonable(facts), indent=1) if "--json" in flags else "\n".join(lines))
     return 0
 
 
@@ -177,7 +207,8 @@ def data(words: list[str], conf: Path) -> int:
 
     if not words or words[0] != "prepare":
         raise UserError("data: it is `stabrun data prepare [OVERRIDE…]`.")
-    config = composed(conf, Words.parse(words[1:], ("--config-dir DIR",)))
+    overrides, flags = parse(words[1:], "--config-dir DIR")
+    config = compose(overrides, flags.get("--config-dir"))
     try:
         prepared = prepare(config.data, config.model, verbose=True)
         opened(prepared.folder, math.inf)

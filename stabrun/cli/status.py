@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from stabrun.config import UserError, run_id
+from stabrun.config import run_id
 from stabrun.record.jsonl import jsonable, number
 from stabrun.record.run_dir import RunDir
 from stabrun.record.schema import OVER, RUNNING
@@ -21,7 +21,6 @@ from stabrun.text import duration_text, run_name
 from stabrun.verdict.judge import Judge
 from stabrun.verdict.wording import short, verdict_line
 
-USAGE = "status: name one DIR, of a study or a run; the only flag is --json."
 STATES = {
     "running": "is running",
     "complete": "is complete",
@@ -31,12 +30,8 @@ STATES = {
 }
 
 
-def status(words: list[str]) -> int:
-    """Print what the study or run is doing that `words` name; returns the exit status."""
-    places = [word for word in words if word != "--json"]
-    if len(places) != 1 or places[0].startswith("-"):
-        raise UserError(USAGE)
-    directory = Path(places[0])
+def status(directory: Path, as_json: bool = False) -> None:
+    """Print what a study or a run is doing."""
     found = find(directory)
     if isinstance(found, StudyDir):
         look = SnapshotReader(directory).look(load(directory))
@@ -44,13 +39,12 @@ def status(words: list[str]) -> int:
     else:
         facts = of_run(found)
         lines = told_of_run(facts)
-    if "--json" in words:
+    if as_json:
         print(json.dumps(jsonable(facts), indent=1))
-        return 0
+        return
     screen = Console(markup=False, emoji=False, highlight=False)
     for line in lines:
         screen.print(line, soft_wrap=True)
-    return 0
 
 
 def of_study(directory: Path, look: Snapshot) -> dict[str, Any]:

@@ -7,7 +7,7 @@ rate, so that a line is the mean over seeds, and a point of the LR curve too.
 import html
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from stabrun.composition import Words
 from stabrun.config import TrackerConfig, UserError
 from stabrun.publish.upload import changed
 from stabrun.record.jsonl import jsonable
@@ -27,7 +26,6 @@ from stabrun.study.summary import GRID_COLUMNS, SEARCH_COLUMNS, answer
 from stabrun.text import warn
 from stabrun.training.tracker import has_key
 
-USAGE = "dashboard: name one STUDY_DIR or none, then perhaps tracker.KEY=VALUE; the only flag is --dry-run."
 COLUMNS = ("verdict", "reason", "variant", "lr", "seed", "final_loss", "val_loss", "first_bad_step", "first_bad_site")
 GROUPING = ("variant", "optim.lr")
 REPORTED = ("Loss against learning rate", "Verdicts", "Training", "Gradient", "Attention", "norm/out")
@@ -50,19 +48,14 @@ class Subject:
         return "" if self.told is None else f"Metric('Group') == {group}"
 
 
-def dashboard(words: list[str]) -> int:
-    """Save a workspace and a report in W&B, or print them; returns the exit status."""
-    rest = [word for word in words if word != "--dry-run"]
-    places = rest[:1] if rest and "=" not in rest[0] else []
-    if places and places[0].startswith("-"):
-        raise UserError(USAGE)
-    dry_run = "--dry-run" in words
+def dashboard(study: Path | None = None, changes: Sequence[str] = (), dry_run: bool = False) -> int:
+    """Save a workspace and a report in W&B, or print them; `changes` are tracker.KEY=VALUE. Returns the exit status."""
     if not dry_run and (os.environ.get("WANDB_MODE") or ONLINE, has_key()) != (ONLINE, True):
         raise UserError(
             "dashboard: it needs W&B online: WANDB_MODE unset, and a key by `wandb login` or WANDB_API_KEY; "
             "--dry-run prints what would be saved."
         )
-    shown = subject(places[0] if places else None, Words.parse(rest[len(places) :], ("--dry-run",)).overrides)
+    shown = subject(study, changes)
     if dry_run:
         views = {"workspace": workspace(shown, NOBODY), "report": report(shown, NOBODY)}
         print(json.dumps(spec(views), indent=1, ensure_ascii=False))
@@ -84,16 +77,14 @@ def save(shown: Subject) -> None:
             print(view.save().url)
 
 
-def subject(place: str | None, changes: list[str]) -> Subject:
-    """The study of this folder, or the project alone."""
-    if place is None:
+def subject(study: Path | None, changes: Sequence[str]) -> Subject:
+    """The study of this directory, or the project alone."""
+    if study is None:
         tracker = changed(TrackerConfig(), changes)
         return Subject(tracker.project, tracker)
-    plan = load(Path(place))
-    facts = jsonable(answer(plan, list(results.finished(plan, Path(place)))))
-    return Subject(
-        Path(place).resolve().name, changed(next(iter(plan.arms.values())).tracker, changes), markdown(facts)
-    )
+    plan = load(study)
+    facts = jsonable(answer(plan, list(results.finished(plan, study))))
+    return Subject(study.resolve().name, changed(next(iter(plan.arms.values())).tracker, changes), markdown(facts))
 
 
 def markdown(facts: dict[str, Any]) -> str:

@@ -8,12 +8,13 @@ that the server has are left out.
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stabrun.composition import Words, plainly
+from stabrun.composition import plainly
 from stabrun.config import Config, TrackerConfig, UserError, check, run_id
 from stabrun.record.jsonl import jsonable, number
 from stabrun.record.run_dir import RunDir
@@ -28,7 +29,6 @@ from stabrun.text import run_name, warn
 from stabrun.training.tracker import has_key, note_sent, opened_run, projection
 
 FIGURES = "report/figures"
-USAGE = "upload: name one DIR, of a study or a run, then perhaps tracker.KEY=VALUE; the only flag is --dry-run."
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,10 @@ class News:
         return told + ([counted(len(self.figures), "figure")] if self.figures else [])
 
 
-def upload(words: list[str]) -> int:
-    """Send what W&B lacks of the study or run that `words` name; returns the exit status."""
+def upload(directory: Path, changes: Sequence[str] = (), dry_run: bool = False) -> int:
+    """Send what W&B lacks of a study or a run; `changes` are tracker.KEY=VALUE. Returns the exit status."""
     import wandb
 
-    rest = [word for word in words if word != "--dry-run"]
-    if not rest or rest[0].startswith("-") or "=" in rest[0]:
-        raise UserError(USAGE)
-    directory, changes = Path(rest[0]), Words.parse(rest[1:], ("--dry-run",)).overrides
     found = find(directory)
     plan, runs = None, list[RunDir]()
     if isinstance(found, StudyDir):
@@ -75,7 +71,6 @@ def upload(words: list[str]) -> int:
         runs = finished_runs(plan, found)
     else:
         runs = [found]
-    dry_run = "--dry-run" in words
     mode = destination(dry_run)
     try:
         count = sum(uploaded(run, changes, mode, dry_run) for run in runs)
@@ -128,7 +123,7 @@ def finished_runs(plan: Plan, study: StudyDir) -> list[RunDir]:
     return [run for run in map(study.run, plan.cells) if run.summary_file.is_file()]
 
 
-def changed(tracker: TrackerConfig, changes: list[str]) -> TrackerConfig:
+def changed(tracker: TrackerConfig, changes: Sequence[str]) -> TrackerConfig:
     """The tracker's keys with those that were typed."""
     from omegaconf import OmegaConf
 
@@ -141,7 +136,7 @@ def changed(tracker: TrackerConfig, changes: list[str]) -> TrackerConfig:
     return found
 
 
-def uploaded(recorded: RunDir, changes: list[str], mode: str, dry_run: bool) -> bool:
+def uploaded(recorded: RunDir, changes: Sequence[str], mode: str, dry_run: bool) -> bool:
     """Send what W&B lacks of a run. False where that is nothing."""
     config = recorded.config()
     live = config.tracker.name == "wandb" and recorded.is_locked()
@@ -230,7 +225,7 @@ def send(recorded: RunDir, config: Config, before: Sent, found: News) -> None:
     )
 
 
-def uploaded_study(plan: Plan, directory: Path, changes: list[str], mode: str, dry_run: bool) -> bool:
+def uploaded_study(plan: Plan, directory: Path, changes: Sequence[str], mode: str, dry_run: bool) -> bool:
     """Send a study's table, answer and figures. False where W&B has them, or no run is finished."""
     tracker = changed(next(iter(plan.arms.values())).tracker, changes)
     rows = list(results.finished(plan, directory))

@@ -5,8 +5,8 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from stabrun.composition import Words, composed
-from stabrun.config import RESULT, conf_dir, keys, value_of
+from stabrun.composition import compose
+from stabrun.config import RESULT, keys, value_of
 from stabrun.report.source import RUN, Source
 from stabrun.study.plan import FRONTIER
 
@@ -26,7 +26,7 @@ def commands(source: Source) -> Iterator[str]:
 def overrides(source: Source) -> list[str]:
     """Overrides that ask a study's question again: what its arms have in common, and what it varies."""
     assert source.plan is not None
-    arms, usual = list(source.arms.values()), composed(conf_dir(), Words.parse([]))
+    arms, usual = list(source.arms.values()), compose()
     words = []
     for key in keys():
         if key.path in OWN or key.path.startswith("study."):

@@ -16,25 +16,19 @@ from stabrun.report.run_curves import Trace, trace
 from stabrun.report.selection import chosen, pair
 from stabrun.report.source import RUN, Source, opened
 
-USAGE = "report: name a study or a run, or two of them to stand side by side: stabrun report DIR [OTHER]."
 MOST_NOTES = 5  # in the terminal
 
 
-def report(words: list[str]) -> int:
-    """Write the report of the one or two directories that `words` name, say the answer and where it lies."""
-    if not 1 <= len(words) <= 2 or any(word.startswith("-") for word in words):
-        raise UserError(USAGE)
+def write_report(directory: Path, other: Path | None = None) -> None:
+    """Write the report of a study or a run, or of two of them side by side, and print its main results."""
     refuse_without_packages()
-    sources = [opened(Path(word)) for word in words]
-    place = sources[0].directory / (
-        "report" if len(words) == 1 else f"report-beside-{sources[1].directory.resolve().name}"
-    )
+    sources = [opened(path) for path in (directory, other) if path is not None]
+    place = directory / ("report" if other is None else f"report-beside-{other.resolve().name}")
     with whole(place) as folder:
         write(sources, folder)
     for source in sources:
         tell(source, len(sources) > 1)
     print(f"report: {place / 'index.html'}")
-    return 0
 
 
 def refuse_without_packages() -> None:

@@ -1,5 +1,6 @@
-"""Workers by Hydra's launchers: `python -m stabrun.study.launch DIR CREW FIRST JOBS OVERRIDE…` starts jobs and waits.
+"""Workers by Hydra's launchers: it starts jobs and waits.
 
+`python -m stabrun.study.launch DIR CREW FIRST JOBS CONFIG_DIR CONFIG_NAME OVERRIDE…`; CONFIG_DIR may be empty.
 A job is one worker. Only a batch of jobs is the launcher's; what becomes of the cells stands in the ledger.
 """
 
@@ -19,8 +20,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from stabrun.composition import foreseen, hydra, plainly, refuse_code, the_hydra
-from stabrun.config import UserError, conf_dir
+from stabrun.composition import Sources, foreseen, hydra, plainly, refuse_code
+from stabrun.config import UserError
 from stabrun.study.ledger import Ledger
 from stabrun.study.plan import split_axes
 from stabrun.study.pool import LauncherPool, LocalPool, WorkerPool, stop_file, those_of, threads_each
@@ -29,27 +30,27 @@ POLL = 0.5  # seconds between two looks whether the sweep is over
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
-def crew_of(conf: Path, overrides: list[str], directory: Path, count: int) -> WorkerPool:
+def crew_of(overrides: list[str], sources: Sources, directory: Path, count: int) -> WorkerPool:
     """The crew that a sweep's overrides ask for. UserError where the launcher cannot be had; nothing is made yet."""
     words, axes = split_axes(overrides)
     if swept := [key for key in axes if key.startswith("hydra")]:
         raise UserError(f"{swept[0]}={','.join(axes[swept[0]])}: all workers of a sweep are launched alike; give one.")
-    with plainly(), hydra(conf):
-        launcher = composed(words, directory).hydra.launcher
+    with plainly(), hydra(sources) as application:
+        launcher = composed(application, sources, words, directory).hydra.launcher
     if launcher._target_ == BASIC:
         return LocalPool(directory, count)
     for key in ("nodes", "tasks_per_node"):
         if launcher.get(key, 1) != 1:
             raise UserError(f"hydra.launcher.{key}={launcher[key]}: a job is one worker; study.workers counts them.")
-    return LauncherPool(directory, count, words)
+    return LauncherPool(directory, count, [str(sources.config_dir or ""), sources.config_name, *words])
 
 
-def composed(words: list[str], folder: Path) -> DictConfig:
+def composed(application: Any, sources: Sources, words: list[str], folder: Path) -> DictConfig:
     """The whole configuration, Hydra's own part included; what its launcher writes goes to `folder`."""
     quoted = str(folder.absolute()).replace("\\", r"\\").replace("'", r"\'")
     words = [*words, f"hydra.sweep.dir='{quoted}'", "hydra.mode=MULTIRUN"]
     with foreseen(words):
-        whole: DictConfig = the_hydra().compose_config("config", words, RunMode.MULTIRUN, from_shell=True)
+        whole: DictConfig = application.compose_config(sources.config_name, words, RunMode.MULTIRUN, from_shell=True)
     refuse_code(whole)
     join_ray(whole.hydra.launcher)
     return whole
@@ -63,14 +64,14 @@ def join_ray(launcher: DictConfig) -> None:
             init.setdefault("object_store_memory", None)
 
 
-def launch(directory: Path, crew: str, first: int, jobs: int, words: list[str]) -> None:
+def launch(directory: Path, crew: str, first: int, jobs: int, sources: Sources, words: list[str]) -> None:
     """Launch so many workers of a crew, numbered from `first` on, and wait for them. Raises what one of them raised."""
     folder = directory / "launcher" / crew
     threading.Thread(target=end_with_the_sweep, args=(directory, crew, folder), daemon=True).start()
     work = partial(at_work, str(directory), crew, os.getcwd(), jobs)
-    with hydra(conf_dir()):
-        whole = composed(words, folder)
-        context = HydraContext(config_loader=the_hydra().config_loader, callbacks=Callbacks())
+    with hydra(sources) as application:
+        whole = composed(application, sources, words, folder)
+        context = HydraContext(config_loader=application.config_loader, callbacks=Callbacks())
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=whole)
         try:
             done = launcher.launch([[]] * jobs, initial_job_idx=first)
@@ -137,5 +138,6 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     from stabrun.study import launch as module  # jobs are pickled by their module's name
 
-    folder, crew, first, jobs = sys.argv[1:5]
-    module.launch(Path(folder), crew, int(first), int(jobs), sys.argv[5:])
+    folder, crew, first, jobs, config_dir, config_name, *words = sys.argv[1:]
+    sources = Sources(Path(config_dir) if config_dir else None, config_name)
+    module.launch(Path(folder), crew, int(first), int(jobs), sources, words)

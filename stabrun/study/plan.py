@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from stabrun.composition import composed_each, plainly
+from stabrun.composition import SHIPPED, Sources, compose_each, plainly
 from stabrun.config import RESULT, Config, UserError, check, config_of, marked, run_id
 from stabrun.record.jsonl import write_atomic
 from stabrun.record.study_dir import StudyDir
@@ -107,13 +107,13 @@ def load(directory: Path) -> Plan:
         raise UserError(f"{file} is damaged: it holds no plan of a study.") from error
 
 
-def planned(conf: Path, overrides: list[str]) -> tuple[Plan, Path, Config]:
+def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Path, Config]:
     """The plan that a command's overrides ask for, where it goes, and the configuration that its arms have in common.
 
     Raises UserError at a question that cannot be asked, before anything is made.
     """
     fixed, axes = split_axes(overrides)
-    (common,) = composed_each(conf, [fixed])
+    (common,) = compose_each([fixed], sources)
     study = common.study
     variants = axes.pop("+variant", None) or study.variants or [common.variant]
     rates = [_number("optim.lr", value) for value in axes.pop("optim.lr", [])] or list(study.lrs)
@@ -125,7 +125,7 @@ def planned(conf: Path, overrides: list[str]) -> tuple[Plan, Path, Config]:
             raise UserError(f"{key}: {', '.join(twice)} is there twice; each may be named once.")
     _refuse_unasked(study, rates)
     words = dict(_arms(fixed, variants, axes))
-    arms = dict(zip(words, composed_each(conf, list(words.values())), strict=True))
+    arms = dict(zip(words, compose_each(words.values(), sources), strict=True))
     if study.strategy == FRONTIER:
         _refuse_schedules(fixed, axes)
         common, arms = for_search(common), {name: for_search(arm) for name, arm in arms.items()}

@@ -4,6 +4,7 @@ import shutil
 import time
 from pathlib import Path
 
+from stabrun.composition import Sources
 from stabrun.record.study_dir import StudyDir
 from stabrun.study import results, summary
 from stabrun.study.cost import described
@@ -21,13 +22,13 @@ from stabrun.text import warn
 POLL = 0.3  # seconds between two looks at the ledger
 
 
-def sweep(conf: Path, overrides: list[str], dry_run: bool) -> int:
+def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
     """Plan or extend a study and train its cells. Returns the exit status: 1 where a cell could not be trained.
 
     Raises UserError before anything is made where the question cannot be asked.
     """
-    asked, directory, config = planned(conf, overrides)
-    crew = crew_of(conf, overrides, directory, config.study.workers)
+    asked, directory, config = planned(overrides, sources)
+    crew = crew_of(overrides, sources, directory, config.study.workers)
     if dry_run:
         print("\n".join(described(_with_what_is_there(asked, directory), directory, config.study.workers)))
         return 0
