@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import venv
@@ -131,9 +132,12 @@ def test_wheel_installed_elsewhere_carries_its_configuration(tmp_path):
     own = [path for path in sys.path if path.endswith("site-packages")]
     (site / "dependencies.pth").write_text("\n".join(own) + "\n")
     ask = "import stabrun, sys; print(stabrun.__file__)"
-    where = subprocess.run([python, "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    where = subprocess.run(
+        [python, "-c", ask], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    ).stdout
     assert where.startswith(str(site))
     words = ["train", "+variant=qk_norm_cap", "train.steps=2", "tracker=none"]
-    done = subprocess.run([python, "-m", "stabrun", *words], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([python, "-m", "stabrun", *words], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "undecided (too_short)" in done.stdout
