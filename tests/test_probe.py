@@ -1,4 +1,4 @@
-"""Each statistic against its formula, computed a second way: autograd by hand, on the same batch."""
+"""Each statistic against its formula, computed independently by autograd on the same batch."""
 
 import pytest
 import torch
@@ -120,7 +120,7 @@ def test_update_and_moments(measured):
             close(row[f"adam/surprise/{site}"][index], float(clipped.pow(2).mean() / (v.mean() / (1 - 0.95**4))))
 
 
-def test_micro_batches_merge_to_the_batchs_values():
+def test_micro_batches_merge_to_the_values_of_the_batch():
     rows = []
     for micro in (4, 2, 1):
         trainer = a_trainer(tiny(f"train.micro_batch_size={micro}", "+variant=qk_norm"))
@@ -140,7 +140,7 @@ def test_observation_changes_no_bit():
 
 
 class Foreign(nn.Module):
-    """Somebody else's model: two linear layers under a recomputed block."""
+    """A model that is not stabrun's: two linear layers, one of them recomputed in the backward pass."""
 
     def __init__(self):
         super().__init__()
@@ -150,29 +150,84 @@ class Foreign(nn.Module):
         return self.down(torch.utils.checkpoint.checkpoint(lambda y: self.up(y).relu(), x, use_reentrant=False))
 
 
-def test_any_model_and_recomputation():
+def observed(model, optimizer, steps=1):
+    """The row of the last of some steps, all of them slow, on random inputs."""
+    probe = Probe(model, ObserveConfig(every=1, slow_every=1), shape=(2, 5))
+    for step in range(steps):
+        probe.arm(step)
+        x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(step), requires_grad=True)
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        probe.merge(0, 1)
+        norms = torch.stack([p.grad.norm() for p in model.parameters()])
+        probe.before_update(norms)
+        optimizer.step()
+        probe.after_update(optimizer)
+        row = probe.snapshot(loss.detach(), norms.norm()).read()
+    return row, x
+
+
+def a_foreign_model():
     torch.manual_seed(0)
-    model = Foreign()
-    probe = Probe(model, ObserveConfig(), shape=(2, 5))
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    probe.arm(0)
-    x = torch.randn(2, 5, 6, requires_grad=True)
-    loss = model(x).square().mean()
-    loss.backward()
-    probe.merge(0, 1)
-    norms = torch.stack([p.grad.norm() for p in model.parameters()])
-    probe.before_update(norms)
-    optimizer.step()
-    probe.after_update(optimizer)
-    row = probe.snapshot(loss.detach(), norms.norm()).read()
+    return Foreign()
+
+
+def test_any_model_and_recomputation():
+    model = a_foreign_model()
+    row, x = observed(model, torch.optim.AdamW(model.parameters(), fused=True))
     assert row["norm/in/up"] == pytest.approx([tokens_mean(x)])
     assert row["norm/in_grad/up"] == pytest.approx([float(x.grad.norm())])
     assert "residual/norm" not in row
 
 
-def test_validation_leaves_no_trace():
+def test_an_optimizer_without_moments_is_observed_without_them():
+    model = a_foreign_model()
+    row, _ = observed(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for name, layer in (("up", model.up), ("down", model.down)):
+        assert row[f"norm/update/{name}"] == pytest.approx([0.1 * float(layer.weight.grad.norm())], rel=1e-4)
+    assert not [key for key in row if "adam" in key]
+
+
+class Mixed(torch.optim.Optimizer):
+    """Adam's moments for the groups with betas; no state for the others."""
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "betas" in group:
+                    state = self.state[p]
+                    state.setdefault("step", torch.tensor(0.0)).add_(1)
+                    for name, beta, value in zip(
+                        ("exp_avg", "exp_avg_sq"), group["betas"], (p.grad, p.grad**2), strict=True
+                    ):
+                        state.setdefault(name, torch.zeros_like(p)).lerp_(value, 1 - beta)
+                p.data.add_(p.grad, alpha=-0.01)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Mixed])
+def test_moments_are_those_of_each_group_of_parameters(kind):
+    model = a_foreign_model()
+    groups = [{"params": [*model.up.parameters()], "betas": (0.9, 0.5)}, {"params": [*model.down.parameters()]}]
+    if kind is torch.optim.AdamW:
+        groups[1]["betas"] = (0.9, 0.9)
+    optimizer = kind(groups, {"lr": 0.01} if kind is Mixed else 0.01)
+    row, _ = observed(model, optimizer, steps=3)
+    recorded = {key for key in row if "adam" in key}
+    having = {"up": 0.5} | ({"down": 0.9} if kind is torch.optim.AdamW else {})
+    assert recorded == {f"{kind}/{name}" for kind in ("norm/adam_m", "norm/adam_v", "adam/surprise") for name in having}
+    for name, beta2 in having.items():
+        weight = getattr(model, name).weight
+        state = optimizer.state[weight]
+        assert row[f"norm/adam_m/{name}"] == pytest.approx([float(state["exp_avg"].norm())])
+        assert row[f"norm/adam_v/{name}"] == pytest.approx([float(state["exp_avg_sq"].norm())])
+        usual = state["exp_avg_sq"].mean() / (1 - beta2**3)
+        assert row[f"adam/surprise/{name}"] == pytest.approx([float(weight.grad.square().mean() / usual)])
+
+
+def test_validation_measures_nothing():
     trainer = a_trainer(tiny())
     trainer.step(0).read()
-    before = trainer.probe.norms.clone()
+    before = trainer.probe.tokens.clone()
     trainer.validate()
-    assert trainer.probe.norms.equal(before)
+    assert trainer.probe.tokens.equal(before)

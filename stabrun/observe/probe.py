@@ -1,32 +1,25 @@
-"""Statistics of a model's layers, reduced on its device and attached from outside.
+"""Statistics of a model's layers, computed on its device by hooks that are attached from outside.
 
-Hooks write 0-dim fp32 reductions into one preallocated buffer; the model knows nothing of them and its numbers are
-the same bits without them. A hook overwrites, never adds, so that recomputation (activation checkpointing) does no
-harm. Shapes: `[B, T, width]` at a linear layer, `[B, h, T, d]` at an attention core.
+The layout follows the table of metrics (`stabrun.record.metrics`), the values come from
+`stabrun.observe.reductions`. Hooks write into one preallocated fp32 buffer; the model is not modified, and its results
+are bit-identical without them. A hook overwrites and never adds, so that recomputation (activation checkpointing) is
+harmless.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stabrun.config import ObserveConfig
+from stabrun.observe.reductions import REDUCTIONS, AdamState, Parameters, has_adam_state
+from stabrun.record import metrics
+from stabrun.record.metrics import METRICS, Metric
 
-SCORES_AT_ONCE = 1 << 27  # attention logits held at a time, so that long contexts fit
-
-FAR_BELOW = -1e30  # stands for the future in a row's maximum; finite, for 0 · −∞ is no entropy
-
-
-class Core(Protocol):
-    """What an attention core offers to be observed; see `stabrun.model.attention.AttentionCore`."""
-
-    def logits(self, q: Tensor, k: Tensor) -> Tensor: ...
-
-    def shaped(self, logits: Tensor) -> Tensor:
-        """A new tensor: what the softmax takes."""
-        ...
+LINEAR = (metrics.OUTPUT, metrics.INPUT, metrics.INPUT_GRADIENT)  # sources at each linear layer
+ONCE = (metrics.PARAMETERS, metrics.UPDATE, metrics.ADAM)  # sources that are read once per step, and not by hooks
 
 
 def find_sites(model: nn.Module) -> dict[str, list[tuple[str, nn.Linear]]]:
@@ -38,48 +31,29 @@ def find_sites(model: nn.Module) -> dict[str, list[tuple[str, nn.Linear]]]:
     return sites
 
 
-def token_norms(x: Tensor, out: Tensor) -> None:
-    """L2 norm of each token's vector in fp32: `[B, T, width]` → `out`, `[B, T]`."""
-    torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32, out=out)
-
-
-def attention_statistics(core: Core, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest logit over the past, and mean entropy of the rows of the softmax; 0-dim each.
-
-    With logits s below their row's largest, p = softmax(s) and so log p = s + log max p, a row's entropy −Σ p log p
-    is −Σ p·s − log max p: no logarithm of a whole matrix, and no difference of large numbers.
-    """
-    batch, heads, time, _ = q.shape
-    chunk = max(1, SCORES_AT_ONCE // (heads * time * time))
-    future = torch.full((time, time), FAR_BELOW, device=q.device).triu(1)
-    peaks, entropies = [], []
-    for some_q, some_k in zip(q.split(chunk), k.split(chunk), strict=True):
-        logits = core.logits(some_q, some_k)
-        peaks.append(logits.add_(future).amax())
-        shaped = core.shaped(logits)
-        shaped.sub_(shaped.amax(-1, keepdim=True))
-        p = shaped.softmax(-1)
-        # Elementwise, for autocast would round a matrix product; in place, for `shaped` is as large as memory allows.
-        entropies.append(-shaped.mul_(p).sum() - p.amax(-1).log().sum())
-    return torch.stack(peaks).amax(), torch.stack(entropies).sum() / (batch * heads * time)
-
-
 @dataclass(frozen=True)
 class Span:
-    """Where the values of one key of the record lie in the buffer, one a layer."""
+    """Where the values of one key of the record are in the buffer, one per layer."""
 
-    key: str
+    metric: Metric
+    site: str | None
     start: int
     stop: int
-    slow: bool
+
+    @property
+    def key(self) -> str:
+        return self.metric.key.format(site=self.site)
+
+
+Target = tuple[Metric, int]  # a value that a hook measures, and its place in the buffer
 
 
 class Probe:
-    """Watches the linear layers of any `nn.Module`, and optionally its blocks and attention cores.
+    """Measures the linear layers of any `nn.Module`, and optionally its blocks and attention cores.
 
-    Each forward pass takes `shape` tokens, batch and sequence. A step goes: `arm(step)`; after each micro-batch's
-    backward pass `merge(index, count)`; `before_update`; `after_update`; and `snapshot()`, which copies all values to
-    the host without waiting for them.
+    `shape` is (batch, time) of each forward pass; `scalars` names the values that the caller adds in `snapshot`. The
+    order of calls in a step is: `arm(step)`; `merge(index, count)` after the backward pass of each micro-batch;
+    `before_update`; `after_update`; and `snapshot()`, which starts the copy of all values to the host.
     """
 
     def __init__(
@@ -92,143 +66,133 @@ class Probe:
         scalars: Sequence[str] = ("train/loss", "grad/norm"),
     ) -> None:
         self.config, self.scalars = config, tuple(scalars)
-        self.first = len(self.scalars)  # they take the first slots of the buffer
+        self.first = len(self.scalars)  # they are the first values in the buffer
         self.fast = self.slow = False
-        self.spans: list[Span] = []
-        self.size = self.first
-        parameters = dict(model.named_parameters())
-        self.device = next(iter(parameters.values())).device
+        self.due: list[Span] = []  # what this step measures
+        self.reduced: set[str] = set()  # keys of sources in `ONCE` that this step has measured
+        parameters = list(model.parameters())
+        self.device = parameters[0].device
         self.sites = find_sites(model) if config.every else {}
         blocks, cores = (blocks, cores) if config.every else ((), ())
-        self._lay_out(len(blocks), len(cores))
+        self.spans = self._layout(len(blocks), len(cores))
+        self.per_token = self._region(lambda metric: metric.per_token)
+        self.means = self._region(lambda metric: metric.merge == "mean")
+        self.maxima = self._region(lambda metric: metric.merge == "max")
+        self.roots = self._region(lambda metric: metric.merge == "root")
+        self.hooked = self._region(lambda metric: metric.source not in ONCE)
+        self.size = self.spans[-1].stop if self.spans else self.first
         self.now = torch.zeros(self.size, device=self.device)  # this micro-batch
-        self.norms = torch.zeros(self.by_token.stop - self.first, *shape, device=self.device)
-        self.rows = self.norms.unbind(0)
+        self.tokens = torch.zeros(self.per_token.stop - self.first, *shape, device=self.device)
+        self.token_rows = self.tokens.unbind(0)
         self.values = torch.zeros(self.size, device=self.device)  # the step
-        self.hosts = [self._host() for _ in range(2)]
+        self.hosts = [torch.zeros(self.size, pin_memory=self.device.type == "cuda") for _ in range(2)]
 
         for site, layers in self.sites.items():
             for index, (_, layer) in enumerate(layers):
-                self._watch_linear(layer, *(self._slot(f"norm/{part}/{site}", index) for part in FORWARD))
+                self._watch(layer, *(self._targets(source, index, site) for source in LINEAR))
         for index, block in enumerate(blocks):
-            self._watch_block(block, self._slot("residual/norm", index))
+            self._watch(block, self._targets(metrics.BLOCK, index))
         for index, core in enumerate(cores):
-            slots = self._slot("attn/max_logit", index), self._slot("attn/entropy", index)
-            core.register_forward_hook(self._attention_hook(*slots))
+            self._watch_attention(core, self._targets(metrics.ATTENTION, index))
 
-        self.weights = [layer.weight for layers in self.sites.values() for _, layer in layers]
-        self.weight_norms, self.gradient_norms = self._region("norm/weight/"), self._region("norm/grad/")
-        self.layer_norms = self._region("grad/norm_by_layer")
-        self.update_values = self._region("norm/update/", "adam/surprise/")
-        numbers = {id(p): i for i, p in enumerate(parameters.values())}
-        self.weight_index = torch.tensor(
-            [numbers[id(weight)] for weight in self.weights], dtype=torch.long, device=self.device
-        )
-        members = torch.zeros(len(blocks), len(parameters), device=self.device)
-        for row, block in zip(members, blocks, strict=True):
+        self.site_weights = {site: [layer.weight for _, layer in layers] for site, layers in self.sites.items()}
+        self.weights = [weight for weights in self.site_weights.values() for weight in weights]
+        numbers = {id(p): i for i, p in enumerate(parameters)}
+        self.weight_index = torch.tensor([numbers[id(w)] for w in self.weights], dtype=torch.long, device=self.device)
+        self.block_members = torch.zeros(len(blocks), len(parameters), device=self.device)
+        for row, block in zip(self.block_members, blocks, strict=True):
             row[[numbers[id(p)] for p in block.parameters()]] = 1.0
-        self.members = members
         self.before: list[Tensor] = []
 
-    def _lay_out(self, n_blocks: int, n_cores: int) -> None:
-        """Order the buffer by how micro-batches merge: means, then maxima, then roots, then once a step."""
+    def _layout(self, n_blocks: int, n_cores: int) -> list[Span]:
+        """The buffer, ordered by how values merge over micro-batches; means over tokens come first."""
+        merges, spans, start = list(metrics.MERGES), list[Span](), self.first
+        for metric in sorted(METRICS.values(), key=lambda metric: (merges.index(metric.merge), not metric.per_token)):
+            if metric.source == metrics.STEP:
+                continue
+            counts: dict[str | None, int] = {None: n_cores if metric.source == metrics.ATTENTION else n_blocks}
+            if metric.shape == metrics.BY_SITE:
+                counts = {site: len(layers) for site, layers in self.sites.items()}
+            for site, count in counts.items():
+                if count:
+                    spans.append(Span(metric, site, start, start + count))
+                    start += count
+        return spans
 
-        def by_site(part: str, slow: bool) -> None:
-            for site, layers in self.sites.items():
-                self._add(part.format(site=site), len(layers), slow)
+    def _region(self, chosen: Callable[[Metric], bool]) -> slice:
+        spans = [span for span in self.spans if chosen(span.metric)]
+        return slice(spans[0].start, spans[-1].stop) if spans else slice(self.first, self.first)
 
-        by_site("norm/out/{site}", slow=False)
-        by_site("norm/in/{site}", slow=False)
-        self._add("residual/norm", n_blocks, slow=False)
-        self.by_token = slice(self.first, self.size)
-        self._add("attn/entropy", n_cores, slow=True)
-        self.means = slice(self.first, self.size)
-        self._add("attn/max_logit", n_cores, slow=True)
-        self.maxima = slice(self.means.stop, self.size)
-        by_site("norm/in_grad/{site}", slow=True)
-        self.roots = slice(self.maxima.stop, self.size)
-        by_site("norm/weight/{site}", slow=False)
-        by_site("norm/grad/{site}", slow=False)
-        self._add("grad/norm_by_layer", n_blocks, slow=False)
-        for part in UPDATE:
-            by_site(part, slow=True)
+    def _targets(self, source: str, index: int, site: str | None = None) -> list[Target]:
+        spans = [span for span in self.spans if (span.metric.source, span.site) == (source, site)]
+        return [(span.metric, span.start + index) for span in spans]
 
-    def _add(self, key: str, count: int, slow: bool) -> None:
-        self.spans.append(Span(key, self.size, self.size + count, slow))
-        self.size += count
+    # Hooks
 
-    def _slot(self, key: str, index: int) -> int:
-        return next(span.start for span in self.spans if span.key == key) + index
+    def _on(self, metric: Metric) -> bool:
+        return self.slow if metric.slow else self.fast
 
-    def _region(self, first: str, last: str | None = None) -> slice:
-        """From the first span whose key starts with `first` to the last that starts with `last`."""
-        starts = [span.start for span in self.spans if span.key.startswith(first)]
-        stops = [span.stop for span in self.spans if span.key.startswith(last or first)]
-        return slice(starts[0], stops[-1]) if starts else slice(0, 0)
+    def _measure(self, targets: Sequence[Target], x: Tensor) -> None:
+        for metric, slot in targets:
+            if self._on(metric):
+                if metric.per_token:
+                    REDUCTIONS[metric.key](x.detach(), out=self.token_rows[slot - self.first])
+                else:
+                    self.now[slot] = REDUCTIONS[metric.key](x.detach())
 
-    def _host(self) -> Tensor:
-        return torch.zeros(self.size, pin_memory=self.device.type == "cuda")
-
-    # What hooks do
-
-    def _watch_linear(self, layer: nn.Linear, out_slot: int, in_slot: int, grad_slot: int) -> None:
+    def _watch(
+        self, module: nn.Module, outputs: list[Target], inputs: Sequence[Target] = (), gradients: Sequence[Target] = ()
+    ) -> None:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if not (self.slow and args[0].requires_grad):
+            if not (any(self._on(metric) for metric, _ in gradients) and args[0].requires_grad):
                 return None
-            # A view of its own, so that the gradient is the one through this layer alone.
+            # A view, so that the gradient is the one through this layer alone.
             x = args[0].view_as(args[0])
-            x.register_hook(note_gradient)
+            x.register_hook(lambda gradient: self._measure(gradients, gradient))
             return (x, *args[1:])
 
-        def note_gradient(gradient: Tensor) -> None:
-            self.now[grad_slot] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if self.fast:
-                token_norms(output, self.rows[out_slot - self.first])
-                token_norms(args[0], self.rows[in_slot - self.first])
+            self._measure(outputs, output)
+            self._measure(inputs, args[0])
 
-        layer.register_forward_pre_hook(before)
-        layer.register_forward_hook(after)
+        if gradients:
+            module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
 
-    def _watch_block(self, block: nn.Module, slot: int) -> None:
-        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if self.fast:
-                token_norms(output, self.rows[slot - self.first])
-
-        block.register_forward_hook(after)
-
-    def _attention_hook(self, peak_slot: int, entropy_slot: int) -> Callable:
+    def _watch_attention(self, core: nn.Module, targets: list[Target]) -> None:
         def after(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if self.slow:
-                with torch.no_grad():
-                    peak, entropy = attention_statistics(module, args[0], args[1])
-                    self.now[peak_slot] = peak
-                    self.now[entropy_slot] = entropy
+            values: dict[str, Tensor] = {}
+            for metric, slot in targets:
+                if self._on(metric):
+                    with torch.no_grad():
+                        if metric.key not in values:
+                            values |= REDUCTIONS[metric.key](module, args[0], args[1])
+                        self.now[slot] = values[metric.key]
 
-        return after
+        core.register_forward_hook(after)
 
     # What the training loop calls
 
     def arm(self, step: int) -> None:
-        """Decide what step `step` measures."""
+        """Select what step `step` measures."""
         every, slow_every = self.config.every, self.config.slow_every
         self.fast = bool(every) and step % every == 0
         self.slow = bool(every and slow_every) and step % slow_every == 0
+        self.due, self.reduced = [span for span in self.spans if self._on(span.metric)], set()
 
     def rest(self) -> None:
-        """Measure nothing until the next `arm`: for validation."""
+        """Measure nothing until the next `arm`; for validation."""
         self.fast = self.slow = False
+        self.due = []
 
     @torch.no_grad()
     def merge(self, index: int, count: int) -> None:
-        """Take in micro-batch `index` of `count` equal ones."""
+        """Merge micro-batch `index` of `count` equal ones into the values of the step."""
         if not (self.fast or self.slow):
             return
-        if self.fast:
-            torch.mean(self.norms, dim=(1, 2), out=self.now[self.by_token])
+        torch.mean(self.tokens, dim=(1, 2), out=self.now[self.per_token])
         if count == 1:
-            self.values[: self.roots.stop].copy_(self.now[: self.roots.stop])
+            self.values[self.hooked].copy_(self.now[self.hooked])
             return
         if index == 0:
             self.values.zero_()
@@ -240,43 +204,46 @@ class Probe:
 
     @torch.no_grad()
     def before_update(self, gradient_norms: Tensor, loss_scale: Tensor | None = None) -> None:
-        """`gradient_norms`, `[parameters]`: of each parameter's gradient before clipping, in the model's order.
+        """Measure weights and gradients; keep the weights if their change is measured.
 
-        `loss_scale`, 0-dim, is what the loss was multiplied by in the backward pass; `gradient_norms` are free of it.
+        `gradient_norms`, `[parameters]`, are those of each parameter's gradient before clipping, in the model's order.
+        `loss_scale`, 0-dim, is the factor of the loss in the backward pass; `gradient_norms` do not contain it.
         """
-        if loss_scale is not None and self.slow:
-            self.values[self.roots] /= loss_scale
-        if self.fast and self.weights:
-            self.values[self.weight_norms] = torch.stack(torch._foreach_norm(self.weights))
-            self.values[self.gradient_norms] = gradient_norms[self.weight_index]
-            self.values[self.layer_norms] = (self.members @ gradient_norms.square()).sqrt()
-        if self.slow:
+        if loss_scale is not None:
+            for place in joined(span for span in self.due if span.metric.source == metrics.INPUT_GRADIENT):
+                self.values[place] /= loss_scale
+        parameters = Parameters(self.weights, gradient_norms, self.weight_index, self.block_members)
+        self._reduce(metrics.PARAMETERS, parameters)
+        if self._is_due(metrics.UPDATE):
             self.before = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Norms of the update and of Adam's moments, on slow steps."""
-        if not (self.slow and self.weights):
-            return
-        weights = self.weights
-        states = [optimizer.state[w] for w in weights]
-        second = [state["exp_avg_sq"] for state in states]
-        torch._foreach_sub_(self.before, weights)
-        beta2 = optimizer.param_groups[0]["betas"][1]
-        steps = torch.stack([state["step"] for state in states]).to(self.device)
-        seen = torch.stack(torch._foreach_norm([w.grad for w in weights if w.grad is not None])).square()
-        usual = torch.stack(torch._foreach_norm(second, 1)) / (1 - beta2**steps)
-        groups = (
-            torch.stack(torch._foreach_norm(self.before)),
-            torch.stack(torch._foreach_norm([state["exp_avg"] for state in states])),
-            torch.stack(torch._foreach_norm(second)),
-            seen / usual,
-        )
-        self.values[self.update_values] = torch.cat(groups)
-        self.before = []
+        """Measure the update, and Adam's state of the sites whose weights all have one."""
+        if self._is_due(metrics.UPDATE):
+            torch._foreach_sub_(self.before, self.weights)
+            self._reduce(metrics.UPDATE, self.before)
+            self.before = []
+        if self._is_due(metrics.ADAM):
+            sites = [site for site, weights in self.site_weights.items() if has_adam_state(weights, optimizer)]
+            if weights := [weight for site in sites for weight in self.site_weights[site]]:
+                self._reduce(metrics.ADAM, AdamState.of(weights, optimizer), sites)
+
+    def _is_due(self, source: str) -> bool:
+        return any(span.metric.source == source for span in self.due)
+
+    def _reduce(self, source: str, given: Any, sites: Collection[str] | None = None) -> None:
+        """Write the metrics of a source that is read once per step; those by site only for `sites`, by default all."""
+        due = [s for s in self.due if s.metric.source == source and (sites is None or s.site in sites)]
+        self.reduced |= {span.key for span in due}
+        for metric in dict.fromkeys(span.metric for span in due):
+            places = joined(span for span in due if span.metric is metric)
+            parts = REDUCTIONS[metric.key](given).split([place.stop - place.start for place in places])
+            for place, part in zip(places, parts, strict=True):
+                self.values[place] = part
 
     def snapshot(self, *scalars: Tensor) -> "PendingRow":
-        """Start the copy of the step's values, `scalars` first, to the host; nothing waits until `PendingRow.read`."""
+        """Start the copy of the step's values, `scalars` first, to the host; only `PendingRow.read` waits for it."""
         for slot, value in enumerate(scalars):
             self.values[slot] = value
         self.hosts.reverse()
@@ -286,17 +253,24 @@ class Probe:
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
-        spans = [span for span in self.spans if (self.slow if span.slow else self.fast)]
-        return PendingRow(self.scalars, host, event, spans)
+        measured = [span for span in self.due if span.metric.source not in ONCE or span.key in self.reduced]
+        return PendingRow(self.scalars, host, event, measured)
 
 
-FORWARD = ("out", "in", "in_grad")
-UPDATE = ("norm/update/{site}", "norm/adam_m/{site}", "norm/adam_v/{site}", "adam/surprise/{site}")
+def joined(spans: Iterable[Span]) -> list[slice]:
+    """The places of spans in the buffer; adjacent ones become one, so that they are written by one copy."""
+    places: list[slice] = []
+    for span in spans:
+        if places and places[-1].stop == span.start:
+            places[-1] = slice(places[-1].start, span.stop)
+        else:
+            places.append(slice(span.start, span.stop))
+    return places
 
 
 @dataclass(frozen=True)
 class PendingRow:
-    """A step's values on their way to the host; good until the snapshot after next is taken."""
+    """The values of a step on their way to the host; valid until the second snapshot after this one."""
 
     scalars: tuple[str, ...]
     host: Tensor
@@ -304,10 +278,9 @@ class PendingRow:
     spans: list[Span]
 
     def read(self) -> dict[str, Any]:
-        """The scalars by name, and a list over layers for each key measured in this step."""
+        """The scalars by name, and a list over layers for each key that the step measured."""
         if self.event is not None:
             self.event.synchronize()
         values = self.host.tolist()
         row: dict[str, Any] = dict(zip(self.scalars, values, strict=False))
-        row.update({span.key: values[span.start : span.stop] for span in self.spans if span.stop > span.start})
-        return row
+        return row | {span.key: values[span.start : span.stop] for span in self.spans}

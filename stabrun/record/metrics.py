@@ -53,9 +53,9 @@ class Signal:
 class Metric:
     """A declaration. `key` contains `{site}` if there is a list for each site.
 
-    `label` is a title of charts. `source` is what it is computed from (`SOURCES`); a source other than `STEP` has its
-    reduction in `stabrun.observe.probe.REDUCTIONS`. `merge` combines micro-batches and ranks (`MERGES`). `log` selects
-    a logarithmic axis. `variance` is the column that it fills in the check at initialization, if any.
+    `label` is a title of charts. `source` is what it is computed from (`SOURCES`): all but `STEP` need a reduction in
+    `stabrun.observe.reductions.REDUCTIONS`. `merge` combines micro-batches and ranks (`MERGES`). `variance` is the
+    column that it fills in the check at initialization, if any. `log` selects a logarithmic axis.
     """
 
     key: str
@@ -82,6 +82,10 @@ class Metric:
     def title(self) -> str:
         """Title of an axis: label and unit."""
         return self.label if self.unit == "1" else f"{self.label} ({self.unit})"
+
+    @property
+    def slow(self) -> bool:
+        return self.cadence == SLOW_EVERY
 
     @property
     def per_token(self) -> bool:

@@ -1,0 +1,134 @@
+"""How each statistic is computed: the functions behind the metrics that the probe measures.
+
+A statistic is declared in `stabrun.record.metrics` and registered in `REDUCTIONS` under its key. What a reduction is
+given and returns depends on the metric's source:
+
+- `OUTPUT`, `INPUT`, `BLOCK`: a detached tensor `[batch, time, width]`; returns a 0-dim tensor. If the metric is a mean
+  over tokens (`Metric.per_token`), it writes the value of each token to its argument `out`, `[batch, time]`, instead.
+- `INPUT_GRADIENT`: a gradient `[batch, time, width]`; returns a 0-dim tensor.
+- `ATTENTION`: the core, queries and keys `[batch, heads, time, width]`; returns a 0-dim tensor for each of its keys.
+- `PARAMETERS`: `Parameters`; `UPDATE`: a list of the changes of the weights; `ADAM`: `AdamState`. Returns the values
+  of all linear layers or blocks, in order, `[n]`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stabrun.observe.norms import tensor_norms
+
+LOGITS_AT_ONCE = 1 << 27  # attention logits in memory at a time, which bounds memory at long contexts
+FAR_BELOW = -1e30  # masks future positions; finite, because 0 · −∞ is NaN in the entropy
+
+
+class Core(Protocol):
+    """What the reductions need of an attention core, such as `stabrun.model.attention.AttentionCore`."""
+
+    def logits(self, q: Tensor, k: Tensor) -> Tensor:
+        """QKᵀ/√d, `[batch, heads, time, time]`."""
+        ...
+
+    def shaped(self, logits: Tensor) -> Tensor:
+        """The input of the softmax, as a new tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The weights of the linear layers, and all gradients, before the update."""
+
+    weights: list[Tensor]
+    gradient_norms: Tensor  # [parameters]: norm of each gradient before clipping, in the model's order
+    weight_index: Tensor  # [len(weights)]: positions of the weights in that order
+    block_members: Tensor  # [blocks, parameters]: 1 if the parameter belongs to the block, else 0
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """Adam's moments of some weights after the update."""
+
+    gradients: list[Tensor]  # after clipping
+    first: list[Tensor]
+    second: list[Tensor]
+    correction: Tensor  # [len(first)]: 1 − β₂ᵗ, the bias of the second moment
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> "AdamState":
+        """The state of `weights`, all of which have one (`has_adam_state`)."""
+        states = [optimizer.state[weight] for weight in weights]
+        betas = {id(p): group["betas"] for group in optimizer.param_groups if "betas" in group for p in group["params"]}
+        steps = torch.stack([state["step"] for state in states]).to(weights[0].device)
+        runs = [(beta2, len(list(run))) for beta2, run in groupby(betas[id(weight)][1] for weight in weights)]
+        # One power for each run of equal β₂: a tensor of bases would be rounded otherwise on CUDA.
+        parts = zip(runs, steps.split([count for _, count in runs]), strict=True)
+        return cls(
+            [weight.grad for weight in weights if weight.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            torch.cat([1 - beta2**part for (beta2, _), part in parts]),
+        )
+
+
+def has_adam_state(weights: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all weights have a gradient, and the optimizer keeps Adam's moments of each."""
+    needed = {"step", "exp_avg", "exp_avg_sq"}
+    return all(w.grad is not None and needed <= optimizer.state.get(w, {}).keys() for w in weights)
+
+
+def token_norms(x: Tensor, out: Tensor) -> None:
+    """L2 norm of each token's vector in fp32: `[batch, time, width]` → `out`, `[batch, time]`."""
+    torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32, out=out)
+
+
+def norm(x: Tensor) -> Tensor:
+    """L2 norm over all elements, in fp32."""
+    return torch.linalg.vector_norm(x, dtype=torch.float32)
+
+
+def attention_statistics(core: Core, q: Tensor, k: Tensor) -> dict[str, Tensor]:
+    """Largest logit over past positions, and mean entropy of the rows of the softmax.
+
+    With logits s relative to the largest of their row, p = softmax(s) and log p = s + log max p. The entropy of a row,
+    −Σ p log p, is therefore −Σ p·s − log max p: no logarithm of a full matrix, and no difference of large numbers.
+    """
+    batch, heads, time, _ = q.shape
+    chunk = max(1, LOGITS_AT_ONCE // (heads * time * time))
+    future = torch.full((time, time), FAR_BELOW, device=q.device).triu(1)
+    peaks, entropies = [], []
+    for q_chunk, k_chunk in zip(q.split(chunk), k.split(chunk), strict=True):
+        logits = core.logits(q_chunk, k_chunk)
+        peaks.append(logits.add_(future).amax())
+        shaped = core.shaped(logits)
+        shaped.sub_(shaped.amax(-1, keepdim=True))
+        p = shaped.softmax(-1)
+        # Elementwise, because autocast would round a matrix product; in place, to save memory.
+        entropies.append(-shaped.mul_(p).sum() - p.amax(-1).log().sum())
+    entropy = torch.stack(entropies).sum() / (batch * heads * time)
+    return {"attn/max_logit": torch.stack(peaks).amax(), "attn/entropy": entropy}
+
+
+def surprise(adam: AdamState) -> Tensor:
+    """Mean squared gradient over the mean bias-corrected second moment."""
+    return tensor_norms(adam.gradients).square() / (tensor_norms(adam.second, 1) / adam.correction)
+
+
+REDUCTIONS: dict[str, Callable[..., Any]] = {
+    "norm/out/{site}": token_norms,
+    "norm/in/{site}": token_norms,
+    "residual/norm": token_norms,
+    "norm/in_grad/{site}": norm,
+    "attn/max_logit": attention_statistics,
+    "attn/entropy": attention_statistics,
+    "norm/weight/{site}": lambda parameters: tensor_norms(parameters.weights),
+    "norm/grad/{site}": lambda parameters: parameters.gradient_norms[parameters.weight_index],
+    "grad/norm_by_layer": lambda parameters: (parameters.block_members @ parameters.gradient_norms.square()).sqrt(),
+    "norm/update/{site}": tensor_norms,
+    "norm/adam_m/{site}": lambda adam: tensor_norms(adam.first),
+    "norm/adam_v/{site}": lambda adam: tensor_norms(adam.second),
+    "adam/surprise/{site}": surprise,
+}
+"""Key of a metric → its reduction."""
