@@ -269,7 +269,7 @@ def test_against_another_run(capsys, tmp_path):
     assert other["site_factor"] > 1.5
     status, out, _ = run(capsys, "judge", tmp_path / "c", "--against", tmp_path / "a")
     assert status == 0
-    assert "the losses part at step" in out
+    assert "the losses differ from step" in out
     assert "there is no such file" in refused(capsys, tmp_path / "a", "--against", tmp_path / "nothing")
     (tmp_path / "gone.jsonl").write_text(rows_of(range(120), [math.nan] * 120))
     gone = judged(capsys, tmp_path / "a", "--against", tmp_path / "gone.jsonl")["against"]

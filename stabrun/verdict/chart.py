@@ -1,6 +1,6 @@
-"""Control charts on a loss: its trailing level above the lowest level so far, in units of its own noise.
+"""Control charts of a loss: its trailing mean relative to the lowest one so far, compared with its own noise.
 
-Nothing here knows nats: a loss that is scaled or shifted gives the same chart. Arrays are over rows of the record.
+No constant is in nats, so scaling or shifting the loss does not change the chart. Arrays are over rows of the record.
 """
 
 from dataclasses import dataclass
@@ -9,20 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-LEAST_WINDOW, WINDOW_SHARE = 20, 0.05  # of best_loss and final_loss too: 5 % of the rows, at least 20
+LEAST_WINDOW, WINDOW_SHARE = 20, 0.05  # 5 % of the rows, at least 20; also for best_loss and final_loss
 NORMAL_MAD = 1.4826  # standard deviation of a normal variable over its median absolute deviation
 NORMAL_QUARTILE = 3.1383  # standard deviation of a normal variable over the lower quartile of its absolute deviation
-NORMAL_MEAN = 1.2533  # and over its mean absolute deviation
-LATER, LEAST_SHARE = 3.0, 0.1  # of what is learned after the first rows, and of all that is learned: see `first_level`
-BACK = 0.5  # a rise is over when half of what raised the alarm is left
-CREEPING = (
-    2.0  # windows that a rise takes from half of the threshold to the whole: a step or a ramp takes less than one
-)
+NORMAL_MEAN = 1.2533  # standard deviation of a normal variable over its mean absolute deviation
+LATER, LEAST_SHARE = 3.0, 0.1  # see `first_level`
+BACK = 0.5  # a rise ends below this share of the threshold
+CREEPING = 2.0  # windows from half of the threshold to the threshold; a step or a ramp takes less than one
 
 
 @dataclass(frozen=True)
 class Strictness:
-    """How large a rise of the level must be: a share of what was learned so far, and a number of standard errors."""
+    """The minimum rise of the level: a share of what was learned so far, and a number of standard errors."""
 
     share: float
     sigmas: float
@@ -30,14 +28,14 @@ class Strictness:
 
 @dataclass(frozen=True)
 class Level:
-    """The chart: entry i of each array belongs to the window that ends at row `i + window − 1`."""
+    """A chart. Entry i of each array belongs to the window that ends at row `i + window − 1`."""
 
     window: int
     means: Floats
     floor: Floats  # the lowest mean so far
-    init: float  # the loss before learning, in the measure of `first_level`
-    noise: Floats  # standard deviation of a row's loss when the level stood at its floor
-    error: Floats  # standard error of a window's mean there, its colour reckoned with
+    init: float  # the loss before learning, from `first_level`
+    noise: Floats  # standard deviation of a row's loss, when the level was last at its floor
+    error: Floats  # standard error of a window's mean there, corrected for autocorrelation
     threshold: Floats
 
     @property
@@ -45,46 +43,46 @@ class Level:
         return self.means - self.floor
 
     def rises(self) -> list[tuple[int, int]]:
-        """[first row, row after the last) of each stretch above the threshold, until half of it is left."""
+        """[first row, row after the last) of each rise: from above the threshold until below BACK of it."""
         excess = self.excess
         mark = np.where(excess > self.threshold, 1, np.where(excess < BACK * self.threshold, 0, -1))
-        told = np.maximum.accumulate(np.where(mark >= 0, np.arange(len(mark)), 0))
-        up = mark[told] == 1
+        last_mark = np.maximum.accumulate(np.where(mark >= 0, np.arange(len(mark)), 0))
+        up = mark[last_mark] == 1
         edges = np.flatnonzero(np.diff(np.concatenate([[False], up, [False]])))
         ends = [edge + self.window - 1 for edge in edges.tolist()]
         return list(zip(ends[::2], ends[1::2], strict=True))
 
     def creeps(self, row: int) -> bool:
-        """Whether the rise at `row` took longer from half of the threshold to the whole than any step would."""
+        """Whether the rise at `row` took more than CREEPING windows from half of the threshold to the threshold."""
         index = row - self.window + 1
         low = np.flatnonzero(self.excess[: index + 1] < BACK * self.threshold[: index + 1])
         return len(low) > 0 and index - int(low[-1]) > CREEPING * self.window
 
     def lowest_before(self, row: int) -> int:
-        """The last row before `row` at which the level stood at its floor."""
+        """The last row before `row` at which the level was at its floor."""
         until = self.means[: row - self.window + 2]
         return int(np.flatnonzero(until <= self.floor[: len(until)])[-1]) + self.window - 1
 
 
 def window_of(count: int) -> int:
-    """Rows in a window of a record of `count`."""
+    """Rows in a window of a record with `count` rows."""
     return max(LEAST_WINDOW, round(WINDOW_SHARE * count))
 
 
 def level(losses: Floats, window: int, strictness: Strictness) -> Level:
     """The chart of finite losses `[n]`, n ≥ 2 × window.
 
-    A rise counts when it exceeds a share of what was learned (the first loss less the floor) and so many standard
-    errors. The error is taken from rows up to the floor, so that no later rise can hide itself in its own noise.
+    A rise counts if it exceeds a share of what was learned (the first loss minus the floor) and a number of standard
+    errors. The error is estimated from rows up to the floor, so that a later rise does not inflate it.
     """
     means = trailing_means(losses, window)
     floor = np.minimum.accumulate(means)
     init = first_level(losses, float(floor[-1]))
     at_floor = np.maximum.accumulate(np.where(means <= floor, np.arange(len(means)), 0))
     spread = noise(losses, 2 * window)[at_floor + window - 1]
-    error = spread * colour(losses[: int(np.argmin(means)) + window], window) / window**0.5
+    error = spread * autocorrelation_factor(losses[: int(np.argmin(means)) + window], window) / window**0.5
     learned = np.maximum(0.0, init - floor)
-    smallest = 1e-9 * float(np.abs(losses).max())  # below it a difference is rounding
+    smallest = 1e-9 * float(np.abs(losses).max())  # smaller differences are rounding errors
     threshold = np.maximum(np.maximum(strictness.share * learned, strictness.sigmas * error), smallest)
     return Level(window, means, floor, init, spread, error, threshold)
 
@@ -93,7 +91,8 @@ def level(losses: Floats, window: int, strictness: Strictness) -> Level:
 def noise(losses: Floats, span: int) -> Floats:
     """Standard deviation of a series around its trend, over the `span` rows up to each row: `[n, …]` → `[n, …]`.
 
-    From second differences, which no straight trend touches; the first values repeat the first that can be had.
+    Computed from second differences, which are not affected by a linear trend. The first values repeat the first
+    available one.
     """
     jumps = np.abs(np.diff(losses, 2, axis=0)) * NORMAL_MEAN / 6**0.5
     trailing = trailing_means(jumps, min(span, len(jumps)))
@@ -101,21 +100,22 @@ def noise(losses: Floats, span: int) -> Floats:
 
 
 def first_level(losses: Floats, floor: float) -> float:
-    """The loss before learning: the median of five rows, or less where these lie far above all that follow.
+    """The loss before learning: the median of five rows, or less if these are far above all later ones.
 
-    An initialisation that begins at hundreds of nats loses them in a few steps, and a share of those would hide any
-    rise. So no more counts than what is learned after the first rows and a few times that, or a tenth of all.
+    An initialization may start at hundreds of nats and lose them in a few steps. A share of those would hide any rise.
+    The result is therefore at most the early level (rows 20 to 40) plus LATER times what is learned after it, but at
+    least LEAST_SHARE of the whole fall above the floor.
     """
     first, early = float(np.median(losses[:5])), float(np.median(losses[LEAST_WINDOW : 2 * LEAST_WINDOW]))
     later = early + LATER * max(0.0, early - floor)
     return min(first, max(later, floor + LEAST_SHARE * (first - floor)))
 
 
-def colour(losses: Floats, window: int) -> float:
-    """How much larger the error of a window's mean is than white noise would make it: at least 1.
+def autocorrelation_factor(losses: Floats, window: int) -> float:
+    """Factor, at least 1, by which autocorrelation increases the standard error of a window's mean.
 
-    The variance of a mean over white noise's, at a quarter and at half of a window, carried on to the whole: linearly,
-    as that of noise with a long memory grows. `losses` end at the lowest level.
+    The variance ratio at a quarter and at half of a window is extrapolated linearly to the whole window, as it grows
+    for noise with a long correlation time. `losses` end at the lowest level.
     """
     white = float(np.median(noise(losses, 2 * window)))
     half, quarter = (excess_variance(losses, white, window // parts) for parts in (2, 4))
@@ -123,10 +123,10 @@ def colour(losses: Floats, window: int) -> float:
 
 
 def excess_variance(losses: Floats, white: float, width: int) -> float:
-    """Variance of a mean of `width` rows over that of white noise of spread `white`; 1 where there are too few rows.
+    """Variance of a mean of `width` rows relative to white noise of standard deviation `white`; 1 if rows are too few.
 
-    Third differences of neighbouring means, which a bent trend hardly touches; their lower quartile, because a rise
-    that came back disturbs eight widths of them.
+    Computed from third differences of neighboring means, which a curved trend hardly affects. The lower quartile is
+    used, because a rise that came back disturbs eight widths of them.
     """
     if white == 0 or len(losses) < 6 * width:
         return 1.0
@@ -136,12 +136,12 @@ def excess_variance(losses: Floats, white: float, width: int) -> float:
     return float(NORMAL_QUARTILE * np.quantile(differences, 0.25) / white) ** 2 * width
 
 
-@np.errstate(over="ignore", invalid="ignore")  # a sum of huge finite losses is infinite, and stands as such
+@np.errstate(over="ignore", invalid="ignore")  # a sum of huge losses may be infinite
 def trailing_means(values: Floats, window: int) -> Floats:
-    """Mean of each `window` values in a row: `[n, …]` → `[n − window + 1, …]`.
+    """Mean of each `window` consecutive values: `[n, …]` → `[n − window + 1, …]`.
 
-    A window is put together from sums over powers of two, which only add: a difference of cumulative sums would
-    forget all that comes after one huge value.
+    Windows are composed of sums over powers of two. A difference of cumulative sums would lose all precision after one
+    huge value.
     """
     count = len(values) - window + 1
     sums, width, start = np.asarray(values, dtype=float), 1, 0

@@ -1,4 +1,4 @@
-"""Two runs side by side: where their losses part, which site's output first, and by how much."""
+"""Comparison of two runs: where their losses diverge from each other, at which site first, and by how much."""
 
 from typing import Any
 
@@ -7,19 +7,18 @@ import numpy as np
 from stabrun.record.metrics import by_site
 from stabrun.verdict.chart import NORMAL_MAD, trailing_means, window_of
 
-SIGMAS = 6.0  # of the difference's own noise, that make two losses part
-FACTOR = 1.5  # between two output norms, that makes two sites part
+SIGMAS = 6.0  # standard errors of the difference, from which two losses differ
+FACTOR = 1.5  # ratio of two output norms, from which two sites differ
 
 Rows = list[dict[str, Any]]
 
 
 def parted(here: Rows, there: Rows) -> dict[str, Any]:
-    """How the run `here` differs from `there`, on the steps that both have.
+    """Compare the run `here` with `there` on their common steps.
 
-    `steps` in common; `loss_step`, the first step from which on their losses differ to the last common step;
-    `difference`, of the losses there, in the loss's unit, positive where `here` is worse; `site`, `site_step` and
-    `site_factor`, the first site whose output norms differ to the end by a factor, and by which at the end. None where
-    they do not part.
+    Returns `steps`, the number of common steps; `loss_step`, the first step from which the losses differ until the
+    end; `difference` of the losses at the end, positive if `here` is higher; `site`, `site_step` and `site_factor`: the
+    first site whose output norms differ until the end, since when, and their ratio at the end. None: no difference.
     """
     other = {row["step"]: row for row in there}
     pairs = [(row, other[row["step"]]) for row in here if row["step"] in other]
@@ -33,7 +32,7 @@ def parted(here: Rows, there: Rows) -> dict[str, Any]:
     if finite >= window:
         gap = losses[:finite, 0] - losses[:finite, 1]
         means = trailing_means(gap, window)
-        # The quieter run's noise, twice: a diverged one must not hide in its own.
+        # Use the noise of the quieter run for both: a diverged run would inflate it.
         spread = NORMAL_MAD * float(np.median(np.abs(np.diff(losses[:finite], axis=0)), axis=0).min()) / 2**0.5
         error = spread * (2 / window) ** 0.5
         index = since(np.abs(means) > max(SIGMAS * error, 1e-12))
@@ -50,7 +49,7 @@ def parted(here: Rows, there: Rows) -> dict[str, Any]:
 
 
 def first_site(observed: list[tuple[int, dict[str, float], dict[str, float]]]) -> dict[str, Any]:
-    """The site whose output norms are the first to differ by a factor from there to the end."""
+    """The first site whose output norms differ by FACTOR until the end."""
     sites = list(observed[0][1])
     ratios = np.array([[a[site] / b[site] if b[site] else np.inf for site in sites] for _, a, b in observed])
     logs = np.abs(np.log(np.clip(np.nan_to_num(ratios, nan=np.inf), 1e-30, 1e30)))
@@ -66,7 +65,7 @@ def first_site(observed: list[tuple[int, dict[str, float], dict[str, float]]]) -
 
 
 def since(apart: np.ndarray) -> int | None:
-    """The first index from which on a boolean array holds to its end, for five entries and a twentieth at least."""
+    """The first index from which a boolean array is true until its end, for at least five entries and a twentieth."""
     together = np.flatnonzero(~apart)
     start = int(together[-1]) + 1 if len(together) else 0
     return start if len(apart) - start >= max(5, len(apart) // 20) else None

@@ -1,6 +1,6 @@
-"""What became of a run: a fold over the rows of its record, the same live, after a resume and afterwards.
+"""The verdict on a run, computed row by row: the same during training, after a resume and from a record.
 
-No torch here. The rule, its reasons, its measured error rates and its blind spots are in `docs/verdict.md`.
+No torch here. The rule, its error rates and known limitations are documented in `docs/verdict.md`.
 """
 
 import math
@@ -17,33 +17,32 @@ from stabrun.verdict.signals import LONGEST, Signals, alarms, first_nonfinite
 from stabrun.verdict.spikes import spikes
 
 RULE = 3
-"""Version of the rule: it changes with every change of what a record is called."""
+"""Version of the rule. Increased whenever the verdict on any record changes."""
 
 STRICTNESS = {
     "lenient": Strictness(share=0.1, sigmas=8.0),
-    "standard": Strictness(share=0.03, sigmas=6.0),  # at nano 3 % of what is learned are 0.1 nats
+    "standard": Strictness(share=0.03, sigmas=6.0),  # at nano, 3 % of what is learned is 0.1 nats
     "strict": Strictness(share=0.015, sigmas=5.0),
 }
 STANDARD, LENIENT = "standard", "lenient"
-SLOW = 4  # windows in the long window of the second chart, which sees a creep in more noise
-OVERSHOOT = 0.1  # a rise that ends before this share is learned belongs to the warm-up
-CERTAIN_SHARE = 0.75  # a rise that has lasted for this share of all rows has never come back at an unlowered LR
-CERTAIN_WINDOWS = 5  # nor has one that lasted this many windows above the loss before learning
-UNLOWERED = 0.9  # of the highest learning rate so far: below it a run may come back
-CHECK_EVERY, CHECK_SHARE = 10, 0.05  # rows between two looks for certainty, and their share of the rows so far
+SLOW = 4  # length of the second chart's window, in windows: detects a creep in more noise
+OVERSHOOT = 0.1  # a rise that ends before this share is learned belongs to the warmup
+CERTAIN_SHARE = 0.75  # a rise that lasted for this share of all rows never came back without a lower LR
+CERTAIN_WINDOWS = 5  # nor did one that lasted this many windows above the initial loss
+UNLOWERED = 0.9  # share of the highest learning rate so far; below it, a run may come back
+CHECK_EVERY, CHECK_SHARE = 10, 0.05  # rows between checks for certainty: at least, and as a share of the rows so far
 
 CONVERGED, RECOVERED, DIVERGED, UNDECIDED = "converged", "recovered", "diverged", "undecided"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run is, as seen up to `horizon`, its last step.
+    """The verdict on a run up to `horizon`, its last step.
 
-    `certain_step` is the step from which `diverged` could no longer change; `scar` is how far a recovered run's last
-    level lies above its lowest, in units of the loss; `signals` names for each signal its first alarm and lead.
-    `by_strictness` is the verdict at each strictness of the rule.
-    `val_gap` is the last validation loss less the last level of the training loss; `overfit` says since when the former
-    rises while the latter falls.
+    `certain_step`: the step from which `diverged` can no longer change. `scar`: last level of a recovered run minus its
+    lowest level. `signals`: first alarm and lead of each signal. `by_strictness`: the verdict at each strictness.
+    `val_gap`: last validation loss minus last level of the training loss. `overfit`: since when the validation loss
+    rises while the training loss falls. Losses are in nats per token, or in the unit of the record.
     """
 
     verdict: str
@@ -70,7 +69,7 @@ class Verdict:
 
 
 class Judge:
-    """Takes rows of `metrics.jsonl` in order by `add`; `verdict` says what is known so far."""
+    """Takes the rows of `metrics.jsonl` in order (`add`). `verdict` gives the verdict so far."""
 
     def __init__(self) -> None:
         self.steps, self.losses, self.rates = array("q"), array("d"), array("d")
@@ -88,7 +87,7 @@ class Judge:
         if "val/loss" in row:
             self.validations.append((len(self.losses) - 1, number(row["val/loss"])))
         overflow = row.get("scale/skipped") == 1 and number(row.get("scale/loss_scale")) > 1
-        if not overflow:  # of fp16 by its loss scale: the step was left out, and tells nothing of the model
+        if not overflow:  # an fp16 overflow of the loss scale: the step was skipped, which is no sign of divergence
             self.signals.add(len(self.losses) - 1, row)
         if self.broken is None and not math.isfinite(loss):
             self.broken = len(self.losses) - 1, "nonfinite_loss", first_nonfinite(row, "norm/out/")
@@ -102,7 +101,7 @@ class Judge:
 
     @property
     def over(self) -> bool:
-        """Whether no row that follows could be trained on: a loss or gradient is not finite."""
+        """Whether training cannot continue: a loss or gradient is not finite."""
         return self.broken is not None
 
     def _is_certain(self) -> bool:
@@ -116,14 +115,14 @@ class Judge:
             return False
         start, rates = rises[-1][0], np.asarray(self.rates)
         lasting = count - start
-        if not (rates >= UNLOWERED * np.maximum.accumulate(rates))[start:].all():  # nor where none is recorded
+        if not (rates >= UNLOWERED * np.maximum.accumulate(rates))[start:].all():  # also if none is recorded
             return False
         above = chart.means[-CERTAIN_WINDOWS * window :] > chart.init + chart.threshold[-1]
         blown = len(above) == CERTAIN_WINDOWS * window and bool(above.all())
         return blown or lasting >= max(CERTAIN_SHARE * count, CERTAIN_WINDOWS * window)
 
     def verdict(self, strictness: str = STANDARD) -> Verdict:
-        """The verdict on the rows so far, at one of the rule's three strictnesses, without what `conclude` adds."""
+        """The verdict on the rows so far, at one strictness, without what `conclude` adds."""
         return self._judged(STRICTNESS[strictness])[0]
 
     def conclude(self, planned: int | None = None) -> Verdict:
@@ -145,7 +144,7 @@ class Judge:
         return replace(known, **self._validated(known.stable or known.reason == "interrupted"))
 
     def _validated(self, stable: bool) -> dict[str, Any]:
-        """The fields that the validations fill; only a run that is stable so far can overfit."""
+        """The fields computed from validations. Only a run that is stable so far can overfit."""
         losses, window = self._finite(), window_of(len(self.losses))
         seen = [(row, loss) for row, loss in self.validations if window - 1 <= row < len(losses)]
         if not seen:
@@ -168,7 +167,7 @@ class Judge:
         return losses[: bad[0]] if len(bad) else losses
 
     def _judged(self, strictness: Strictness) -> tuple[Verdict, tuple[int, int] | None]:
-        """The verdict, and the rows of the lowest level and of the alarm where there is one."""
+        """The verdict, and the rows of the lowest level and of the alarm, if any."""
         count, losses = len(self.losses), self._finite()
         window = window_of(count)
         known = Verdict(UNDECIDED, "too_short", self.steps[-1] if count else -1)
@@ -198,7 +197,7 @@ class Judge:
         charts = [level(losses, window, strictness)]
         if count >= 4 * SLOW * window:
             charts.append(level(losses, SLOW * window, strictness))
-        # A spike keeps a long mean up long after the loss is back: the short level must stand up there as well.
+        # A spike raises a long mean long after the loss has come back, so the short level must be high too.
         standing = [
             (chart, rises[-1][0])
             for chart in charts
@@ -223,26 +222,26 @@ class Judge:
 
 
 def whole(verdict: Verdict, planned: int | None) -> Verdict:
-    """The verdict, but for that of a run that is stable so far and ended before its `planned` steps."""
+    """The verdict, or `interrupted` for a stable run that ended before its `planned` steps."""
     if planned is not None and verdict.stable and verdict.horizon + 1 < planned:
         return replace(verdict, verdict=UNDECIDED, reason="interrupted")
     return verdict
 
 
 def back_at_last(losses: Floats, chart: Level) -> bool:
-    """Whether the last half window's median is near the floor: the mean still remembers a spike."""
+    """Whether the median of the last half window is near the floor. The mean may still contain a spike."""
     return bool(np.median(losses[-(chart.window // 2) :]) - chart.floor[-1] < BACK * chart.threshold[-1])
 
 
 def overshoot(chart: Level, row: int) -> bool:
-    """Whether the rise at `row` came before the run had learned anything to speak of: the warm-up's, not a fault."""
+    """Whether the rise at `row` came before the run had learned much: an effect of the warmup."""
     index = row - chart.window + 1
     return bool(chart.init - chart.floor[index] < OVERSHOOT * (chart.init - chart.floor[-1]))
 
 
 def learned(chart: Level, strictness: Strictness) -> bool:
-    """Whether the lowest level lies below the first one by more than noise makes it."""
+    """Whether the lowest level is below the first one by more than noise explains."""
     spread = strictness.sigmas * float(chart.noise[int(np.argmin(chart.means))])
     low = float(chart.floor[-1])
-    # The first loss is a median of five; the first window's mean tells a slower fall from noise.
+    # The first loss is a median of five rows. The mean of the first window reveals a slower fall.
     return chart.init - low > spread / 5**0.5 or float(chart.means[0]) - low > spread / chart.window**0.5

@@ -1,16 +1,16 @@
-"""Overfitting: the validation loss rises while the training loss still falls. No divergence, and said apart from it."""
+"""Overfitting: the validation loss rises while the training loss still falls. Reported beside the verdict."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-SHARE = 0.03  # of what validation has seen learned: as large a rise as the standard verdict asks for
+SHARE = 0.03  # of what was learned, by validation loss; the same share as in the standard verdict
 
 
 @dataclass(frozen=True)
 class Overfit:
-    """`step` of the validation from which on the loss stayed above its lowest, in `best_step`, by `rise`, in nats."""
+    """The validation loss stayed above its lowest (at `best_step`) from `step` on, and ended `rise` nats above it."""
 
     step: int
     best_step: int
@@ -20,8 +20,8 @@ class Overfit:
 def overfit(steps: Sequence[int], val: Sequence[float], train: Sequence[float], init: float) -> Overfit | None:
     """Whether a run overfits, from its validations: `val` and the training loss's level `train`, at each of `steps`.
 
-    `init` is the loss before learning. Two validations at least must lie above the lowest one by a share of what was
-    learned, up to the last; and the training loss must not have risen since: else the run got worse at both.
+    `init` is the loss before learning. At least two validations, up to the last, must be above the lowest one by a
+    share of what was learned, and the training loss must not have risen since.
     """
     losses, levels = np.asarray(val, dtype=float), np.asarray(train, dtype=float)
     if len(losses) < 3 or losses.min() >= init or not (np.isfinite(losses).all() and np.isfinite(levels).all()):

@@ -1,4 +1,4 @@
-"""Spikes of a loss: counted, dated and sized; they never decide what became of a run."""
+"""Spikes of a loss: count, steps and heights. They do not affect the verdict."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,18 +8,19 @@ from scipy.ndimage import median_filter
 
 from stabrun.verdict.chart import LEAST_WINDOW, Floats, noise, trailing_means
 
-SIGMAS = 7.0  # above the mean of the rows before; the number of OLMo 2's score (arXiv 2501.00656)
-APART = 5  # rows between two spikes; nearer ones are one
-LISTED = 100  # the largest are listed
+SIGMAS = 7.0  # above the mean of the rows before; as in the spike score of OLMo 2 (arXiv 2501.00656)
+APART = 5  # rows between two spikes; closer ones count as one
+LISTED = 100  # at most; the largest
 SCORE_ROWS, RATE_ROWS, RATE_RISE = 1000, 201, 0.1
 
 
 def spikes(losses: Floats, steps: Sequence[int]) -> dict[str, Any] | None:
-    """The spikes of finite losses `[n]`; None where there are too few to tell.
+    """The spikes of finite losses `[n]`; None if there are too few rows.
 
-    `count`; `list`, the largest by date, each [step, height above the mean of the rows before]; `score`, the percentage
-    of rows at least 7 standard deviations above the mean of the last 1000 (OLMo 2, arXiv 2501.00656), and `rate`, the
-    rows above the rolling median of 201 plus 0.1 in 10,000 (arXiv 2608.30320), each None where the record is too short.
+    `count`; `list`: the largest in order of steps, each [step, height above the mean of the rows before]; `score`:
+    percentage of rows at least 7 standard deviations above the mean of the last 1000 (OLMo 2, arXiv 2501.00656);
+    `rate`: rows per 10,000 above the rolling median of 201 rows plus 0.1 (arXiv 2608.30320). Score and rate are None if
+    the record is too short.
     """
     if len(losses) <= 2 * LEAST_WINDOW:
         return None
@@ -38,17 +39,17 @@ def spikes(losses: Floats, steps: Sequence[int]) -> dict[str, Any] | None:
 
 
 def spike_score(losses: Floats) -> float | None:
-    """Percentage of rows at least 7 standard deviations above the mean of the 1000 before."""
+    """Percentage of rows at least 7 standard deviations above the mean of the 1000 rows before."""
     if len(losses) < 2 * SCORE_ROWS:
         return None
-    centred = losses - np.median(losses)
-    mean = trailing_means(centred, SCORE_ROWS)[:-1]
-    variance = trailing_means(centred**2, SCORE_ROWS)[:-1] - mean**2
-    return 100 * float(np.mean(centred[SCORE_ROWS:] >= mean + SIGMAS * np.sqrt(np.maximum(variance, 0.0))))
+    centered = losses - np.median(losses)
+    mean = trailing_means(centered, SCORE_ROWS)[:-1]
+    variance = trailing_means(centered**2, SCORE_ROWS)[:-1] - mean**2
+    return 100 * float(np.mean(centered[SCORE_ROWS:] >= mean + SIGMAS * np.sqrt(np.maximum(variance, 0.0))))
 
 
 def spike_rate(losses: Floats) -> float | None:
-    """Rows above the median of the last 201, their own included, plus 0.1, in 10,000 rows; from the 201st row on."""
+    """Rows per 10,000 above the median of the last 201 rows (including themselves) plus 0.1, from the 201st row on."""
     if len(losses) < RATE_ROWS:
         return None
     median = median_filter(losses, RATE_ROWS, mode="nearest", origin=RATE_ROWS // 2)

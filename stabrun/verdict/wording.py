@@ -1,4 +1,4 @@
-"""A verdict in words."""
+"""A verdict as text."""
 
 import math
 from collections.abc import Iterator
@@ -27,17 +27,17 @@ def short(loss: float) -> str:
 
 
 def details(facts: dict[str, Any]) -> Iterator[str]:
-    """What stands below the verdict: how far it was seen, scar, spikes, signals, the other run, notes."""
-    yield f"seen up to step {facts['horizon']}, by rule {facts['rule']}"
+    """The lines below the verdict: horizon, scar, spikes, signals, comparison, notes."""
+    yield f"horizon: step {facts['horizon']}; rule {facts['rule']}"
     if len(set(facts["by_strictness"].values())) > 1:
         yield "by strictness: " + ", ".join(f"{name} {verdict}" for name, verdict in facts["by_strictness"].items())
     if facts["certain_step"] is not None:
         yield f"certain from step {facts['certain_step']}"
     if facts["scar"]:
-        yield f"scar: the last level lies {short(facts['scar'])} above the lowest"
+        yield f"scar: the last level is {short(facts['scar'])} above the lowest"
     if over := facts.get("overfit"):
-        rise = f"the validation loss lies {short(over['rise'])} above its lowest, of step {over['best_step']}"
-        yield f"overfits: {rise}, while the training loss fell; their gap is {short(facts['val_gap'])}"
+        rise = f"the validation loss is {short(over['rise'])} above its lowest, at step {over['best_step']}"
+        yield f"overfits: {rise} while the training loss fell; the gap between them is {short(facts['val_gap'])}"
     if spikes := facts["spikes"] and facts["spikes"]["list"]:
         step, height = max(spikes, key=lambda spike: spike[1])
         yield f"spikes: {facts['spikes']['count']}, the largest {short(height)} at step {step}"
@@ -46,35 +46,35 @@ def details(facts: dict[str, Any]) -> Iterator[str]:
             where = f" in {signal['site']}" if signal["site"] else ""
             lead = signal["lead"]
             when = f"{lead} steps before" if lead > 0 else f"{-lead} steps after" if lead < 0 else "together with"
-            yield f"{name} broke away at step {signal['step']}{where}, {when} the loss"
+            yield f"{name} alarm at step {signal['step']}{where}, {when} the loss"
     if other := facts.get("against"):
         yield from compared(other)
     yield from facts["notes"]
 
 
 def compared(other: dict[str, Any]) -> Iterator[str]:
-    yield f"against: {other['steps']} step{'s' * (other['steps'] != 1)} in common; the other run is {other['verdict']}"
+    yield f"comparison: {other['steps']} common step{'s' * (other['steps'] != 1)}; the other run is {other['verdict']}"
     if other["loss_step"] is None and other["steps"] < LEAST_WINDOW:
-        yield "these are too few to tell whether the losses part"
+        yield "too few common steps to compare the losses"
     elif other["loss_step"] is None:
-        yield "the losses do not part"
+        yield "the losses do not differ"
     elif other["difference"] is None:
-        yield f"the losses part at step {other['loss_step']}, where one is not finite"
+        yield f"the losses differ from step {other['loss_step']}, where one is not finite"
     else:
         side = "above" if other["difference"] > 0 else "below"
         far = f"{short(abs(other['difference']))} {side}"
-        yield f"the losses part at step {other['loss_step']}; at the end this one is {far}"
+        yield f"the losses differ from step {other['loss_step']}; at the end, this one is {far}"
     if other["site"]:
         factor, step = other["site_factor"], other["site_step"]
-        yield f"the first output norms to part are those of {other['site']} at step {step}, ×{factor:.2f} at the end"
+        yield f"the first output norms to differ are those of {other['site']}, at step {step}; ×{factor:.2f} at the end"
 
 
 def alarmed(verdict: Verdict) -> Iterator[tuple[str, str]]:
-    """The alarms that a verdict holds: what each is about, and a line that says it."""
+    """The alarms of a verdict: (identifier, line of text)."""
     for step, height in (verdict.spikes or {"list": []})["list"]:
         yield f"spike {step}", f"step {step}: a spike of {short(height)}"
     for name, signal in verdict.signals.items():
-        yield name, f"step {signal['step']}: {name} broke away" + (f" in {signal['site']}" if signal["site"] else "")
+        yield name, f"step {signal['step']}: alarm of {name}" + (f" in {signal['site']}" if signal["site"] else "")
     if verdict.reason == "rising":
         yield "rising", f"step {verdict.horizon}: the loss is rising"
     elif verdict.first_bad_step is not None:
