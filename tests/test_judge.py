@@ -46,7 +46,7 @@ def test_state_of_a_real_trainer(capsys):
     assert (good["verdict"], good["horizon"]) == ("converged", 200)
     bad = judged(capsys, FOREIGN / "trainer_diverged.json")
     assert (bad["verdict"], bad["reason"], bad["first_bad_step"]) == ("diverged", "nonfinite_loss", 121)
-    assert any("0.0 beside a NaN" in note for note in bad["notes"])
+    assert any("0.0 with a NaN" in note for note in bad["notes"])
 
 
 def test_history_of_a_real_wandb_run(capsys):
@@ -99,7 +99,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("bad", [None, 150])
 @pytest.mark.parametrize("name", FORMATS)
-def test_anyones_curve(capsys, tmp_path, name, bad):
+def test_records_of_other_tools(capsys, tmp_path, name, bad):
     (tmp_path / name).write_text(FORMATS[name](losses(bad=bad)), newline="")
     facts = judged(capsys, tmp_path / name)
     assert facts["verdict"] == ("converged" if bad is None else "diverged")
@@ -112,8 +112,8 @@ def test_anyones_curve(capsys, tmp_path, name, bad):
 def test_columns_are_named_where_they_cannot_be_guessed(capsys, tmp_path):
     file = tmp_path / "odd.csv"
     file.write_text(csv_of(losses(bad=150), "batch,perte"))
-    assert "--loss names the column, among batch, perte" in refused(capsys, file)
-    assert "no such column; it has batch, perte" in refused(capsys, file, "--loss", "lost")
+    assert "choose a column with --loss: batch, perte" in refused(capsys, file)
+    assert "no such column. Columns: batch, perte" in refused(capsys, file, "--loss", "lost")
     facts = judged(capsys, file, "--loss", "perte", "--step=batch")
     assert facts["verdict"] == "diverged"
     assert any("rows are counted" in note for note in judged(capsys, file, "--loss", "perte")["notes"])
@@ -125,25 +125,25 @@ def test_columns_are_named_where_they_cannot_be_guessed(capsys, tmp_path):
         (b"", "empty"),
         (b"\n\n", "empty"),
         (b"\xff\xfe\x00", "UTF-8"),
-        (b"step,loss\n", "no loss is found"),
-        (b"hello world\n", "no loss is found"),
-        (b"step,loss\n1,abc\n", "'abc' in column loss is no number"),
-        (b'{"step": 1, "loss": 2}\nrubbish\n{"step": 2, "loss": 2}\n', "line 2: it is no JSON"),
+        (b"step,loss\n", "no loss column found"),
+        (b"hello world\n", "no loss column found"),
+        (b"step,loss\n1,abc\n", "'abc' in column loss is not a number"),
+        (b'{"step": 1, "loss": 2}\nrubbish\n{"step": 2, "loss": 2}\n', "line 2: not JSON"),
         (b"Step,a - train/loss,b - train/loss\n1,2,3\n", "several columns"),
-        (b"step,loss\n1,\n2,\n", "holds no numbers"),
+        (b"step,loss\n1,\n2,\n", "has no numbers"),
         (b"[1, 2]", "it has no columns"),
-        (b"step,loss\n3,2\n2,3\n1,4\n", "its steps descend"),
+        (b"step,loss\n3,2\n2,3\n1,4\n", "steps descend"),
         (b"step,loss\n1e30,2\n", "1e+30 in column step"),
         (b"step,loss\n0.5,2\n", "0.5 in column step"),
         (b'{"step": 99999999999999999999, "loss": 2}', "1e+20 in column step"),
         (b'{"step": 1, "loss": true}', "True in column loss"),
-        (b'{"step": 1, "loss": {"a": 1}}', "in column loss is no number"),
-        (b"\0\0\0", "no loss is found"),
+        (b'{"step": 1, "loss": {"a": 1}}', "in column loss is not a number"),
+        (b"\0\0\0", "no loss column found"),
         (b'step,loss\n"1,' + b"2" * 200_000 + b"\n", "cannot be read"),
         (b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", "cannot be read"),
     ],
 )
-def test_what_is_no_curve_is_refused(capsys, tmp_path, content, said):
+def test_invalid_records_are_refused(capsys, tmp_path, content, said):
     (tmp_path / "file").write_bytes(content)
     assert said in refused(capsys, tmp_path / "file")
 
@@ -187,7 +187,7 @@ def test_a_resume_takes_the_place_of_what_it_repeats(capsys, tmp_path):
     )
     (tmp_path / "whole.jsonl").write_text(rows_of(range(300), values))
     resumed, whole = (judged(capsys, tmp_path / f"{name}.jsonl") for name in ("resumed", "whole"))
-    assert resumed.pop("notes") == ["steps repeat or go back: the later rows are taken"]
+    assert resumed.pop("notes") == ["steps repeat or go back: the later rows are used"]
     assert {**resumed, "path": "", "notes": []} == {**whole, "path": ""}
 
 

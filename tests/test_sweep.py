@@ -150,7 +150,7 @@ def test_a_cell_that_cannot_be_trained_is_named(tmp_path):
     )
     assert done.returncode == 1
     assert "baseline lr=1e-2 s0" in done.stderr
-    assert "it is not UTF-8 text" in done.stderr
+    assert "not UTF-8 text" in done.stderr
     assert "Traceback" not in done.stderr
     assert "baseline  !     !" in done.stdout
 

@@ -102,7 +102,7 @@ def test_a_cell_that_cannot_be_trained_is_given_up_and_the_rest_goes_on(tmp_path
     told = statuses(load(tmp_path / "study"), tmp_path / "study")
     assert told.pop(broken.id) == FAILED
     assert set(told.values()) == {DONE}
-    assert "it is not UTF-8 text" in Ledger(tmp_path / "study").reason(broken.id, 2)
+    assert "not UTF-8 text" in Ledger(tmp_path / "study").reason(broken.id, 2)
 
 
 def test_ctrl_c_gives_the_cell_back(tmp_path, alone):

@@ -1,8 +1,8 @@
-"""Anyone's record of a run as rows that the verdict reads: JSON lines, CSV, `trainer_state.json`, plain logs.
+"""Records of other tools as rows for the verdict: JSON lines, CSV, `trainer_state.json`, plain logs.
 
-Foreign records lie in known ways, and each of these is undone or said in `notes`: a loss of 0.0 beside a NaN gradient
-norm is a diverged step of Hugging Face's Trainer; a NaN can mean "not recorded"; a step that goes back is a resume,
-or a second run in the same file.
+Known problems of such records are corrected or reported in `notes`: a loss of 0.0 with a NaN gradient norm is a
+diverged step of Hugging Face's Trainer; NaN can mean "not recorded"; a step back is a resume, or a second run in the
+same file.
 """
 
 import bisect
@@ -25,10 +25,10 @@ STEPS = ("step", "_step", "global_step", "trainer/global_step", "train/global_st
 LOSSES = ("train/loss", "loss", "train_loss", "train/cross_entropy_loss", "train/ce_loss", "training_loss", "lm_loss")
 EVALUATIONS = ("eval_loss", "eval/loss", "val_loss", "val/loss", "validation_loss")
 GRADIENTS = ("grad/norm", "grad_norm", "train/grad_norm", "gradient_norm", "optim/total_grad_norm")
-LARGEST_STEP = 2**53  # beyond it not every whole number is one of floating point
-DESCENDING = 20  # first rows: where all their steps fall, the table was sorted the other way round
-NAMED_WITHIN = 10_000  # rows that are looked at for the names of columns
-LOG_WITHIN = 200  # lines that are looked at to tell a log from a table
+LARGEST_STEP = 2**53  # larger integers are not exact in floating point
+DESCENDING = 20  # first rows; if all their steps descend, the table is sorted in reverse
+NAMED_WITHIN = 10_000  # rows that are searched for column names
+LOG_WITHIN = 200  # lines that are searched to distinguish a log from a table
 MISSING = (None, "", "-", "null", "None", "NA", "N/A")
 NUMBER = r"([-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf(?:inity)?))"
 COUNT = r"(\d{1,3}(?:,\d{3})+\b|\d+)"
@@ -43,8 +43,8 @@ LOG_GRADIENT = re.compile(rf"\bgrad(?:ient)?[ _/]?norm\b['\"]?[^\w+-]{{0,3}}{NUM
 
 
 @dataclass
-class Curve:
-    """One run's steps, losses and gradient norms (−1 where none is recorded), and what was found odd about them."""
+class ForeignRun:
+    """Steps, losses and gradient norms (−1 if not recorded) of one run, and notes about corrections."""
 
     steps: "array[int]" = field(default_factory=lambda: array("q"))
     losses: "array[float]" = field(default_factory=lambda: array("d"))
@@ -52,7 +52,7 @@ class Curve:
     notes: list[str] = field(default_factory=list)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Rows as those of `metrics.jsonl`."""
+        """Rows as in `metrics.jsonl`."""
         for step, loss, gradient in zip(self.steps, self.losses, self.gradients, strict=True):
             if gradient < 0:
                 yield {"step": step, "train/loss": loss}
@@ -60,7 +60,7 @@ class Curve:
                 yield {"step": step, "train/loss": loss, "grad/norm": gradient}
 
     def cut(self, rows: int) -> None:
-        """Keep the first `rows`."""
+        """Keep only the first `rows` rows."""
         del self.steps[rows:], self.losses[rows:], self.gradients[rows:]
 
     def note(self, text: str) -> None:
@@ -68,33 +68,33 @@ class Curve:
             self.notes.append(text)
 
 
-def read_curves(path: Path, step: str | None = None, loss: str | None = None) -> list[Curve]:
-    """The runs in a foreign file, the first first; `step` and `loss` name its columns where they cannot be guessed.
+def read_curves(path: Path, step: str | None = None, loss: str | None = None) -> list[ForeignRun]:
+    """The runs in a foreign file, in order. `step` and `loss` name columns that cannot be guessed.
 
-    Raises UserError where it holds no loss, several that could be meant, or numbers that cannot be read.
+    Raises UserError if the file has no loss, several possible ones, or unreadable numbers.
     """
     try:
         names = _columns(path, _rows(path), step, loss)
         half = list[bool]()
-        curves = [mended(curve) for curve in parts(ascending(path, numbers(path, _rows(path, half), names)))]
+        runs = [corrected(run) for run in parts(ascending(path, numbers(path, _rows(path, half), names)))]
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: it is no text in UTF-8.") from error
+        raise UserError(f"{path}: not UTF-8 text.") from error
     except (csv.Error, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: it cannot be read ({error}).") from error
-    if not any(curve.steps for curve in curves):
-        raise UserError(f"{path}: its column {names['loss']} holds no numbers.")
-    for curve in curves:
+        raise UserError(f"{path}: cannot be read ({error}).") from error
+    if not any(run.steps for run in runs):
+        raise UserError(f"{path}: column {names['loss']} has no numbers.")
+    for run in runs:
         if half:
-            curve.note("the last line is incomplete and left out")
+            run.note("the last line is incomplete and was skipped")
         if names["loss"] in EVALUATIONS:
-            curve.note(f"only evaluations are recorded ({names['loss']})")
+            run.note(f"only evaluations are recorded ({names['loss']})")
         if names["step"] is None:
-            curve.note("no column of steps: rows are counted")
-    return curves
+            run.note("no step column: rows are counted")
+    return runs
 
 
 def parsed_json(text: str) -> Any:
-    """The value of a JSON text, or None where it is none."""
+    """The value of a JSON text, or None if it is not JSON."""
     try:
         value, end = DECODER.raw_decode(text.lstrip())
     except ValueError:
@@ -103,16 +103,16 @@ def parsed_json(text: str) -> Any:
 
 
 def lines(path: Path) -> Iterator[str]:
-    """The lines of a text file in UTF-8, with or without a byte-order mark."""
+    """The lines of a UTF-8 file, with or without a byte-order mark."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         yield from file
 
 
 def _rows(path: Path, half: list[bool] | None = None) -> Iterator[dict[str, Any]]:
-    """The file's rows by column name; `half` gets an entry where the last line of JSON is cut short."""
+    """The rows of the file by column name. An incomplete last JSON line appends an entry to `half`."""
     first = next((line for line in lines(path) if line.strip()), None)
     if first is None:
-        raise UserError(f"{path}: it is empty.")
+        raise UserError(f"{path}: the file is empty.")
     if first.lstrip()[0] in "[{":
         alone = parsed_json(first)
         if (
@@ -153,21 +153,21 @@ def _json_lines(path: Path, half: list[bool] | None) -> Iterator[dict[str, Any]]
             continue
         row = parsed_json(line)
         if row is None and line.endswith("\n"):
-            raise UserError(f"{path}, line {count}: it is no JSON.")
+            raise UserError(f"{path}, line {count}: not JSON.")
         if isinstance(row, dict):
-            history = row.get("history")  # of a W&B run, as `wandb leet inspect --json` prints it
+            history = row.get("history")  # of a W&B run, as printed by `wandb leet inspect --json`
             yield history["item"] if isinstance(history, dict) and isinstance(history.get("item"), dict) else row
         elif row is None and half is not None:
             half.append(True)
 
 
 def _delimiter(line: str) -> str | None:
-    """What parts the columns of a header line; a comma stands back, for it may be a decimal sign."""
+    """The delimiter of a header line. A comma comes last, because it may be a decimal comma."""
     return next((sign for sign in (";", "\t", ",") if sign in line), None)
 
 
 def _log(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a plain log: lines that name a step and a training loss."""
+    """Rows of a plain log: lines with a step and a training loss."""
     for line in lines(path):
         step = LOG_STEP.search(line)
         if step is None:
@@ -182,26 +182,26 @@ def _log(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _columns(path: Path, rows: Iterator[dict[str, Any]], step: str | None, loss: str | None) -> dict[str, str | None]:
-    """The names of the columns for step, loss and gradient norm: as asked for, or as usually named."""
-    there = list(dict.fromkeys(name for row in itertools.islice(rows, NAMED_WITHIN) for name in row if name))
-    for flag, asked in (("--step", step), ("--loss", loss)):
-        if asked is not None and asked not in there:
-            raise UserError(f"{flag} {asked}: {path} has no such column; it has {', '.join(there[:20]) or 'none'}.")
-    loss = loss or _guessed(path, there, LOSSES) or _guessed(path, there, EVALUATIONS)
+    """The columns of step, loss and gradient norm: as given, or by their usual names."""
+    columns = list(dict.fromkeys(name for row in itertools.islice(rows, NAMED_WITHIN) for name in row if name))
+    for flag, name in (("--step", step), ("--loss", loss)):
+        if name is not None and name not in columns:
+            raise UserError(f"{flag} {name}: {path} has no such column. Columns: {', '.join(columns[:20]) or 'none'}.")
+    loss = loss or _guessed(path, columns, LOSSES) or _guessed(path, columns, EVALUATIONS)
     if loss is None:
-        have = f"--loss names the column, among {', '.join(there[:20])}" if there else "it has no columns"
-        raise UserError(f"{path}: no loss is found in it; {have}.")
-    step = step or _guessed(path, there, STEPS)
-    return {"step": step, "loss": loss, "gradient": _guessed(path, there, GRADIENTS)}
+        hint = f"choose a column with --loss: {', '.join(columns[:20])}" if columns else "it has no columns"
+        raise UserError(f"{path}: no loss column found; {hint}.")
+    step = step or _guessed(path, columns, STEPS)
+    return {"step": step, "loss": loss, "gradient": _guessed(path, columns, GRADIENTS)}
 
 
-def _guessed(path: Path, there: list[str], usual: Iterable[str]) -> str | None:
-    """The column with one of the `usual` names, W&B's `run - name` included; UserError where several have it."""
-    plain = {name: name.strip().lower() for name in there if not name.endswith(("__MIN", "__MAX"))}
+def _guessed(path: Path, columns: list[str], usual: Iterable[str]) -> str | None:
+    """The column with one of the `usual` names, or W&B's `run - name`. Raises UserError if there are several."""
+    plain = {name: name.strip().lower() for name in columns if not name.endswith(("__MIN", "__MAX"))}
     for wanted in usual:
         found = [name for name, low in plain.items() if low == wanted or low.endswith(f" - {wanted}")]
         if len(found) > 1:
-            raise UserError(f"{path}: several columns could be meant; name one, such as --loss '{found[0]}'.")
+            raise UserError(f"{path}: several columns match; choose one, such as --loss '{found[0]}'.")
         if found:
             return found[0]
     return None
@@ -217,17 +217,17 @@ def numbers(
         if loss is None or step is None or not math.isfinite(step):
             continue
         if abs(step) >= LARGEST_STEP or step != int(step):
-            raise UserError(f"{path}: {step:g} in column {names['step']} is no number of a step.")
+            raise UserError(f"{path}: {step:g} in column {names['step']} is not a step number.")
         gradient = _number(path, names["gradient"], row.get(names["gradient"] or ""))
         yield int(step), loss, -1.0 if gradient is None else gradient
 
 
 def _number(path: Path, name: str | None, value: Any) -> float | None:
-    """A cell's number; None for an empty one. A decimal comma is read as such."""
+    """The number in a cell; None if it is empty. Decimal commas are supported."""
     if type(value) is float:
         return value
     if isinstance(value, bool):
-        raise UserError(f"{path}: {value} in column {name} is no number.")
+        raise UserError(f"{path}: {value} in column {name} is not a number.")
     if isinstance(value, str):
         value = value.strip()
     if value in MISSING:
@@ -235,33 +235,33 @@ def _number(path: Path, name: str | None, value: Any) -> float | None:
     try:
         return float(value.replace(",", ".") if isinstance(value, str) else value)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {value!r} in column {name} is no number.") from error
+        raise UserError(f"{path}: {value!r} in column {name} is not a number.") from error
 
 
 def ascending(path: Path, rows: Iterator[tuple[int, float, float]]) -> Iterator[tuple[int, float, float]]:
-    """The rows; UserError where the table was sorted the other way round."""
+    """The rows. Raises UserError if steps descend from the start."""
     begin = list(itertools.islice(rows, DESCENDING))
     if len(begin) > 2 and all(later < step for (step, _, _), (later, _, _) in itertools.pairwise(begin)):
-        raise UserError(f"{path}: its steps descend; sort the rows so that the first step comes first.")
+        raise UserError(f"{path}: steps descend; sort the rows so that the first step comes first.")
     return itertools.chain(begin, rows)
 
 
-def parts(rows: Iterable[tuple[int, float, float]]) -> list[Curve]:
-    """The runs in rows that may hold several: a step back to the beginning starts another run, any other is a resume
-    that takes the place of what it repeats.
+def parts(rows: Iterable[tuple[int, float, float]]) -> list[ForeignRun]:
+    """Split rows into runs. A step back to the beginning starts another run; any other step back is a resume, which
+    replaces the rows that it repeats.
     """
-    runs = [Curve()]
+    runs = [ForeignRun()]
     for step, loss, gradient in rows:
         run = runs[-1]
         if run.steps and step == run.steps[-1] and math.isnan(loss) and not math.isnan(gradient):
-            run.note("rows without a recorded loss are left out")
+            run.note("rows without a recorded loss were skipped")
             continue
         if run.steps and step <= run.steps[-1]:
             if step <= run.steps[0] and len(run.steps) > 1:
-                run = Curve()
+                run = ForeignRun()
                 runs.append(run)
             else:
-                run.note("steps repeat or go back: the later rows are taken")
+                run.note("steps repeat or go back: the later rows are used")
                 run.cut(bisect.bisect_left(run.steps, step))
         run.steps.append(step)
         run.losses.append(loss)
@@ -272,24 +272,26 @@ def parts(rows: Iterable[tuple[int, float, float]]) -> list[Curve]:
     return runs
 
 
-def mended(curve: Curve) -> Curve:
-    """The curve without the rows whose loss was not recorded, and with the losses that a Trainer hid as 0.0."""
-    losses, gradients = np.array(curve.losses), np.array(curve.gradients)
+def corrected(run: ForeignRun) -> ForeignRun:
+    """The run without rows whose loss was not recorded, and with NaN for losses that a Trainer recorded as 0.0."""
+    losses, gradients = np.array(run.losses), np.array(run.gradients)
     last_finite = np.flatnonzero(np.isfinite(losses) & (losses != 0.0))[-1:]
     early = ~np.isfinite(gradients) & (np.arange(len(losses)) < (last_finite[0] if len(last_finite) else 0))
-    if early.any():  # a loss scale being sought, or norms that are logged now and then: the run went on
+    if early.any():  # loss scale search, or norms that are logged at intervals: the run continued
         gradients[early] = -1.0
-        curve.note("gradient norms that are not finite, before losses that are, are left out")
+        run.note("non-finite gradient norms before finite losses were skipped")
     dead = np.isnan(gradients)
     hidden = (losses == 0.0) & dead
     if hidden.any():
         losses[hidden] = np.nan
-        curve.note("a loss of 0.0 beside a NaN gradient norm is NaN")
+        run.note("a loss of 0.0 with a NaN gradient norm is read as NaN")
     unknown, last = np.isnan(losses), np.flatnonzero(np.isfinite(losses))[-1:]
     before = unknown & (np.arange(len(losses)) < (last[0] if len(last) else 0))
     if before.any() and not (dead & unknown & ~before).any():
-        before = unknown  # where NaN has meant "not recorded" before, it does so at the end as well
+        before = unknown  # if NaN meant "not recorded" before, it also does at the end
     if before.any():
-        curve.note("rows without a recorded loss are left out")
-    steps = np.array(curve.steps, dtype=np.int64)
-    return Curve(array("q", steps[~before]), array("d", losses[~before]), array("d", gradients[~before]), curve.notes)
+        run.note("rows without a recorded loss were skipped")
+    steps = np.array(run.steps, dtype=np.int64)
+    return ForeignRun(
+        array("q", steps[~before]), array("d", losses[~before]), array("d", gradients[~before]), run.notes
+    )

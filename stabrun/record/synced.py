@@ -1,4 +1,4 @@
-"""What W&B has been sent of a run or a study: `wandb/sent.json`, beside W&B's own files, so that nothing goes twice."""
+"""What was sent to W&B from a run or study: `wandb/sent.json`. It prevents sending data twice."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ from stabrun.config import TrackerConfig, UserError
 from stabrun.record.jsonl import read_json, write_atomic
 
 ONLINE, OFFLINE = "online", "offline"
-FILE = "wandb/sent.json"  # a study's next attempt at a cell copies no `wandb/`: it begins anew, as its offline run does
+FILE = "wandb/sent.json"  # not copied to the next attempt at a cell, which starts a new offline run
 BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Sent:
-    """How it went and where to: rows of steps below `steps`, in the record's first `size` bytes, of hash `sha256`."""
+    """What was sent and where: the rows of steps below `steps`, in the first `size` bytes of the record."""
 
     mode: str
     entity: str | None
@@ -39,18 +39,18 @@ def forget(directory: Path) -> None:
 
 
 def recall(directory: Path) -> Sent | None:
-    """What was noted; UserError where the note is damaged."""
+    """Read `sent.json`. Raises UserError if it is damaged."""
     file = directory / FILE
     if not file.is_file():
         return None
     try:
         return Sent(**read_json(file))
     except TypeError as error:
-        raise UserError(f"{file} is damaged; without it everything is sent again.") from error
+        raise UserError(f"{file} is damaged. Delete it to send everything again.") from error
 
 
 def known(directory: Path, mode: str, tracker: TrackerConfig) -> Sent:
-    """What W&B has of a folder, there where it is to be sent. What only an offline run holds, no server has seen."""
+    """What the destination already has of a directory. Data in offline runs has not reached a server."""
     before, here = recall(directory), Sent(mode, tracker.entity, tracker.project)
     if before is None or (before.entity, before.project) != (here.entity, here.project):
         return here
@@ -63,7 +63,7 @@ def digest(value: Any) -> str:
 
 
 def file_digest(path: Path, size: int | None = None) -> str:
-    """A hash of the first `size` bytes of a file, or of all; of none where there is no file."""
+    """A hash of the first `size` bytes of a file, by default all. A missing file counts as empty."""
     found = hashlib.sha256()
     if path.is_file():
         left = path.stat().st_size if size is None else size
