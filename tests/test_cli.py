@@ -48,7 +48,7 @@ MISTAKES = [
     (["train", "data.split=test"], ["data.split", "data=hub"]),
     (["train", "data.separator=''"], ["data.separator", "null"]),
     (["train", "data.tokenizer=/no/such.json"], ["data.tokenizer=/no/such.json", "no such file"]),
-    (["train", "data.tokenizer=wordpiece"], ["data.tokenizer=wordpiece", "bpe", "hub"]),
+    (["train", "data.tokenizer=wordpiece"], ["data.tokenizer=wordpiece", "bpe", "Hub"]),
     (["train", "data.workers=0"], ["data.workers=0", "at least 1"]),
     (["train", "data.val_fraction=1e-9"], ["data.val_fraction=1e-09", "at least 0.001"]),
     (["train", "train.threads=100000"], ["train.threads=100000", "at most 1024"]),
