@@ -125,7 +125,7 @@ def our_loop(model_name: str, observed: bool, folder: str) -> Callable[[int], No
     def step(number: int) -> None:
         row = run.launch(number)
         if late:
-            run.note(late.pop())
+            run.read(late.pop())
         late.append(row)
 
     return step

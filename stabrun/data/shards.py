@@ -63,6 +63,10 @@ class Prepared:
     manifest: dict[str, Any]
     folder: Path
 
+    def tokenizer(self) -> str:
+        """The definition of the tokenizer: the content of its file."""
+        return (self.folder / tokenizer.FILE).read_bytes().decode()
+
 
 def prepare(data: DataConfig, model: ModelConfig, verbose: bool = False) -> Prepared:
     """The shards for this configuration, prepared now if they are missing. Several processes may call this at once.

@@ -33,6 +33,7 @@ class RunDir:
         self.path = path
         self.config_file = path / "config.yaml"
         self.environment_file = path / "environment.json"
+        self.tokenizer_file = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
         self.events_file = path / "events.jsonl"
         self.summary_file = path / "summary.json"
@@ -157,6 +158,11 @@ class RunDir:
         """Write the environment of the first start; later ones do not change it."""
         if not self.environment_file.exists():
             write_json(self.environment_file, facts)
+
+    def keep_tokenizer(self, definition: str) -> None:
+        """Write the tokenizer at the first start, so that the directory alone suffices to encode and decode text."""
+        if not self.tokenizer_file.exists():
+            write_atomic(self.tokenizer_file, definition)
 
     def refuse_other_data(self, now: str) -> None:
         """Raise UserError if the run began on data of another hash than `now`."""

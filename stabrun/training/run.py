@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.config import Config, check, run_dir, run_id
-from stabrun.data import tokenizer
 from stabrun.data.degenerate import Finding
 from stabrun.data.shards import prepare
 from stabrun.observe.initial import findings
-from stabrun.record.jsonl import jsonable, write_atomic
+from stabrun.record.jsonl import jsonable
 from stabrun.record.run_dir import RunDir, RunWriter
 from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, STOPPED, Row, Summary
 from stabrun.text import rate_text, warn
@@ -34,11 +33,11 @@ FINDINGS_SHOWN = 3  # findings about batches that the console shows per start
 def train(
     config: Config, directory: Path | None = None, watch: Watch | None = None, stop: "Stop | None" = None
 ) -> Summary:
-    """Train one run to its end, from its checkpoint if it has one. Returns its summary.
+    """Train one run to its end, from its checkpoint if there is one. Returns its summary.
 
-    `directory` stands in for the configuration's own; `watch` is shown each row as it comes; `stop` can be asked by
-    others, where no signal reaches this process.
-    Raises UserError where the configuration or the run directory does not allow it; a divergence raises nothing.
+    `directory` replaces the configuration's run directory; `watch` is called with each row; `stop` lets the caller
+    interrupt the run if no signal reaches this process.
+    Raises UserError if the configuration or the run directory does not allow the run. A divergence raises nothing.
     """
     check(config)
     directory = directory or run_dir(config)
@@ -47,35 +46,27 @@ def train(
     data = prepare(config.data, config.model)
     run.refuse_other_data(data.manifest["hash"])
     if summary := run.final_summary():
-        print(f"{directory} holds this run already; nothing is trained.")
+        print(f"{directory}: this run is already finished; nothing is trained.")
         return summary
     trainer = Trainer(config, data)
-    with run.lock(config) as record:  # another process may have begun or finished it meanwhile
+    with run.lock(config) as record:  # another process may have started or finished it meanwhile
         run.refuse_other_data(data.manifest["hash"])
         return run.final_summary() or Run(trainer, record, watch).start(stop)
 
 
-def keep_tokenizer(directory: Path, prepared: Path) -> None:
-    """Copy the tokenizer of the prepared data into the run directory, so that the record is complete by itself."""
-    if not (directory / tokenizer.FILE).exists():
-        write_atomic(directory / tokenizer.FILE, (prepared / tokenizer.FILE).read_bytes().decode())
-
-
 class Run:
-    """One start of a run: the loop, and all that look on."""
+    """One start of a run: the training loop, and what observes it."""
 
     def __init__(self, trainer: Trainer, record: RunWriter, watch: Watch | None = None) -> None:
         self.trainer, self.config, self.record = trainer, trainer.config, record
         self.run_dir = record.run
         self.environment = environment(trainer.device, trainer.data.manifest["hash"], trainer.compiled)
         self.run_dir.keep_environment(self.environment)
-        keep_tokenizer(self.run_dir.path, self.trainer.data.folder)
+        self.run_dir.keep_tokenizer(trainer.data.tokenizer())
         self.done, path = checkpoint.latest(self.run_dir.checkpoints) or (0, None)
-        earlier, later = record.cut(self.done)
-        if later:
-            warn(
-                f"{self.run_dir.path}: {later} of {self.done + later} recorded steps have no checkpoint; trained again."
-            )
+        earlier, lost = record.cut(self.done)
+        if lost:
+            warn(f"{self.run_dir.path}: {lost} of {self.done + lost} recorded steps have no checkpoint; trained again.")
         if path:
             trainer.scaling.load(checkpoint.load(path, trainer.model, trainer.optimizer))
         self.judge = Judge()
@@ -84,15 +75,16 @@ class Run:
             self.judge.add(row)
             self.tally.add(row)
         self.batch_findings = 0
-        self.last = earlier[-1] if earlier else {"tokens": 0}
+        self.tokens = earlier[-1]["tokens"] if earlier else 0
         self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
         self.tracker = Tracker(self.config, run_id(self.config), self.run_dir, earlier)
         self.watches: list[Watch] = [self.record.write, self.judge.add, self.tally.add, self.tracker.row]
         self.watches += [watch] if watch else []
-        self.before = {"step": self.done, "tokens": self.last["tokens"]}
+        self.resumed_at = {"step": self.done, "tokens": self.tokens}
 
     def start(self, stop: "Stop | None" = None) -> Summary:
-        self.record.event("start", **self.before, environment=self.environment)
+        """Train until the run is over or interrupted. Writes its summary and returns it."""
+        self.record.event("start", **self.resumed_at, environment=self.environment)
         self.open_console()
         began = time.monotonic()
         try:
@@ -117,40 +109,40 @@ class Run:
             self.console.say(sentence)
 
     def loop(self, stop: "Stop") -> str:
-        """Update until done, diverged beyond return or stopped; returns the status.
+        """Update until the last step, a divergence or a request to stop. Returns the status.
 
-        A step's values are read after the next one is launched, so that the device never waits for the reader.
+        The values of a step are read after the next step is launched, so that the device never waits for the reader.
         """
         steps, every = self.config.train.steps, self.config.train.checkpoint_every
-        late: Row | None = None
+        pending: Row | None = None  # launched and not yet read
         while self.done < steps:
-            row = self.launch(self.done)
+            launched = self.launch(self.done)
             self.done += 1
-            self.note(late)
+            self.read(pending)
             if self.over:
                 return STOPPED
-            late, stopping, last = row, stop.asked, self.done == steps
+            pending, stopping, last = launched, stop.asked, self.done == steps
             if stopping or last or (every and self.done % every == 0):
-                self.note(late)
-                late = None
-                if not self.over and (every or stopping):
+                self.read(pending)
+                pending = None
+                if self.over:
+                    return STOPPED
+                if every or stopping:
                     self.save()
-            if self.over:
-                return STOPPED
             if stopping and not last:
                 return INTERRUPTED
         return COMPLETE
 
     @property
     def over(self) -> bool:
-        """Whether nothing that follows could change the verdict, as far as the configuration lets that end the run."""
+        """Whether the run ends here: no later step can change the verdict, or `train.stop_early` allows it to end."""
         return self.judge.over or (self.config.train.stop_early and self.judge.certain is not None)
 
     def launch(self, step: int) -> Row:
-        """Queue one update; its row holds the snapshot in place of the values that the device still works on."""
+        """Queue one update. Its row holds a snapshot instead of the values that the device is still computing."""
         train, every = self.config.train, self.config.train.val_every
         snapshot = self.trainer.step(step)
-        row = {
+        row: Row = {
             "step": step,
             "tokens": (step + 1) * train.batch_size * self.config.data.seq_len,
             "train/lr": self.trainer.rate,
@@ -171,12 +163,12 @@ class Run:
             more = "; further findings are in events.jsonl only" if self.batch_findings == FINDINGS_SHOWN else ""
             self.console.say(f"step {step}: {finding.sentence} ({where}){more}")
 
-    def note(self, row: Row | None) -> None:
-        """Read a row's values and show it to all who look on."""
+    def read(self, row: Row | None) -> None:
+        """Read the values of a launched row and pass it to everything that observes the run."""
         if row is None:
             return
         row |= row.pop("snapshot").read()
-        self.last, self.val_loss = row, row.get("val/loss", self.val_loss)
+        self.tokens, self.val_loss = row["tokens"], row.get("val/loss", self.val_loss)
         if row["step"] == 0 and "grad/norm_by_layer" in row:
             for text in findings(row, self.config.model.vocab_size):
                 self.console.say(text)
@@ -186,20 +178,21 @@ class Run:
         self.console.row(row)
 
     def save(self) -> None:
+        """Save a checkpoint after the record's rows are on disk."""
         self.record.sync()
-        folder = self.run_dir.checkpoints
         trainer = self.trainer
-        path = checkpoint.save(folder, self.done, trainer.model, trainer.optimizer, trainer.scaling.state())
+        path = checkpoint.save(
+            self.run_dir.checkpoints, self.done, trainer.model, trainer.optimizer, trainer.scaling.state()
+        )
         self.record.event("checkpoint", step=self.done, path=path.name)
 
     def summary(self, status: str, seconds: float) -> Summary:
-        """The fields of `summary.json`; also closes the record with an event."""
-        config, tokens = self.config, self.last["tokens"]
+        """The content of `summary.json`; also writes the event that ends this start."""
+        config, val = self.config, self.val_loss
         verdict = self.judge.conclude(config.train.steps)
-        rate = round((tokens - self.before["tokens"]) / seconds, 1)
+        rate = round((self.tokens - self.resumed_at["tokens"]) / seconds, 1)
         self.record.event(status, step=verdict.horizon + 1, seconds=round(seconds, 3), tokens_per_second=rate)
-        val = self.val_loss
-        summary = {
+        summary: Summary = {
             "run_id": run_id(config),
             "variant": config.variant,
             "lr": config.optim.lr,
@@ -210,16 +203,16 @@ class Run:
             "val_loss": val,
             "val_perplexity": None if val is None else math.exp(min(val, 700.0)),
             "steps": verdict.horizon + 1,
-            "tokens": tokens,
+            "tokens": self.tokens,
             "seconds": round(self.run_dir.seconds_spent(), 3),
             "tokens_per_second": rate,
         }
-        told: Summary = jsonable(summary)
-        return told
+        finite: Summary = jsonable(summary)
+        return finite
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into a wish (`asked`) to stop after the step; a second one stops at once."""
+    """The first SIGINT or SIGTERM sets `asked`, so that the run stops after the step; a second one stops it at once."""
 
     def __init__(self) -> None:
         self.asked = False
