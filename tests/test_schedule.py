@@ -12,7 +12,7 @@ def test_warm_up_is_linear_and_reaches_the_peak():
     assert {learning_rate(config, step) for step in range(10, 30)} == {0.5}
 
 
-def test_warm_up_may_outlast_the_run():
+def test_warm_up_may_be_longer_than_the_run():
     config = tiny("optim.lr=1.0", "schedule.warmup_steps=60", "train.steps=30")
     assert learning_rate(config, 29) == 0.5
 
@@ -45,7 +45,7 @@ def test_no_warm_up_starts_at_the_peak_or_below(kind):
     assert rates == sorted(rates, reverse=True)
 
 
-def test_wsd_falls_evenly_over_what_the_warm_up_leaves():
+def test_wsd_falls_linearly_over_the_steps_after_the_warm_up():
     config = tiny(
         "schedule=wsd", "schedule.warmup_share=0.9", "schedule.decay_share=0.5", "optim.lr=1", "train.steps=40"
     )
@@ -54,7 +54,7 @@ def test_wsd_falls_evenly_over_what_the_warm_up_leaves():
 
 
 @pytest.mark.parametrize(
-    ("warmup", "said"), [(60, "The warm-up of 60 steps outlasts the run of 30: the rate ends at 0.5."), (30, None)]
+    ("warmup", "sentence"), [(60, "The warm-up of 60 steps is longer than the run of 30: the learning rate ends at 0.5."), (30, None)]
 )
-def test_a_peak_that_is_never_reached_is_said(warmup, said):
-    assert unreached(tiny("optim.lr=1.0", f"schedule.warmup_steps={warmup}", "train.steps=30")) == said
+def test_a_peak_that_is_never_reached_is_reported(warmup, sentence):
+    assert unreached(tiny("optim.lr=1.0", f"schedule.warmup_steps={warmup}", "train.steps=30")) == sentence

@@ -1,4 +1,4 @@
-"""What a run ran on, for `environment.json`."""
+"""The content of `environment.json`: software, machine and data of a run."""
 
 import platform
 import subprocess
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetens
 
 
 def environment(device: torch.device, data_hash: str, compiled: bool) -> dict[str, Any]:
-    """Versions, commit, machine, actual device, threads, ranks and the hash of the data."""
+    """Versions, commit, machine, device used, threads, ranks and the hash of the data."""
     return {
         "stabrun": stabrun.__version__,
         "commit": commit(Path(stabrun.__file__).parent),
@@ -31,7 +31,7 @@ def environment(device: torch.device, data_hash: str, compiled: bool) -> dict[st
 
 
 def commit(folder: Path) -> str | None:
-    """The git commit of stabrun's own source, with `+` where files were changed; None outside a checkout."""
+    """The git commit of stabrun's own source, with `+` if files were changed; None outside a checkout."""
     if not (folder.parent / ".git").exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""What is minimised: cross-entropy, and terms beside it."""
+"""The training objective: cross-entropy and additional terms."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Device and number formats: fp32 master weights throughout, matrix products in what is asked for."""
+"""Device and number formats: fp32 master weights always, matrix products in the configured precision."""
 
 import ctypes
 import os
@@ -14,47 +14,47 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def pick_device(config: TrainConfig) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU. UserError where the named one is not there."""
+    """The configured device; `auto` is CUDA, else MPS, else the CPU. UserError if the device is not available."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(name for name, present in there.items() if present) if config.device == "auto" else config.device
     if not there[name]:
         present = ", ".join(name for name, has in there.items() if has)
-        raise UserError(f"train.device={name}: this machine has none; it has {present}.")
+        raise UserError(f"train.device={name}: not available; this machine has {present}.")
     if config.precision == "tf32" and name != "cuda":
-        raise UserError(f"train.precision=tf32: it needs CUDA, and this run is on {name}.")
+        raise UserError(f"train.precision=tf32: needs CUDA, and the device is {name}.")
     return torch.device(name)
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
-    """Matrix products in bf16 or fp16 where asked for; norms, softmax and logits stay in fp32 by the model's hand."""
+    """Matrix products in bf16 or fp16 if configured. The model keeps norms, softmax and logits in fp32."""
     if config.precision not in LOW:
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, LOW[config.precision]))
 
 
 def prepare_backend(config: TrainConfig) -> None:
-    """Threads, determinism and the allocator, for the whole process."""
+    """Set threads, determinism and the allocator of the whole process."""
     keep_freed_memory()
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
     torch.use_deterministic_algorithms(config.deterministic)
 
 
 def refuse_too_large(config: Config, device: torch.device) -> None:
-    """UserError where a step on the CPU needs more memory than is free, for there the system would kill the run."""
+    """UserError if a step on the CPU needs more memory than is free: the system would kill the process."""
     free, needed = free_memory(), memory(config)["peak_bytes"]
     if device.type == "cpu" and free is not None and needed > free:
         raise UserError(
             f"model.d_model={config.model.d_model}, model.n_layer={config.model.n_layer}: a step needs about "
-            f"{human(needed)} and {human(free)} are free; a smaller model or train.micro_batch_size needs less."
+            f"{human(needed)} and {human(free)} are free. Use a smaller model or a smaller train.micro_batch_size."
         )
 
 
 def free_memory() -> int | None:
-    """Bytes that Linux can give to new work, its caches included; None elsewhere."""
+    """Available memory in bytes, reclaimable caches included; None on systems other than Linux."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -63,10 +63,10 @@ def free_memory() -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed instead of handing it back to the system and faulting it in again.
+    """Make glibc keep freed memory instead of returning it to the system and faulting it in again.
 
-    A CPU step frees and takes the same tens of megabytes each time: at nano 1,900 page faults a step, an eighth of
-    its time. Other C libraries are left as they are.
+    A CPU step frees and allocates the same tens of megabytes each time: at nano 1,900 page faults per step, an eighth
+    of its time. Other C libraries are not changed.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -180,10 +180,8 @@ class Run:
     def save(self) -> None:
         """Save a checkpoint after the record's rows are on disk."""
         self.record.sync()
-        trainer = self.trainer
-        path = checkpoint.save(
-            self.run_dir.checkpoints, self.done, trainer.model, trainer.optimizer, trainer.scaling.state()
-        )
+        trainer, folder = self.trainer, self.run_dir.checkpoints
+        path = checkpoint.save(folder, self.done, trainer.model, trainer.optimizer, trainer.scaling.state())
         self.record.event("checkpoint", step=self.done, path=path.name)
 
     def summary(self, status: str, seconds: float) -> Summary:

@@ -1,4 +1,4 @@
-"""Dynamic loss scaling for fp16: gradients too small for it are lifted, and a step that overflows is left out."""
+"""Dynamic loss scaling for fp16: keeps small gradients from underflowing and skips steps that overflow."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from stabrun.config import TrainConfig
 
 
 class LossScale:
-    """torch's GradScaler (arXiv 1710.03740) and what it did, as scalars on the device, so that nothing waits for them.
+    """torch's GradScaler (arXiv 1710.03740), with its effects as scalars on the device, so that nothing waits for them.
 
-    The scale halves after a step whose gradient is not finite, which is skipped, and doubles after
-    `train.loss_scale_growth` finite ones. In other precisions it does nothing and has no `keys`.
+    A step whose gradient is not finite is skipped, and halves the scale; `train.loss_scale_growth` finite steps in a
+    row double it. In other precisions this does nothing and `keys` is empty.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
@@ -27,10 +27,10 @@ class LossScale:
         return self.scaler.scale(loss)
 
     def unscale(self, optimizer: torch.optim.Optimizer, weights: list[Tensor]) -> Tensor | None:
-        """Divide the gradients by the scale; returns it, 0-dim, or None where there is none.
+        """Divide the gradients by the scale. Returns the scale, 0-dim, or None if there is none.
 
-        Notes the share of zeros in the gradients of `weights`: what fell below fp16's smallest number, 6e-8, and what
-        is zero by its own (a dead ReLU).
+        Also measures the share of zeros in the gradients of `weights`: values below fp16's smallest number, 6e-8, and
+        values that are zero for other reasons, such as a dead ReLU.
         """
         if not self.keys:
             return None
@@ -42,18 +42,18 @@ class LossScale:
         return self.used
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Update the weights, unless a gradient was not finite."""
+        """Update the weights unless a gradient is not finite."""
         self.scaler.step(optimizer)
         self.scaler.update()
 
     def values(self) -> tuple[Tensor, ...]:
-        """The step's scale, whether it was skipped (0 or 1), and the share of underflow: as many as `keys`."""
+        """The step's scale, whether it was skipped (0 or 1), and the share of underflow: one value per key."""
         if not self.keys:
             return ()
         return self.used, (self.scaler.scale(self.one) < self.used).float(), self.underflow
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: numbers alone."""
+        """The state for a checkpoint: numbers only."""
         return self.scaler.state_dict()
 
     def load(self, state: dict[str, Any]) -> None:

@@ -19,16 +19,16 @@ def warmup_steps(config: Config) -> int:
 
 
 def unreached(config: Config) -> str | None:
-    """A sentence where the warm-up outlasts the run, so that the peak rate is never reached."""
+    """A sentence if the warm-up is longer than the run, so that the peak rate is never reached; else None."""
     steps, warmup = config.train.steps, warmup_steps(config)
     if warmup <= steps:
         return None
     last = learning_rate(config, steps - 1)
-    return f"The warm-up of {warmup} steps outlasts the run of {steps}: the rate ends at {last:.3g}."
+    return f"The warm-up of {warmup} steps is longer than the run of {steps}: the learning rate ends at {last:.3g}."
 
 
 def passed(config: Config, done: int) -> float:
-    """The share of the steps after the warm-up that `done` updates have passed: 1 at the last one."""
+    """The share of the steps after the warm-up that are done after `done` updates: 1 at the last step."""
     warmup = warmup_steps(config)
     return (done - warmup) / (config.train.steps - warmup)
 
@@ -51,8 +51,8 @@ def inverse_sqrt(config: Config, done: int) -> float:
 
 
 def wsd(config: Config, done: int) -> float:
-    """Warm-up, stable, decay (arXiv 2404.06395); here the decay is linear, over the last `decay_share` of the steps,
-    or over what the warm-up leaves.
+    """Warm-up, stable, decay (arXiv 2404.06395). The decay is linear, over the last `decay_share` of the steps, or over
+    all steps after the warm-up if those are fewer.
     """
     steps = config.train.steps
     return min(1.0, (steps - done) / min(config.schedule.decay_share * steps, steps - warmup_steps(config)))
