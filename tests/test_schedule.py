@@ -54,7 +54,8 @@ def test_wsd_falls_linearly_over_the_steps_after_the_warm_up():
 
 
 @pytest.mark.parametrize(
-    ("warmup", "sentence"), [(60, "The warm-up of 60 steps is longer than the run of 30: the learning rate ends at 0.5."), (30, None)]
+    ("warmup", "sentence"),
+    [(60, "The warm-up of 60 steps is longer than the run of 30: the learning rate ends at 0.5."), (30, None)],
 )
 def test_a_peak_that_is_never_reached_is_reported(warmup, sentence):
     assert unreached(tiny("optim.lr=1.0", f"schedule.warmup_steps={warmup}", "train.steps=30")) == sentence

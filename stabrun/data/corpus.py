@@ -35,9 +35,9 @@ def files(config: DataConfig) -> list[Path]:
         return [EMBEDDED]
     path = Path(config.path or "")
     if path.is_dir():
-        wanted = formats.known if config.name == "local" else Path.exists
+        wanted = formats.is_known if config.name == "local" else Path.exists
         found = sorted(
-            file for file in path.rglob("*") if os.path.isfile(file) and wanted(file) and not hidden(file, path)
+            file for file in path.rglob("*") if os.path.isfile(file) and wanted(file) and not is_hidden(file, path)
         )
         if not found:
             raise UserError(f"data.path={path}: no .txt, .jsonl or .parquet file in this directory.")
@@ -81,11 +81,13 @@ def blocks(config: DataConfig, at: str | None = None) -> Iterator[TextBlock]:
     for source, documents in _sources(config, at):
         empty = True
         for document in documents:
-            some = False
-            for block in _marked(document):
-                some, empty = True, False
+            count = 0
+            for count, block in enumerate(_text_blocks(document), 1):
                 yield block
-            if some and left is not None:
+            if not count:
+                continue
+            empty = False
+            if left is not None:
                 left -= 1
                 if not left:
                     return
