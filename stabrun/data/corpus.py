@@ -81,10 +81,10 @@ def blocks(config: DataConfig, at: str | None = None) -> Iterator[TextBlock]:
     for source, documents in _sources(config, at):
         empty = True
         for document in documents:
-            count = 0
-            for count, block in enumerate(_text_blocks(document), 1):
+            block = None
+            for block in _text_blocks(document):
                 yield block
-            if not count:
+            if block is None:
                 continue
             empty = False
             if left is not None:
