@@ -1,8 +1,8 @@
-"""Train the runs of `docs/lessons.md` and write it: what each switch of the background reading shows at nano.
+"""Train the runs of `docs/lessons.md` and write it: the effects of switches from the literature, at nano.
 
     python scripts/lessons.py --runs /tmp/lessons --workers 2 > docs/lessons.md
 
-Some sixty runs, ten minutes on two cores; what is finished is not trained again.
+About sixty runs, ten minutes on two cores. Finished runs are not trained again.
 """
 
 import argparse
@@ -28,11 +28,11 @@ FIXED = ("tracker=none", "train.threads=1", "train.checkpoint_every=0", "train.s
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 TEXT = "bible20k.txt"
 
-HEAD = """# What the switches show
+HEAD = """# Lessons: what the switches show
 
-Written by `python scripts/lessons.py --runs RUNS > docs/lessons.md`. Each section says what the reading leads one to
-expect, how to see it, and what was seen at nano (0.2M parameters, the shipped text, 300 steps where nothing else is
-said, one thread): a small model's results, of one to three seeds, without an interval. Losses are in nats.
+Written by `python scripts/lessons.py --runs RUNS > docs/lessons.md`. Each section gives the expectation from the
+literature, the command, and the result at nano (0.2M parameters, the shipped text, 300 steps unless stated otherwise,
+one thread). These are results of a small model with one to three seeds and without intervals. Losses are in nats.
 """
 
 Summary = dict[str, Any]
@@ -41,7 +41,7 @@ Row = list[str]
 
 @dataclass(frozen=True)
 class Lesson:
-    """A section: its runs as rows of (label, overrides), and what to make of their summaries."""
+    """A section: its runs as label → overrides, and a function from their summaries to table rows and result."""
 
     title: str
     expected: str
@@ -56,13 +56,13 @@ def zero_init() -> Lesson:
         rows = [[name, f"{s['init_loss']:.3f}", f"{s['final_loss']:.3f}", s["verdict"]] for (name,), s in by.items()]
         zero = by["zero",]
         still = zero["final_loss"] == zero["init_loss"]
-        return rows, f"With `zero` the loss {'never moves' if still else 'moves'}; with `zero_out` it falls."
+        return rows, f"With `zero` the loss {'stays constant' if still else 'changes'}; with `zero_out` it falls."
 
     inits = ("zero", "zero_out", "fan_in")
     return Lesson(
-        "Zero initialisation does not learn",
-        "With every matrix at zero no gradient reaches any of them; zeros in the layers that write to the residual "
-        "stream alone do no harm.",
+        "Zero initialization does not learn",
+        "If all matrices are zero, no gradient reaches them. Zeros only in the layers that write to the residual "
+        "stream do no harm.",
         "stabrun train -m model.init=zero,zero_out,fan_in train.steps=300",
         ("model.init", "first loss", "last loss", "verdict"),
         {(name,): (f"model.init={name}",) for name in inits},
@@ -80,16 +80,15 @@ def no_warmup() -> Lesson:
                 value = mean(min(end, first) - min(ends) for end in ends)
                 sensitivity[variant, warmup] = value
                 rows.append([variant, warmup, *(f"{end:.3f}" for end in ends), f"{value:.3f}"])
-        said = [
-            f"for {v} it is {sensitivity[v, '0'] / sensitivity[v, '75']:.2f} times that with it"
-            for v in ("baseline", "qk_norm")
+        ratios = [
+            f"{sensitivity[v, '0'] / sensitivity[v, '75']:.2f} times as high for {v}" for v in ("baseline", "qk_norm")
         ]
-        return rows, "LR sensitivity without warm-up: " + ", ".join(said) + "."
+        return rows, f"Without warm-up, LR sensitivity is {' and '.join(ratios)}."
 
     return Lesson(
         "Without warm-up the loss is more sensitive to the learning rate",
         "A longer warm-up lowers LR sensitivity (arXiv 2309.14322, section 3.1.3). LR sensitivity is the mean over the "
-        "learning rates of min(loss, first loss) less the lowest loss; two seeds averaged, cosine.",
+        "learning rates of min(loss, first loss) minus the lowest loss. Mean of two seeds, cosine schedule.",
         "stabrun train -m +variant=baseline,qk_norm schedule.warmup_steps=0,75 "
         f"optim.lr={','.join(map(str, RATES))} seed=0,1 train.steps=300",
         ("variant", "warm-up", *(f"lr {rate:g}" for rate in RATES), "LR sensitivity"),
@@ -121,16 +120,16 @@ def no_clipping() -> Lesson:
                     ", ".join(run["verdict"] for run in runs), f"{mean(shares):.0%}" if shares else "",
                 ])  # fmt: skip
         rates = ("0.03", "0.1", "0.2")
-        told = [f"{spikes[rate, 'null']} against {spikes[rate, '1.0']} at {rate}" for rate in rates]
-        worse = [f"{ends[rate, 'null'] - ends[rate, '1.0']:+.3f}" for rate in rates]
-        said = f"Spikes without clipping and with it: {'; '.join(told)}."
-        return rows, f"{said} The last loss differs by {', '.join(worse)}."
+        counts = [f"{spikes[rate, 'null']} and {spikes[rate, '1.0']} at {rate}" for rate in rates]
+        change = [f"{ends[rate, 'null'] - ends[rate, '1.0']:+.3f}" for rate in rates]
+        result = f"Spikes without and with clipping: {'; '.join(counts)}."
+        return rows, f"{result} Without clipping the last loss differs by {', '.join(change)}."
 
     return Lesson(
-        "Without clipping there are more spikes",
-        "Clipping the global norm to 1 keeps a large gradient from becoming a large step. Adam divides by its own "
-        "estimate of the gradient's size, so that less is to be expected than of plain gradient descent. Constant "
-        "learning rate after 50 steps, three seeds, spikes summed.",
+        "Gradient clipping and spikes",
+        "Clipping the global norm to 1 keeps a large gradient from causing a large step. Adam divides by its own "
+        "estimate of the gradient's size, so the effect should be smaller than with plain gradient descent. Constant "
+        "learning rate after 50 steps; spikes are summed over three seeds.",
         "stabrun train -m optim.clip=1.0,null optim.lr=0.03,0.1,0.2 seed=0,1,2 "
         "schedule=constant schedule.warmup_steps=50 train.steps=300",
         ("lr", "optim.clip", "spikes", "largest gradient norm", "last loss", "verdicts", "steps clipped"),
@@ -153,13 +152,13 @@ def decay_kinds() -> Lesson:
     def table(by: dict[tuple[str, ...], Summary]) -> tuple[list[Row], str]:
         rows = [[kind, λ, f"{s['final_loss']:.3f}", f"{s['val_loss']:.3f}"] for (kind, λ), s in by.items()]
         worst = {kind: by[kind, "0.1"]["final_loss"] - by[kind, "0.0"]["final_loss"] for kind in ("decoupled", "l2")}
-        told = ", ".join(f"{by_how:+.3f} with {kind}" for kind, by_how in worst.items())
-        return rows, f"What λ = 0.1 does to the last loss: {told}."
+        changes = ", ".join(f"{change:+.3f} with {kind}" for kind, change in worst.items())
+        return rows, f"λ = 0.1 changes the last loss by {changes}."
 
     return Lesson(
         "L2 is not decoupled decay",
-        "As L2 the decay passes through Adam's division by the gradient's size: where gradients are small it is no "
-        "longer small, and the same λ does far more (arXiv 1711.05101). Seed 0, lr 0.01.",
+        "L2 decay passes through Adam's division by the gradient's size. Where gradients are small, the decay becomes "
+        "large, so the same λ has a much stronger effect (arXiv 1711.05101). Seed 0, lr 0.01.",
         f"stabrun train -m optim.decay=decoupled,l2 optim.weight_decay={','.join(lambdas)} train.steps=300",
         ("optim.decay", "λ", "last loss", "validation loss"),
         {
@@ -185,7 +184,7 @@ def dropout_gap(text: Path) -> Lesson:
 
     return Lesson(
         "Dropout closes the gap on a corpus of 20 kB",
-        "A small corpus is learned by heart: the training loss falls while the validation loss rises. 1,000 steps, "
+        "A small corpus is memorized: the training loss falls while the validation loss rises. 1,000 steps, "
         "seed 0.",
         f"xz -dc stabrun/data/text/kjv.txt.xz | head -c 20000 > {TEXT}\n"
         f"stabrun train -m data=local data.path={TEXT} model.dropout={','.join(rates)} "
@@ -202,16 +201,17 @@ def dropout_gap(text: Path) -> Lesson:
 
 
 def depth_and_init() -> Iterable[str]:
-    """The section on vanishing gradients: no training, one pass at the first weights."""
-    yield "\n## Gradients fade or blow up with depth where nothing holds them\n"
+    """The section on vanishing gradients: no training, one pass at the initial weights."""
+    yield "\n## Without norm and residual, gradients vanish or explode with depth\n"
     yield (
-        "Kaiming's scheme keeps the variance through a ReLU network; without norm and residual the first layer's "
-        "gradient depends on every layer above it. Squared ReLU is no ReLU, and attention averages, so that the factor "
-        "a layer is not 1 here. Norm of the gradient at FC1's input, in the last and in the first of 8 layers:\n"
+        "Kaiming initialization preserves the variance through a ReLU network. Without norm and residual, the gradient "
+        "of the first layer depends on every layer above it. Squared ReLU is not ReLU, and attention averages, so the "
+        "factor per layer is not 1 here. The table shows the norm of the gradient at FC1's input in the last and in "
+        "the first of 8 layers.\n"
     )
     words = "model.n_layer=8 model.init=kaiming model.norm.kind=none model.residual=false"
     yield f"```\nstabrun model +check=init {words}\n```\n"
-    yield "| model.init | activation | norm and residual | last layer | first layer | first over last | said |"
+    yield "| model.init | activation | norm and residual | last layer | first layer | first over last | findings |"
     yield "|---|---|---|---|---|---|---|"
     for init in ("kaiming", "xavier", "fan_in", "gpt2"):
         for activation in ("gelu", "relu2"):
@@ -221,9 +221,9 @@ def depth_and_init() -> Iterable[str]:
                 facts = check_initial(config)
                 first, last = (facts["variances"]["fc1 in grad"][i] ** 0.5 for i in (0, -1))
                 ratio = f"{first / last:.2g}" if last else ""
-                said = " ".join(text.split(":")[0].rstrip(".") + "." for text in facts["findings"]) or "Nothing is off."
+                found = " ".join(text.split(":")[0].rstrip(".") + "." for text in facts["findings"]) or "none"
                 have = "neither" if bare else "both"
-                yield f"| {init} | {activation} | {have} | {last:.2g} | {first:.2g} | {ratio} | {said} |"
+                yield f"| {init} | {activation} | {have} | {last:.2g} | {first:.2g} | {ratio} | {found} |"
 
 
 def mean(values: Iterable[float]) -> float:
@@ -247,9 +247,9 @@ def train_one(job: tuple[tuple[str, ...], str]) -> str:
 def summary(words: tuple[str, ...], runs: Path) -> Summary:
     """The run's summary, and the `peak` of its gradient norm after the first 50 steps."""
     folder = runs / run_id(configured(*words))
-    told: Summary = json.loads((folder / "summary.json").read_text())
+    summary: Summary = json.loads((folder / "summary.json").read_text())
     norms = [number(row["grad/norm"]) for row in RunDir(folder).rows()]
-    return told | {"peak": max(norms[50:])}
+    return summary | {"peak": max(norms[50:])}
 
 
 def section(lesson: Lesson, runs: Path) -> Iterable[str]:
@@ -258,7 +258,7 @@ def section(lesson: Lesson, runs: Path) -> Iterable[str]:
     yield f"| {' | '.join(lesson.columns)} |"
     yield "|---" * len(lesson.columns) + "|"
     yield from (f"| {' | '.join(row)} |" for row in rows)
-    yield f"\nSeen: {seen}"
+    yield f"\nResult: {seen}"
 
 
 def main() -> None:
