@@ -142,7 +142,7 @@ def activation(name, x):
     half = x.shape[-1] // 2
     gate, up = x[..., :half], x[..., half:]
     if name == "swiglu":
-        return gate / (1 + torch.exp(-gate)) * up
+        return gate / 2 * (1 + torch.tanh(gate / 2)) * up  # silu(x) = x / (1 + exp(−x)), without overflow
     if name == "geglu":
         return gate / 2 * (1 + torch.erf(gate / math.sqrt(2))) * up
     raise AssertionError(f"no formula for activation {name}")

@@ -28,7 +28,7 @@ DEADLINE = 60
 COMMAND = """
 import sys
 from stabrun.data import parts
-parts.CHUNK = 50_000
+parts.CHUNK = 25_000
 if __name__ == "__main__":
     from stabrun.cli.main import main
     main(sys.argv[1:])
@@ -37,8 +37,8 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """2 MB of English as JSON lines."""
-    verses = lzma.open(EMBEDDED, "rt").read(2_000_000).splitlines()
+    """1 MB of English as JSON lines."""
+    verses = lzma.open(EMBEDDED, "rt").read(1_000_000).splitlines()
     file = tmp_path_factory.mktemp("corpus") / "a.jsonl"
     file.write_text(
         "".join(json.dumps({"text": "\n".join(verses[i : i + 9])}) + "\n" for i in range(0, len(verses), 9))
@@ -150,7 +150,7 @@ def test_a_killed_worker_is_reported_with_status_1(corpus, tmp_path):
 
 
 def limited():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
 
 def test_a_full_disk_is_a_fault_and_the_parts_are_kept(corpus, uninterrupted, tmp_path):
@@ -185,7 +185,7 @@ def test_progress_is_printed_in_plain_lines_without_a_terminal(capsys, monkeypat
 @pytest.fixture
 def stopped(corpus, tmp_path, monkeypatch):
     """The cache of a pass that was stopped after its seventh part."""
-    monkeypatch.setattr(parts, "CHUNK", 100_000)
+    monkeypatch.setattr(parts, "CHUNK", 50_000)
     whole = parts.write_part
 
     def stop(folder, words, separator, index, chunk):
