@@ -48,7 +48,7 @@ def test_splits_hold_every_byte_once(cache):
     assert prepared.train.shards[0].dtype == np.uint8
 
 
-def test_bpe_is_trained_on_the_training_split_and_decodes_back(tmp_path):
+def test_bpe_learns_from_training_text_alone_and_decodes_back(tmp_path):
     data = DataConfig(name="local", path=str(tmp_path / "a.txt"), tokenizer="bpe", cache_dir=str(tmp_path / "c"))
     text = "".join(f"line {i} of a text about the number {i * i}\n" for i in range(9000))
     (tmp_path / "a.txt").write_text(text)
@@ -106,7 +106,7 @@ def test_validation_windows_do_not_overlap():
     assert len(inputs) == len(set(inputs)) == 12 * 16
 
 
-def test_several_processes_prepare_at_the_same_time(tmp_path):
+def test_several_processes_ask_at_the_same_time(tmp_path):
     (tmp_path / "a.txt").write_text("some words that come again and again\n" * 20000)
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(4), context.Queue()
@@ -165,7 +165,7 @@ def test_a_truncated_shard_is_noticed(tmp_path):
         prepare(data, ModelConfig())
 
 
-def test_the_manifest_describes_the_shards(tmp_path):
+def test_manifest_tells_what_was_prepared(tmp_path):
     data = configured("model=nano", f"data.cache_dir={tmp_path}").data
     prepare(data, ModelConfig())
     manifest = json.loads(next(tmp_path.glob("*/manifest.json")).read_text())
@@ -178,7 +178,7 @@ DOCUMENTS = [f"document {i} — “{'word ' * (i % 7)}” 漢字\n" for i in ran
 
 
 def local(path, **keys):
-    """Local data, cached next to it."""
+    """Data of one's own, cached beside it."""
     return DataConfig(name="local", path=str(path), cache_dir=str(path.parent / "cache"), **keys)
 
 
@@ -203,7 +203,7 @@ def mixed(folder):
     (folder / "a.jsonl").write_bytes(b"".join(half[:250]))
     parquet.write_table(pyarrow.table({"text": DOCUMENTS[250:400]}), folder / "b.parquet")
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(b"".join(half[400:])))
-    (folder / "notes.md").write_text("skipped")
+    (folder / "notes.md").write_text("passed over")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def mixed(folder):
     ],
     ids=["txt", "parquet", "mixed", "jsonl", "jsonl.xz", "parquet of a dictionary"],
 )
-def test_the_same_documents_in_any_format_give_the_same_tokens(tmp_path, write):
+def test_the_same_documents_in_any_format_are_the_same_tokens(tmp_path, write):
     (tmp_path / "texts").mkdir()
     write(tmp_path / "texts")
     prepared = prepare(local(tmp_path / "texts", separator="\n--\n"), ModelConfig())
@@ -229,7 +229,7 @@ def test_the_same_documents_in_any_format_give_the_same_tokens(tmp_path, write):
     assert val.decode() == "".join(d + "\n--\n" for i, d in enumerate(DOCUMENTS) if i % 20 == 19)
 
 
-def test_field_and_number_of_documents_are_configurable(tmp_path):
+def test_field_and_number_of_documents_are_chosen(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines("body"))
     prepared = prepare(local(tmp_path / "a.jsonl", text_key="body", max_documents=300), ModelConfig())
     assert sum(prepared.manifest["tokens"].values()) == len("".join(DOCUMENTS[:300]).encode())
@@ -317,7 +317,7 @@ def test_errors_of_the_hub_become_user_errors(tmp_path, monkeypatch, error, mess
 
 
 def gpt2_like(file, texts, added=(), **keys):
-    """A tokenizer.json with GPT-2's split, trained on `texts`."""
+    """A tokenizer.json with the split of GPT-2's, trained here on `texts`."""
     vocabulary = tokenizer.trained(texts, 400, None)
     vocabulary.inner.add_special_tokens(list(added))
     definition = json.loads(vocabulary.inner.to_str()) | keys
@@ -373,7 +373,7 @@ def bpe():
 @pytest.mark.parametrize(
     "around", ["{}", "a{}b", " {} ", "{0}{0}", "1{}2", "'{}s", "\n{}\n x", " {}a", " {}1", " {}.", "  {}"]
 )
-def test_words_from_the_table_equal_the_librarys(around):
+def test_words_looked_up_are_as_the_library_splits_them(around):
     assert bpe().words is not None
     for character in tokenizer.COMMON:
         text = around.format(character)
@@ -389,7 +389,7 @@ COMMON_AND_NOT = st.one_of(st.sampled_from("abst '\n\t.,!019 éß—’²→漢�
         st.lists(st.sampled_from(["a b", " c", "→", "d ", "'s", " → ", "1", "\n"])).map("".join),
     )
 )
-def test_any_text_is_encoded_as_by_the_library(text):
+def test_any_text_is_encoded_as_the_library_does(text):
     for each in (text, text + "<|end|>" + text):
         assert bpe().encode(each).tolist() == bpe().inner.encode(each, add_special_tokens=False).ids
 
@@ -431,7 +431,7 @@ def test_bytes_that_are_not_utf_8_decode_to_the_replacement_character():
     assert tokenizer.Bytes().decode([65, 0xC3, 66]) == "A\ufffdB"
 
 
-def test_a_bpe_is_trained_on_a_bounded_text(monkeypatch):
+def test_a_bpe_learns_from_a_bounded_text(monkeypatch):
     monkeypatch.setattr(tokenizer, "TRAINING_TEXT", 300)
 
     def texts():
@@ -494,7 +494,7 @@ def test_a_parquet_damaged_in_the_middle(tmp_path):
 
 
 def test_tokens_beyond_two_to_the_31(tmp_path):
-    """A sparse file of 2³¹ + 2²⁰ tokens takes no space; only its end is written."""
+    """A sparse file of 2³¹ + 2²⁰ tokens takes no room; only its end is written."""
     count, end = (1 << 31) + (1 << 20), np.arange(1000, dtype="<u2")
     with open(tmp_path / "train-00000.bin", "wb") as file:
         os.truncate(file.fileno(), 2 * count)
@@ -514,7 +514,7 @@ def test_tokens_beyond_two_to_the_31(tmp_path):
     assert validation_batch(tokens, 4, 16)[-1, -1] == tokens.read((len(tokens) - 1) // 16 * 16, 1)[0]
 
 
-def test_starts_are_the_positions_of_the_batch():
+def test_starts_are_where_the_batch_was_read():
     tokens = Tokens([np.arange(1000)], np.array([0, 1000]))
     for step in range(5):
         assert training_batch(tokens, 1, step, 4, 8)[:, 0].tolist() == starts(tokens, 1, step, 4, 8).tolist()
@@ -577,7 +577,7 @@ def test_a_separator_may_be_escaped(tmp_path, given, put):
     assert train.startswith(f"document 0{put}document 1{put}")
 
 
-def test_uppercase_file_names_and_byte_order_marks(tmp_path):
+def test_names_of_files_in_capitals_and_byte_order_marks(tmp_path):
     text = "In the beginning was the word. " * 50
     for name, content in {"A.TXT": text, "B.JSONL": json.dumps({"text": text}) + "\n"}.items():
         (tmp_path / name).mkdir()

@@ -26,6 +26,5 @@ def validation_batch(tokens: Tokens, count: int, seq_len: int) -> Tensor:
 
 
 def windows(tokens: Tokens, places: np.ndarray, seq_len: int) -> Tensor:
-    """`[len(places), seq_len + 1]` int64: the tokens from each position on."""
     rows = [tokens.read(int(place), seq_len + 1) for place in places]
     return torch.from_numpy(np.stack(rows).astype(np.int64))

@@ -35,9 +35,9 @@ def files(config: DataConfig) -> list[Path]:
         return [EMBEDDED]
     path = Path(config.path or "")
     if path.is_dir():
-        wanted = formats.is_known if config.name == "local" else Path.exists
+        wanted = formats.known if config.name == "local" else Path.exists
         found = sorted(
-            file for file in path.rglob("*") if os.path.isfile(file) and wanted(file) and not is_hidden(file, path)
+            file for file in path.rglob("*") if os.path.isfile(file) and wanted(file) and not hidden(file, path)
         )
         if not found:
             raise UserError(f"data.path={path}: no .txt, .jsonl or .parquet file in this directory.")
@@ -81,13 +81,11 @@ def blocks(config: DataConfig, at: str | None = None) -> Iterator[TextBlock]:
     for source, documents in _sources(config, at):
         empty = True
         for document in documents:
-            block = None
-            for block in _text_blocks(document):
+            some = False
+            for block in _marked(document):
+                some, empty = True, False
                 yield block
-            if block is None:
-                continue
-            empty = False
-            if left is not None:
+            if some and left is not None:
                 left -= 1
                 if not left:
                     return

@@ -1,4 +1,4 @@
-"""Files of documents: plain text, JSON lines and Parquet, read as streams.
+"""Files of documents: plain text, JSON lines and Parquet, each read as a stream.
 
 A document is an iterator of blocks: strings of at most 65,536 characters. A text file, a JSON line and a row of a
 Parquet file are one document each. `.xz` and `.gz` files are decompressed while reading.

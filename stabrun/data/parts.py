@@ -158,8 +158,8 @@ def write_part(folder: Path, tokenizer: Tokenizer, separator: str | None, index:
         "sha256": _sha256(*(split.tobytes() for split in raw)),
         "tokens": {split: len(array) for split, array in zip(SPLITS, raw, strict=True)},
     }
-    write_bytes(folder / f"{index:05d}.bin", b"".join(array.tobytes() for array in raw))
-    write_bytes(folder / f"{index:05d}.json", json.dumps(part).encode())
+    write_whole(folder / f"{index:05d}.bin", b"".join(array.tobytes() for array in raw))
+    write_whole(folder / f"{index:05d}.json", json.dumps(part).encode())
     return part
 
 

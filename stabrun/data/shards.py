@@ -182,7 +182,7 @@ def _write(data: DataConfig, model: ModelConfig, scratch: Path, folder: Path, ve
 def _revision(data: DataConfig, file: Path) -> str | None:
     """The revision to read. A resumed pass uses the revision that it began with."""
     if not file.exists():
-        parts.write_bytes(file, json.dumps(corpus.revision(data)).encode())
+        parts.write_whole(file, json.dumps(corpus.revision(data)).encode())
     return json.loads(file.read_bytes())
 
 
@@ -190,7 +190,7 @@ def _save_tokenizer(data: DataConfig, model: ModelConfig, revision: str | None, 
     training = (piece.text for piece in corpus.split_blocks(data, revision) if piece.split == "train")
     words = tokenizer.chosen(data, _bpe_size(data, model) or 0, training)
     _refuse_larger(words.size, model)
-    parts.write_bytes(file, words.definition.encode())
+    parts.write_whole(file, words.definition.encode())
 
 
 def _hash(shards: dict[str, Any]) -> str:

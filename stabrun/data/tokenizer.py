@@ -20,7 +20,7 @@ CACHED_WORDS = 1 << 20  # about 200 MB per process
 
 
 class Tokenizer(Protocol):
-    size: int  # one more than the largest token id
+    size: int  # one more than the largest token
     definition: str  # the content of its file
 
     def encode(self, text: str) -> np.ndarray: ...
