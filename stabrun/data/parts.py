@@ -26,6 +26,7 @@ import numpy as np
 from stabrun.data.corpus import Piece
 from stabrun.data.progress import Progress
 from stabrun.data.tokenizer import Tokenizer, load
+from stabrun.record.jsonl import write_atomic
 
 CHUNK = 8 << 20  # characters of text per part
 SHARD_TOKENS = 1 << 28
@@ -100,9 +101,7 @@ def _pool(folder: Path, tokenizer: Path, separator: str | None, workers: int) ->
         yield partial(_submit, pool)
         pool.shutdown()
     except BrokenProcessPool as error:
-        message = (
-            "a worker was killed, possibly because memory ran out; the same command resumes from the finished parts"
-        )
+        message = "a worker was killed, possibly out of memory; the same command resumes from the finished parts"
         raise ChildProcessError(errno.ECHILD, message, f"data.workers={workers}") from error
     finally:
         write_end.close()  # ends busy workers, as the end of this process would
@@ -158,27 +157,14 @@ def write_part(folder: Path, tokenizer: Tokenizer, separator: str | None, index:
         "sha256": _sha256(*(split.tobytes() for split in raw)),
         "tokens": {split: len(array) for split, array in zip(SPLITS, raw, strict=True)},
     }
-    write_whole(folder / f"{index:05d}.bin", b"".join(array.tobytes() for array in raw))
-    write_whole(folder / f"{index:05d}.json", json.dumps(part).encode())
+    write_atomic(folder / f"{index:05d}.bin", b"".join(array.tobytes() for array in raw))
+    write_atomic(folder / f"{index:05d}.json", json.dumps(part))
     return part
 
 
 def dtype(tokenizer: Tokenizer) -> np.dtype:
     """The smallest little-endian integer type for all tokens."""
     return np.min_scalar_type(tokenizer.size - 1).newbyteorder("<")
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file atomically."""
-    scratch = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        with open(scratch, "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.rename(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _found(folder: Path, index: int, chunk: list[Piece]) -> Part | None:

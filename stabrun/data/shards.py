@@ -21,6 +21,7 @@ import numpy as np
 from stabrun.config import DataConfig, ModelConfig, UserError
 from stabrun.data import corpus, parts, tokenizer
 from stabrun.data.parts import SPLITS
+from stabrun.record.jsonl import write_atomic, write_json
 
 FORMAT = 1
 CHECKED_BYTES = 64_000_000  # of shards, verified each time they are opened: takes a fraction of a second
@@ -152,9 +153,8 @@ def _write(data: DataConfig, model: ModelConfig, scratch: Path, folder: Path, ve
         if not sum(part["tokens"]["train"] for part in made):
             raise UserError(f"data.path={data.path}: contains no text.")
     except UserError:
-        if data.name != "hub" or not parts.finished(
-            scratch
-        ):  # repaired local files get another name; the Hub may be temporarily unreachable
+        # Parts of the Hub are kept: it may be unreachable for a while. Repaired local files get another name.
+        if data.name != "hub" or not parts.finished(scratch):
             shutil.rmtree(scratch, ignore_errors=True)
         raise
     whole = scratch / "whole"
@@ -175,14 +175,14 @@ def _write(data: DataConfig, model: ModelConfig, scratch: Path, folder: Path, ve
         "hash": _hash(shards),
     }
     shutil.copyfile(saved, whole / tokenizer.FILE)
-    (whole / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    write_json(whole / "manifest.json", manifest)
     os.rename(whole, folder)
 
 
 def _revision(data: DataConfig, file: Path) -> str | None:
     """The revision to read. A resumed pass uses the revision that it began with."""
     if not file.exists():
-        parts.write_whole(file, json.dumps(corpus.revision(data)).encode())
+        write_atomic(file, json.dumps(corpus.revision(data)))
     return json.loads(file.read_bytes())
 
 
@@ -190,7 +190,7 @@ def _save_tokenizer(data: DataConfig, model: ModelConfig, revision: str | None, 
     training = (piece.text for piece in corpus.split_blocks(data, revision) if piece.split == "train")
     words = tokenizer.chosen(data, _bpe_size(data, model) or 0, training)
     _refuse_larger(words.size, model)
-    parts.write_whole(file, words.definition.encode())
+    write_atomic(file, words.definition)
 
 
 def _hash(shards: dict[str, Any]) -> str:

@@ -109,11 +109,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file in one step: readers see the old text or the new, and a full disk leaves the old."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step: readers see the old content or the new, and a full disk leaves the old."""
     scratch = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     try:
-        scratch.write_text(text)
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ PACKAGES = ("torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetens
 
 def environment(device: torch.device, data_hash: str, compiled: bool) -> dict[str, Any]:
     """Versions, commit, machine, device used, threads, ranks and the hash of the data."""
+    processor = platform.processor() or platform.machine()
     return {
         "stabrun": stabrun.__version__,
         "commit": commit(Path(stabrun.__file__).parent),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "ranks": 1,
@@ -44,14 +45,3 @@ def commit(folder: Path) -> str | None:
 def _git(folder: Path, *words: str) -> str:
     done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=5, check=True)
     return done.stdout.strip()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor(device: torch.device) -> str:
-    return f"{device.type}: {platform.processor() or platform.machine()}"
