@@ -1,29 +1,46 @@
 """Hydra's composition as plain functions: overrides → a checked `Config`, every mistake a `UserError`."""
 
+import copy
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 from hydra import initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigLoadError, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stabrun.config import Config, UserError, check, conf_dir, keys
+from stabrun.config import Config, UserError, added_groups, check, conf_dir, groups, keys
 
-SHELL = ("hydra.launcher.setup", "hydra.launcher.srun_args", "hydra.launcher.ray.init.runtime_env")
+TYPED_ONLY = (
+    "hydra.launcher.setup",
+    "hydra.launcher.srun_args",
+    "hydra.launcher.ray.init.runtime_env",
+    "hydra.sweeper.custom_search_space",
+    "hydra.sweeper.storage",
+)  # may name code to run
+UNUSED: dict[str, Any] = {
+    "hydra.run.dir": ".",
+    "hydra.sweep.dir": ".",
+    "hydra.sweep.subdir": ".",
+    "hydra.job.chdir": False,
+}
 OWN_CODE = ("hydra._internal.", "hydra_plugins.")
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launcher → what brings it
 
 
@@ -80,11 +97,6 @@ def no_such_key(path: str) -> str:
     near = difflib.get_close_matches(path, [k.path for k in keys()], n=1)
     hint = f" Did you mean {near[0]}?" if near else "" if "." in path else f" The groups are {', '.join(groups())}."
     return f"{path}: there is no such key." + hint
-
-
-def groups() -> list[str]:
-    """The folders of `conf/`: the groups that a file is chosen from."""
-    return sorted(item.name for item in conf_dir().iterdir() if item.is_dir())
 
 
 def needs_plus(group: str) -> str:
@@ -150,63 +162,109 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 def compose_each(runs: Iterable[list[str]], sources: Sources = SHIPPED) -> list[Config]:
     """The checked configuration of each run, from its overrides."""
     with plainly(), hydra(sources) as application:
-        return [_composed(application, sources.config_name, checked_words(overrides)) for overrides in runs]
+        return [to_config(composed(application, sources, overrides)) for overrides in runs]
 
 
-def checked_words(overrides: list[str]) -> list[str]:
-    """The same overrides. UserError if one is not of the form KEY=VALUE, or names a package to import."""
-    for word in overrides:
-        if "hydra.searchpath" in word:  # Hydra imports the package that a pkg:// path names
-            raise UserError(f"{word}: a search path can name code to run; add a directory with --config-dir DIR.")
-        if "=" not in word.lstrip("=~"):
-            raise UserError(f"{word}: an override is KEY=VALUE, such as optim.lr=3e-2 or +variant=qk_norm.")
-    return overrides
+def composed(
+    application: Any, sources: Sources, overrides: list[str], mode: RunMode = RunMode.RUN, own: Sequence[str] = ()
+) -> DictConfig:
+    """The whole configuration, Hydra's own part included, checked for code and for keys without effect.
 
-
-def _composed(application: Any, name: str, overrides: list[str]) -> Config:
+    `own` are further overrides that stabrun itself sets.
+    """
+    refuse_words(overrides, sources)
     with foreseen(overrides):
-        whole = application.compose_config(name, overrides, RunMode.RUN, from_shell=True)
+        whole: DictConfig = application.compose_config(sources.config_name, [*overrides, *own], mode, from_shell=True)
     refuse_code(whole)
-    return to_config(whole, whole.hydra)
+    refuse_unused(whole, own)
+    return whole
 
 
-def multirun(overrides: list[str], sources: Sources, job: Callable[[Config], None]) -> None:
+def shown(overrides: list[str], sources: Sources, kind: str, package: str | None, resolve: bool) -> str:
+    """The composed configuration as YAML, as Hydra's --cfg prints it: `kind` is job, hydra or all."""
+    with plainly(), hydra(sources) as application:
+        whole = composed(application, sources, overrides)
+        HydraConfig.instance().set_config(whole)
+        node: Any = copy.deepcopy(whole)
+        node.variant = to_config(whole).variant
+        OmegaConf.set_readonly(node.hydra, None)
+        node = application.get_sanitized_cfg(node, kind)
+        if package not in (None, "_global_"):
+            node = OmegaConf.select(node, package)
+        if node is None:
+            raise UserError(f"--package {package}: no such part of the configuration.")
+        if not OmegaConf.is_config(node):
+            return f"{node}\n"
+        if resolve:
+            OmegaConf.resolve(node)
+        return (f"# @package {package}\n" if package else "") + OmegaConf.to_yaml(node)
+
+
+def information(overrides: list[str], sources: Sources, info: str | None) -> str:
+    """What Hydra's --info prints, or its --hydra-help if `info` is None."""
+    with plainly(), hydra(sources) as application, redirect_stdout(StringIO()) as printed:
+        composed(application, sources, overrides)
+        if info:
+            application.show_info(info, config_name=sources.config_name, overrides=overrides)
+        else:
+            parser = get_args_parser()
+            application.hydra_help(sources.config_name, args_parser=parser, args=parser.parse_args(overrides))
+    return printed.getvalue()
+
+
+def multirun(overrides: list[str], sources: Sources, job: Callable[[Config], float]) -> None:
     """Hydra's own multirun: its sweeper and launcher call `job` with the configuration of each run.
 
-    All are composed and checked before the first is run; one whose run is refused afterwards does not stop the rest.
+    With Hydra's basic sweeper all runs are composed and checked before the first starts, and a run that is refused
+    afterwards does not stop the others. Other sweepers choose the runs one by one and minimize what `job` returns.
     """
 
-    def checked(task_config: DictConfig) -> Config | UserError:
+    def checked(task_config: DictConfig) -> UserError | None:
+        return outcome(task_config, lambda config: None)
+
+    def called(task_config: DictConfig) -> UserError | float:
+        return outcome(task_config, job)
+
+    def outcome(task_config: DictConfig, do: Callable[[Config], Any]) -> Any:
         try:
             with plainly():
-                return to_config(task_config, HydraConfig.get())
+                config = to_config(task_config, HydraConfig.get())
+            return do(config)
         except UserError as error:
+            if not basic:
+                raise
             return error
 
-    def called(task_config: DictConfig) -> UserError | None:
-        try:
-            job(to_config(task_config, HydraConfig.get()))
-        except UserError as error:
-            return error
-        return None
-
-    def each(task: Callable[[DictConfig], Any], overrides: list[str]) -> None:
-        batches = application.multirun(sources.config_name, task, overrides)
-        for result in (result.return_value for batch in batches for result in batch):
+    def each(task: Callable[[DictConfig], Any], words: list[str]) -> None:
+        with foreseen(overrides):
+            batches = application.multirun(sources.config_name, task, words)
+        results = [result.return_value for batch in batches or () for result in batch]
+        for result in results:
             if isinstance(result, UserError):
                 raise result
+        if basic and not results:
+            raise UserError(f"{' '.join(overrides)}: no run matches; list the values, such as seed=0,1.")
 
-    checked_words(overrides)
     with plainly(), hydra(sources) as application, TemporaryDirectory() as scratch:
-        # Hydra's note of the sweep goes where nobody looks, for runs keep their own records.
-        words = [f"hydra.sweep.dir={scratch}", *overrides, "hydra.mode=MULTIRUN"]
-        with foreseen(overrides):
-            whole = application.compose_config(sources.config_name, words, RunMode.MULTIRUN, from_shell=True)
-        refuse_code(whole)
-        here = [word for word in words if not word.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher"))]
-        with foreseen(overrides):
-            each(checked, here)
-        each(called, words)
+        # Hydra writes one file per job of a sweep; runs keep their own records.
+        own = [f"hydra.sweep.dir={scratch}", "hydra.mode=MULTIRUN"]
+        whole = composed(application, sources, overrides, RunMode.MULTIRUN, own)
+        basic = whole.hydra.sweeper._target_ == BASIC_SWEEPER
+        if basic:
+            refuse_unlisted(overrides, globs=True)
+            launcher = ("hydra/launcher", "hydra.launcher")
+            each(checked, [word for word in [*overrides, *own] if not word.lstrip("+~").startswith(launcher)])
+        each(called, [*overrides, *own])
+
+
+def refuse_unlisted(overrides: list[str], globs: bool) -> None:
+    """UserError at a sweep over an interval, or over a pattern of names unless `globs`: neither lists its values."""
+    for word in OverridesParser.create().parse_overrides(overrides):
+        if word.is_interval_sweep() or (word.is_glob_sweep() and not globs):
+            raise UserError(
+                f"{word.input_line}: list the values, separated by commas; to search for the highest "
+                "stable learning rate, use `stabrun sweep` with study.strategy=frontier."
+            )
 
 
 @contextmanager
@@ -218,9 +276,12 @@ def foreseen(overrides: list[str]) -> Iterator[None]:
         raise UserError(f"{' '.join(overrides)}: these overrides do not go together ({error}).") from error
 
 
-def to_config(whole: DictConfig, facts: Any) -> Config:
-    """A composed configuration as the schema's own objects, with the variant's name from Hydra's `facts`, checked."""
-    chosen = [name for word in facts.overrides.task for name in _variants(word)]
+def to_config(whole: DictConfig, facts: Any = None) -> Config:
+    """A composed configuration as checked objects of the schema; `facts` is Hydra's own part if `whole` lacks it."""
+    facts = facts or whole.hydra
+    words = [_chosen(word) for word in facts.overrides.task]
+    chosen = [name for group, names in words if group == "variant" for name in names]
+    whole = copy.copy(whole)
     OmegaConf.set_struct(whole, False)
     whole.pop("hydra", None)
     known = {k.path for k in keys()}
@@ -234,28 +295,77 @@ def to_config(whole: DictConfig, facts: Any) -> Config:
     return config
 
 
-def refuse_code(whole: DictConfig) -> None:
-    """UserError where a configuration names code to run: callbacks, foreign targets or factories, shell commands.
+def refuse_words(overrides: list[str], sources: Sources) -> None:
+    """UserError at an override that is not KEY=VALUE, names code to import, or chooses a file that Hydra misreads."""
+    for word in overrides:
+        if "hydra.searchpath" in word:  # Hydra imports the package that a pkg:// path names
+            raise UserError(f"{word}: a search path can name code to run; add a directory with --config-dir DIR.")
+        if "=" not in word.lstrip("=~"):
+            raise UserError(f"{word}: must be KEY=VALUE, such as optim.lr=3e-2 or +variant=qk_norm.")
+        if (key := word.lstrip("+~").partition("=")[0]) in UNUSED:
+            raise UserError(no_effect(key))
+        group, names = _chosen(word)
+        for file in (sources.config_dir / group / f"{name}.yaml" for name in names) if sources.config_dir else ():
+            if file.is_file():
+                refuse_file(file, group in added_groups())
+    primary = (sources.config_dir or conf_dir()) / f"{sources.config_name}.yaml"
+    if primary.is_file() and "searchpath" in primary.read_text(errors="replace"):
+        raise UserError(f"{primary}: hydra.searchpath can name code to run; add a directory with --config-dir DIR.")
 
-    A cluster may need the latter: they are allowed where they are typed, and not where a file has them.
+
+def refuse_file(file: Path, whole: bool) -> None:
+    """UserError if Hydra would not read the header of a file, or if a header is missing that it needs."""
+    text = file.read_text(errors="replace")
+    if text.startswith("\ufeff"):
+        raise UserError(f"{file}: starts with a byte-order mark; save it as UTF-8 without one.")
+    if whole and not re.search(r"^#\s*@package\s+_global_", text, re.MULTILINE):
+        raise UserError(f"{file}: the line `# @package _global_` is missing at its top.")
+
+
+def refuse_code(whole: DictConfig) -> None:
+    """UserError if a configuration names code to run: callbacks, targets, factories or shell commands.
+
+    Shell commands for a cluster, and a sweeper of an installed plugin, are allowed if given on the command line.
     """
     node = OmegaConf.to_container(whole.hydra, resolve=False)
     assert isinstance(node, dict)
     typed = [word.lstrip("+~").partition("=")[0] for word in node["overrides"]["hydra"]]
-    for path in SHELL:
+    for path in TYPED_ONLY:
         if OmegaConf.select(whole, path) and not any(word.startswith(path) for word in typed):
-            raise UserError(f"{path}: it names code to run, which a file may not; give it on the command line.")
+            raise UserError(f"{path}: names code to run, which is allowed on the command line only.")
     if node.get("callbacks"):
-        raise UserError("hydra.callbacks: it names code to run, which stabrun refuses; remove it.")
+        raise UserError("hydra.callbacks: names code to run, which is not allowed.")
+    own = set(_plugin_targets(node["runtime"]["choices"])) if "hydra/sweeper" in typed else set()
     for path, value in _targets(node, "hydra"):
-        if not str(value).startswith(OWN_CODE):
-            raise UserError(f"{path}={value}: it names code to run; only Hydra's own launchers are allowed.")
+        if not str(value).startswith(OWN_CODE) and (path, value) not in own:
+            raise UserError(f"{path}={value}: names code to run; only installed Hydra plugins are allowed.")
 
 
-def _variants(override: str) -> list[str]:
-    """The names in `+variant=NAME` or `+variant=[A,B]`."""
-    found = re.fullmatch(r"\+{0,2}variant=\[?([^\]]*)\]?", override)
-    return found[1].replace(" ", "").split(",") if found else []
+def _plugin_targets(chosen: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    """The targets that installed plugins declare for the chosen groups of Hydra."""
+    for group, name in chosen.items():
+        with suppress(ConfigLoadError):
+            node = ConfigStore.instance().load(f"{group}/{name}.yaml").node
+            yield from _targets(OmegaConf.to_container(node, resolve=False), group.replace("/", "."))
+
+
+def refuse_unused(whole: DictConfig, own: Sequence[str]) -> None:
+    """UserError at keys of Hydra that have no effect, because runs and studies choose their own directories."""
+    ours = [word.partition("=")[0] for word in own]
+    for path, usual in UNUSED.items():
+        value = OmegaConf.select(whole, path, throw_on_missing=False)
+        if path not in ours and value not in (usual, None):
+            raise UserError(no_effect(path))
+
+
+def no_effect(path: str) -> str:
+    return f"{path}: has no effect; use run_dir=DIR for a run and study_dir=DIR for a study."
+
+
+def _chosen(override: str) -> tuple[str, list[str]]:
+    """Group and names of `+variant=NAME` or `+variant=[A,B]`."""
+    found = re.fullmatch(r"\+{0,2}(\w+)=\[?([^\]]*)\]?", override)
+    return (found[1], found[2].replace(" ", "").split(",")) if found else ("", [])
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[str]:

@@ -7,6 +7,7 @@ is shown). `run_id` is a hash of the result keys only, so the same experiment is
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -21,6 +22,30 @@ def conf_dir() -> Path:
     """The directory of configuration files: inside the package in a wheel, beside it in a checkout."""
     package = Path(stabrun.__file__).parent
     return next(d for d in (package / "conf", package.parent / "conf") if (d / "config.yaml").is_file())
+
+
+def groups() -> list[str]:
+    """The config groups: the directories of `conf/`."""
+    return sorted(item.name for item in conf_dir().iterdir() if item.is_dir())
+
+
+def added_groups() -> list[str]:
+    """The config groups without a default, chosen by `+GROUP=NAME`."""
+    defaults = re.findall(r"^  - (\w+):", (conf_dir() / "config.yaml").read_text(), re.MULTILINE)
+    return [name for name in groups() if name not in defaults]
+
+
+def choices(group: str, config_dir: Path | None = None) -> dict[str, str]:
+    """Name → first comment line of each file of a config group, those of a user's directory included."""
+    found = [directory / group for directory in (conf_dir(), config_dir) if directory is not None]
+    files = sorted((file for directory in found for file in directory.glob("*.yaml")), key=lambda file: file.stem)
+    return {file.stem: _first_comment(file) for file in files}
+
+
+def _first_comment(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    comments = (line[1:].strip() for line in lines if line.startswith("#"))
+    return next((comment for comment in comments if not comment.startswith("@")), "")
 
 
 class UserError(Exception):
@@ -276,12 +301,18 @@ class Config:
 
 @dataclass(frozen=True)
 class Key:
-    """One leaf of the schema: dotted `path`, its `mark`, `doc` and `bounds`."""
+    """One leaf of the schema: dotted `path`, `type`, `mark`, `doc` and `bounds`."""
 
     path: str
+    type: Any
     mark: str
     doc: str
     bounds: dict[str, Any]
+
+    def values(self) -> list[str]:
+        """The values of an enumeration or a boolean; otherwise empty."""
+        allowed = self.bounds.get("allowed") or (("true", "false") if "bool" in str(self.type) else ())
+        return [*allowed, *["null"] * (bool(allowed) and "None" in str(self.type))]
 
     def problem(self, value: Any) -> str | None:
         """The error message for `value`, or None if it is valid."""
@@ -312,7 +343,7 @@ def keys(schema: type = Config, prefix: str = "") -> Iterator[Key]:
         if isinstance(factory, type) and is_dataclass(factory):
             yield from keys(factory, path + ".")
         else:
-            yield Key(path, **item.metadata)
+            yield Key(path, item.type, **item.metadata)
 
 
 def value_of(config: Config, path: str) -> Any:

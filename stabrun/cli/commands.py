@@ -1,194 +1,356 @@
-"""The commands that need more than the standard library; each imports what it needs."""
+"""The commands as click declares them; each imports what it needs when it is called."""
 
 import json
 import math
-import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stabrun.composition import Sources, checked_words, compose, compose_each, multirun, no_such_key, plainly
-from stabrun.config import Config, UserError, check, config_yaml, keys, run_dir, run_id
-from stabrun.record.schema import INTERRUPTED
+import click
 
-MODEL_FLAGS = ("--config-dir DIR", "--json", "--trace")
+import stabrun
+from stabrun.cli import completion
+from stabrun.cli.overrides import COMMON, COMMON_OF_STUDY
+from stabrun.config import Config, UserError, added_groups, check, choices, config_yaml, groups, keys, run_dir, run_id
+from stabrun.text import warn
 
+if TYPE_CHECKING:
+    from stabrun.composition import Sources
 
-def parse(words: list[str], *known: str) -> tuple[list[str], dict[str, Any]]:
-    """The words that are no flags, and the flags."""
-    rest, flags, source = list[str](), dict[str, Any](), iter(words)
-    for word in source:
-        flag = {"--multirun": "-m", "-c": "--cfg"}.get(word, word.partition("=")[0])
-        if flag.startswith("-") and flag not in [name.split()[0] for name in known]:
-            raise UserError(f"{word}: no such flag here; there are {' and '.join(known) or 'none'}.")
-        if flag == "--config-dir":
-            flags[flag] = Path(word.partition("=")[2] or next(source, ""))
-        elif flag.startswith("-"):
-            flags[flag] = True
-        else:
-            rest.append(word)
-    return rest, flags
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+EXIT_STATUS = "Exit status: 0 done (a diverged run included), 2 user error, 1 fault, 130 interrupted and resumable."
+DIRECTORY = click.Path(path_type=Path)
 
 
-def run(name: str, words: list[str], conf: Path) -> int:
-    """Call one command; a mistake is a sentence on stderr and status 2, a fault of the machine status 1."""
-    try:
-        return COMMANDS[name](words, conf)
-    except UserError as error:
-        complain(str(error))
-        return 2
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        complain(f"{error.filename or 'the disk'}: {error.strerror or error}.")
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower() + type(error).__name__.lower():
-            raise
-        complain("out of memory; a smaller train.micro_batch_size needs less, and `stabrun model` tells how much.")
-        return 1
+class Command(click.Command):
+    """A command whose help ends with examples and, if it takes overrides, with groups and common keys."""
+
+    def __init__(
+        self, *args: Any, examples: Iterable[str] = (), common: Iterable[str] = (), override_prefix: str = "", **kw: Any
+    ) -> None:
+        super().__init__(*args, **kw)
+        self.examples, self.common, self.override_prefix = tuple(examples), tuple(common), override_prefix
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            for example in self.examples:
+                formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
+        if self.common:
+            added, docs = added_groups(), {key.path: key.doc for key in keys()}
+            with formatter.section("Config groups (GROUP=NAME; +GROUP=NAME if marked with +)"):
+                formatter.write_dl(
+                    [(f"{'+' * (group in added)}{group}", ", ".join(choices(group))) for group in groups()]
+                )
+            with formatter.section("Common keys (KEY=VALUE; `stabrun train --cfg job` prints all of them)"):
+                formatter.write_dl([(path, docs[path]) for path in self.common])
+        formatter.write(f"\n{EXIT_STATUS}\n")
 
 
-def complain(text: str) -> None:
-    print(f"stabrun: {text}", file=sys.stderr)
+class Group(click.Group):
+    """A group that lists its commands in the order of their definition."""
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
 
-def train(words: list[str], conf: Path) -> int:
-    overrides, flags = parse(words, "-m", "--cfg", "--config-dir DIR")
-    sources = Sources(flags.get("--config-dir"))
-    if "-m" not in flags or "--cfg" in flags:
-        (config,) = compose_each([overrides], sources)
-        return show(config) if "--cfg" in flags else train_one(config)
-
-    def job(config: Config) -> None:
-        if train_one(config) == 130:
-            raise KeyboardInterrupt
-
-    multirun(overrides, sources, job)
-    return 0
+def install_completion(ctx: click.Context, _: click.Parameter, shell: str | None) -> None:
+    if shell is not None and not ctx.resilient_parsing:
+        click.echo(completion.install(cli, shell))
+        ctx.exit()
 
 
-def show(config: Config) -> int:
-    print(config_yaml(config), end="")
-    return 0
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(stabrun.__version__, message="stabrun %(version)s")
+@click.option(
+    "--install-completion", metavar="[bash|zsh|fish]", is_flag=False, flag_value="", is_eager=True, expose_value=False,
+    callback=install_completion, help="Install completion for a shell (default: that of $SHELL) and exit.",
+)  # fmt: skip
+def cli() -> None:
+    """How high can the learning rate go before a language model diverges, which layer goes first, and which norm
+    placement buys room?"""
+
+
+def overrides_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.argument(
+        "overrides", metavar="[OVERRIDE]...", nargs=-1, callback=lambda _ctx, _param, words: checked(words),
+        shell_complete=completion.complete_override,
+    )(command)  # fmt: skip
+
+
+def checked(words: Iterable[str]) -> list[str]:
+    """UserError if a word is not of the form KEY=VALUE."""
+    for word in words:
+        if "=" not in word.lstrip("=~"):
+            raise UserError(f"{word}: must be KEY=VALUE, such as optim.lr=3e-2 or +variant=qk_norm.")
+    return list(words)
+
+
+config_dir_option = click.option(
+    "-cd", "--config-dir", type=DIRECTORY, help="Add a directory of configuration files, such as DIR/variant/mine.yaml."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would be done; change nothing.")
+
+
+def hydra_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags of Hydra that print something instead of running, and those that choose the files."""
+    for option in reversed((
+        click.option("-c", "--cfg", type=click.Choice(["job", "hydra", "all"]), is_flag=False, flag_value="job",
+                     help="Print the configuration instead of running."),
+        click.option("-p", "--package", metavar="PACKAGE", help="With --cfg: print this part only, such as optim."),
+        click.option("--resolve", is_flag=True, help="With --cfg: resolve interpolations."),
+        click.option("-i", "--info", type=click.Choice(INFO), is_flag=False, flag_value="all",
+                     help="Print information about the composition instead of running."),
+        config_dir_option,
+        click.option("-cn", "--config-name", metavar="NAME", default="config", help="Name of the primary config file."),
+        click.option("--hydra-help", is_flag=True, help="Print Hydra's help."),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@dataclass
+class HydraFlags:
+    """The values of `hydra_options`."""
+
+    cfg: str | None
+    package: str | None
+    resolve: bool
+    info: str | None
+    config_dir: Path | None
+    config_name: str
+    hydra_help: bool
+
+    def sources(self) -> "Sources":
+        from stabrun.composition import Sources
+
+        return Sources(self.config_dir, self.config_name)
+
+    def show(self, overrides: list[str]) -> bool:
+        """Print what --cfg, --info or --hydra-help asks for. False if none of them was given."""
+        from stabrun import composition
+
+        if (self.package or self.resolve) and not self.cfg:
+            raise UserError("--package and --resolve are allowed with --cfg only.")
+        if self.cfg and self.info:
+            raise UserError("--cfg and --info exclude each other.")
+        if self.cfg:
+            print(composition.shown(overrides, self.sources(), self.cfg, self.package, self.resolve), end="")
+        elif self.info or self.hydra_help:
+            print(composition.information(overrides, self.sources(), self.info), end="")
+        return bool(self.cfg or self.info or self.hydra_help)
+
+
+@cli.command(
+    common=COMMON,
+    examples=(
+        "stabrun train +variant=qk_norm_cap optim.lr=3e-2",
+        "stabrun train model=micro train.precision=bf16 --cfg job",
+        "stabrun train -m optim.lr=1e-2,1e-1 seed=0,1",
+        "stabrun train -m hydra/sweeper=optuna 'optim.lr=tag(log,interval(1e-3,1))' hydra.sweeper.n_trials=20",
+    ),
+)
+@overrides_argument
+@click.option("-m", "--multirun", is_flag=True, help="Run one training per combination of comma-separated values.")
+@hydra_options
+def train(overrides: list[str], multirun: bool, **flags: Any) -> int:
+    """Train one run, up to a verdict."""
+    from stabrun import composition
+
+    hydra = HydraFlags(**flags)
+    if multirun and (hydra.cfg or hydra.info):
+        raise UserError("--multirun, --cfg and --info exclude each other.")
+    if hydra.show(overrides):
+        return 0
+    if multirun:
+        composition.multirun(overrides, hydra.sources(), objective)
+        return 0
+    (config,) = composition.compose_each([overrides], hydra.sources())
+    return train_one(config)
 
 
 def train_one(config: Config) -> int:
-    """One run, and its verdict in words; 130 where it was interrupted."""
+    """Train, and print the verdict; 130 if interrupted."""
+    from stabrun.record.schema import INTERRUPTED
+
+    return 130 if trained(config)["status"] == INTERRUPTED else 0
+
+
+def objective(config: Config) -> float:
+    """The final training loss of a run, for sweepers that minimize: infinite if there is none, or it is not finite."""
+    from stabrun.record.jsonl import number
+    from stabrun.record.schema import INTERRUPTED
+
+    summary = trained(config)
+    if summary["status"] == INTERRUPTED:
+        raise KeyboardInterrupt
+    loss = number(summary["final_loss"]) if summary["final_loss"] is not None else math.inf
+    return loss if math.isfinite(loss) else math.inf
+
+
+def trained(config: Config) -> Any:
+    """The summary of a run, trained now and printed."""
+    from stabrun.record.schema import INTERRUPTED
     from stabrun.training.run import train as train_run
-
-    summary = train_run(config)
-    tell(summary, config)
-    return 130 if summary["status"] == INTERRUPTED else 0
-
-
-def tell(summary: dict[str, Any], config: Config) -> None:
     from stabrun.verdict.wording import verdict_line
 
+    summary = train_run(config)
     print(verdict_line(summary))
     if summary["val_loss"] is not None:
         print(f"validation loss {summary['val_loss']:.4f}, perplexity {summary['val_perplexity']:.2f}")
     print(f"record: {run_dir(config)}")
     if summary["status"] == INTERRUPTED:
-        print(f"interrupted after step {summary['steps']}; the same command goes on from there.")
+        print(f"interrupted after step {summary['steps']}; the same command resumes from there.")
+    return summary
 
 
-def sweep(words: list[str], conf: Path) -> int:
+@cli.command(
+    common=(*COMMON_OF_STUDY, *COMMON),
+    examples=(
+        "stabrun sweep +experiment=quickstart",
+        "stabrun sweep study.variants=[baseline,qk_norm] study.lrs=[1e-2,1e-1,1] study.seeds=3 study.workers=2",
+        "stabrun sweep +experiment=frontier model=micro --dry-run",
+    ),
+)
+@overrides_argument
+@click.option("--dry-run", is_flag=True, help="List cells, tokens, FLOPs and hours; train nothing.")
+@hydra_options
+def sweep(overrides: list[str], dry_run: bool, **flags: Any) -> int:
+    """Run a study: variants × rates × seeds. The same command resumes or extends it."""
+    from stabrun.study.plan import split_axes
     from stabrun.study.sweep import sweep as run_study
 
-    overrides, flags = parse(words, "--dry-run", "--config-dir DIR")
-    return run_study(overrides, Sources(flags.get("--config-dir")), "--dry-run" in flags)
+    hydra = HydraFlags(**flags)
+    if hydra.cfg or hydra.info or hydra.hydra_help:
+        hydra.show(split_axes(overrides)[0])  # what all cells have in common
+        return 0
+    return run_study(overrides, hydra.sources(), dry_run)
 
 
-def status(words: list[str], conf: Path) -> int:
+@cli.command(examples=("stabrun status studies/quickstart-1a2b3c4d", "stabrun status runs/0123456789ab --json"))
+@click.argument("directory", metavar="DIR", type=DIRECTORY)
+@json_option
+def status(directory: Path, as_json: bool) -> None:
+    """Show the state of a study or a run. It may be running in another terminal."""
     from stabrun.cli import status
 
-    rest, flags = parse(words, "--json")
-    if len(rest) != 1:
-        raise UserError("status: name one DIR, of a study or a run; the only flag is --json.")
-    status.status(Path(rest[0]), "--json" in flags)
-    return 0
+    status.status(directory, as_json)
 
 
-def rerun(words: list[str], conf: Path) -> int:
-    """Train again from a recorded configuration, in a directory of its own unless run_dir says otherwise."""
+@cli.command(examples=("stabrun rerun runs/0123456789ab optim.lr=0.1", "stabrun rerun runs/0123456789ab --cfg job"))
+@click.argument("directory", metavar="RUN_DIR", type=DIRECTORY)
+@overrides_argument
+@click.option(
+    "-c", "--cfg", type=click.Choice(["job"]), is_flag=False, flag_value="job", help="Print the configuration."
+)
+def rerun(directory: Path, overrides: list[str], cfg: str | None) -> int:
+    """Train a recorded run again. Its own config is used, and a new directory."""
     from omegaconf import OmegaConf
 
+    from stabrun.composition import plainly
     from stabrun.record.run_dir import RunDir
 
-    if not words:
-        raise UserError("rerun: name a run directory, such as runs/0123456789ab.")
-    source = RunDir(Path(words[0]))
+    source = RunDir(directory)
     if not source.is_run():
-        raise UserError(f"{words[0]}: not a run directory: {source.config_file.name} is missing.")
+        raise UserError(f"{directory}: not a run directory: {source.config_file.name} is missing.")
     with plainly():
         recorded = source.config()
-        overrides, flags = parse(words[1:], "--cfg")
-        refuse_groups(checked_words(overrides))
+        refuse_groups(overrides)
         merged = OmegaConf.merge(OmegaConf.structured(recorded), OmegaConf.from_dotlist(overrides))
         config: Any = OmegaConf.to_object(merged)
     check(config)
     if not any(word.startswith("run_dir=") for word in overrides):
         same = run_id(config) == run_id(recorded)
-        config.run_dir = f"{words[0].rstrip('/')}-rerun" if same else str(Path(words[0]).parent / run_id(config))
-    return show(config) if "--cfg" in flags else train_one(config)
+        config.run_dir = f"{directory}-rerun" if same else str(directory.parent / run_id(config))
+    if cfg:
+        print(config_yaml(config), end="")
+        return 0
+    return train_one(config)
 
 
 def refuse_groups(overrides: list[str]) -> None:
-    """UserError at a word that is no single key: what is recorded has no groups to choose from."""
-    known = {k.path for k in keys()}
+    """UserError if an override is not a single key: a recorded config has no groups to choose from."""
+    from stabrun.composition import no_such_key
+
+    known = {key.path for key in keys()}
     for word in overrides:
         path = word.partition("=")[0]
         if path not in known:
-            raise UserError(f"rerun takes single keys, no groups and no variants; {no_such_key(path)}")
+            raise UserError(f"rerun takes single keys, no groups or variants; {no_such_key(path)}")
 
 
-def judge(words: list[str], conf: Path) -> int:
-    from stabrun.cli import judge as judging
+@cli.command(
+    examples=(
+        "stabrun judge runs/0123456789ab --follow",
+        "stabrun judge trainer_state.json --json",
+        "stabrun judge curve.csv --step iteration --loss train_loss --against other.csv",
+    ),
+)
+@click.argument("path", metavar="PATH", type=DIRECTORY)
+@json_option
+@click.option("--follow", is_flag=True, help="Watch a run until it ends or is certain to have diverged.")
+@click.option("--against", metavar="OTHER", type=DIRECTORY, help="Compare with another run: where the losses part.")
+@click.option("--step", metavar="COLUMN", help="Name of the column of steps.")
+@click.option("--loss", metavar="COLUMN", help="Name of the column of losses.")
+def judge(**words: Any) -> int:
+    """Print the verdict on saved records. PATH is a run, a study, or a CSV, JSON lines, trainer_state.json or log file."""
+    from stabrun.cli.judge import Request, judge
 
-    return judging.judge(words)
+    return judge(Request(**words))
 
 
-def report(words: list[str], conf: Path) -> int:
+@cli.command(examples=("stabrun report studies/quickstart-1a2b3c4d", "stabrun report runs/a runs/b"))
+@click.argument("directory", metavar="DIR", type=DIRECTORY)
+@click.argument("other", metavar="[OTHER]", type=DIRECTORY, required=False)
+def report(directory: Path, other: Path | None) -> None:
+    """Write tables, figures and an HTML page. DIR is a study or a run; with OTHER, the two side by side."""
     from stabrun.report.report import write_report
 
-    rest, _ = parse(words)
-    if not 1 <= len(rest) <= 2:
-        raise UserError("report: name a study or a run, or two of them: stabrun report DIR [OTHER].")
-    write_report(*map(Path, rest))
-    return 0
+    write_report(directory, other)
 
 
-def upload(words: list[str], conf: Path) -> int:
+@cli.command(override_prefix="tracker.", examples=("stabrun upload studies/quickstart-1a2b3c4d tracker.project=edges",))
+@click.argument("directory", metavar="DIR", type=DIRECTORY)
+@overrides_argument
+@dry_run_option
+def upload(directory: Path, overrides: list[str], dry_run: bool) -> int:
+    """Replay saved records into W&B. DIR is a study or a run. Overrides are keys of `tracker`."""
     from stabrun.publish import upload
 
-    rest, flags = parse(words, "--dry-run")
-    if not rest or "=" in rest[0]:
-        raise UserError(
-            "upload: name one DIR, of a study or a run, then perhaps tracker.KEY=VALUE; the only flag is --dry-run."
-        )
-    return upload.upload(Path(rest[0]), checked_words(rest[1:]), "--dry-run" in flags)
+    return upload.upload(directory, overrides, dry_run)
 
 
-def dashboard(words: list[str], conf: Path) -> int:
+@cli.command(override_prefix="tracker.", examples=("stabrun dashboard studies/quickstart-1a2b3c4d --dry-run",))
+@click.argument("words", metavar="[STUDY_DIR] [OVERRIDE]...", nargs=-1, shell_complete=completion.complete_override)
+@dry_run_option
+def dashboard(words: tuple[str, ...], dry_run: bool) -> int:
+    """Create a W&B workspace and report. Overrides are keys of `tracker`."""
     if find_spec("wandb_workspaces") is None:
-        raise UserError("dashboard: it needs the package wandb-workspaces: pip install 'stabrun[dashboard]'.")
-    from stabrun.publish import dashboard as workspace
+        raise UserError("dashboard: the package wandb-workspaces is missing: pip install 'stabrun[dashboard]'.")
+    from stabrun.publish import dashboard
 
-    rest, flags = parse(words, "--dry-run")
-    places = rest[:1] if rest and "=" not in rest[0] else []
-    study = Path(places[0]) if places else None
-    return workspace.dashboard(study, checked_words(rest[len(places) :]), "--dry-run" in flags)
+    study = Path(words[0]) if words and "=" not in words[0] else None
+    return dashboard.dashboard(study, checked(words[study is not None :]), dry_run)
 
 
-def model(words: list[str], conf: Path) -> int:
+@cli.command(common=COMMON, examples=("stabrun model model=830m", "stabrun model +variant=qk_norm +check=init --json"))
+@overrides_argument
+@config_dir_option
+@json_option
+@click.option("--trace", is_flag=True, help="Measure the peak memory by tracing, too.")
+def model(overrides: list[str], config_dir: Path | None, as_json: bool, trace: bool) -> None:
+    """Describe a model: parameters, FLOPs, memory. +check=init also runs one pass at the initial weights."""
+    from stabrun.composition import compose
     from stabrun.model.describe import describe, report
     from stabrun.record.jsonl import jsonable
 
-    overrides, flags = parse(words, *MODEL_FLAGS)
-    config = compose(overrides, flags.get("--config-dir"))
+    config = compose(overrides, config_dir)
     facts = describe(config)
-    if "--trace" in flags:
+    if trace:
         from stabrun.model.trace import traced_memory
 
         facts["memory"]["traced_peak_bytes"] = traced_memory(config)
@@ -198,37 +360,43 @@ def model(words: list[str], conf: Path) -> int:
 
         facts["init"] = check_initial(config)
         lines += ["", *told(facts["init"])]
-    print(json.dumps(jsonable(facts), indent=1) if "--json" in flags else "\n".join(lines))
-    return 0
+    print(json.dumps(jsonable(facts), indent=1) if as_json else "\n".join(lines))
 
 
-def data(words: list[str], conf: Path) -> int:
+@cli.command(examples=("stabrun variants", "stabrun variants --config-dir my_conf"))
+@config_dir_option
+def variants(config_dir: Path | None) -> None:
+    """List the variants and their sources."""
+    if config_dir is not None and not config_dir.is_dir():
+        raise UserError(f"--config-dir {config_dir}: no such directory.")
+    found = choices("variant", config_dir)
+    for name in sorted(found, key=lambda name: (name != "baseline", name)):
+        print(f"{name:<14} {found[name]}".rstrip())
+
+
+@cli.group(cls=Group, no_args_is_help=False)
+def data() -> None:
+    """Prepare data sets."""
+
+
+@data.command(
+    common=("data.path", "data.tokenizer", "data.workers"),
+    examples=("stabrun data prepare data=local data.path=texts data.workers=4",),
+)
+@overrides_argument
+@config_dir_option
+def prepare(overrides: list[str], config_dir: Path | None) -> int:
+    """Tokenize the corpus into memory-mapped shards."""
+    from stabrun.composition import compose
     from stabrun.data.shards import opened, prepare
 
-    if not words or words[0] != "prepare":
-        raise UserError("data: it is `stabrun data prepare [OVERRIDE…]`.")
-    overrides, flags = parse(words[1:], "--config-dir DIR")
-    config = compose(overrides, flags.get("--config-dir"))
+    config = compose(overrides, config_dir)
     try:
         prepared = prepare(config.data, config.model, verbose=True)
         opened(prepared.folder, math.inf)
     except KeyboardInterrupt:
-        complain("interrupted; the same command goes on from the parts that are finished.")
+        warn("interrupted; the same command resumes from the parts that are finished.")
         return 130
     tokens = prepared.manifest["tokens"]
     print(f"{tokens['train']:,} training and {tokens['val']:,} validation tokens in {prepared.folder}")
     return 0
-
-
-COMMANDS = {
-    "train": train,
-    "sweep": sweep,
-    "status": status,
-    "rerun": rerun,
-    "judge": judge,
-    "report": report,
-    "upload": upload,
-    "dashboard": dashboard,
-    "model": model,
-    "data": data,
-}

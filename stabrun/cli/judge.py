@@ -18,13 +18,12 @@ from stabrun.verdict.compare import parted
 from stabrun.verdict.judge import DIVERGED, Judge, Verdict
 from stabrun.verdict.wording import alarmed, details, verdict_line
 
-USAGE = "judge: name one PATH; flags are --json, --follow, --against PATH, --step COLUMN and --loss COLUMN."
 POLL = 0.2  # seconds between two looks at a growing file
 
 
 @dataclass
-class Asked:
-    """The words of `judge`."""
+class Request:
+    """What to judge, and how to show it."""
 
     path: Path
     as_json: bool = False
@@ -32,28 +31,6 @@ class Asked:
     against: Path | None = None
     step: str | None = None
     loss: str | None = None
-
-    @staticmethod
-    def parse(words: list[str]) -> "Asked":
-        """UserError at a flag or number of paths that is not known."""
-        paths, flags = list[str](), dict[str, Any]()
-        rest = iter(words)
-        for word in rest:
-            flag, joined, value = word.partition("=")
-            if word in ("--json", "--follow"):
-                flags["as_json" if flag == "--json" else "follow"] = True
-            elif flag in ("--against", "--step", "--loss"):
-                given = value if joined else next(rest, "")
-                if not given:
-                    raise UserError(f"{flag}: it needs a value. {USAGE}")
-                flags[flag[2:]] = Path(given) if flag == "--against" else given
-            elif word.startswith("-"):
-                raise UserError(f"{word}: no such flag. {USAGE}")
-            else:
-                paths.append(word)
-        if len(paths) != 1:
-            raise UserError(USAGE)
-        return Asked(Path(paths[0]), **flags)
 
 
 @dataclass
@@ -72,21 +49,20 @@ class Saved:
         return judge.conclude(self.planned)
 
 
-def judge(words: list[str]) -> int:
-    """Print the verdict on each run at the path that `words` name; returns the exit status."""
-    asked = Asked.parse(words)
-    if asked.follow:
-        return follow(asked)
-    records = read(asked.path, asked)
+def judge(request: Request) -> int:
+    """Print the verdict on each run at a path; returns the exit status."""
+    if request.follow:
+        return follow(request)
+    records = read(request.path, request)
     if len(records) == 1 and next(iter(records[0].rows()), None) is None:
         raise UserError(f"{records[0].name}: metrics.jsonl holds no rows yet, or is no record.")
-    told = [tell(record, asked) for record in records]
-    if asked.as_json:
+    told = [tell(record, request) for record in records]
+    if request.as_json:
         print(json.dumps(told[0] if len(told) == 1 else told, indent=1))
     return 0
 
 
-def read(path: Path, asked: Asked) -> list[Saved]:
+def read(path: Path, request: Request) -> list[Saved]:
     """The runs at `path`: a run directory, a study's, or a foreign file. UserError where it is none of these."""
     if path.is_dir():
         if RunDir(path).metrics.is_file():
@@ -100,7 +76,7 @@ def read(path: Path, asked: Asked) -> list[Saved]:
     beside = RunDir(path.parent)
     if path == beside.metrics and beside.is_run():
         return [of_directory(path.parent)]
-    return [Saved(str(path), curve.rows, None, curve.notes) for curve in read_curves(path, asked.step, asked.loss)]
+    return [Saved(str(path), curve.rows, None, curve.notes) for curve in read_curves(path, request.step, request.loss)]
 
 
 def of_directory(directory: Path) -> Saved:
@@ -108,41 +84,41 @@ def of_directory(directory: Path) -> Saved:
     return Saved(str(directory), run.rows, run.planned_steps())
 
 
-def tell(record: Saved, asked: Asked) -> dict[str, Any]:
-    """The verdict on one run as plain data; in words on standard output unless JSON was asked for."""
+def tell(record: Saved, request: Request) -> dict[str, Any]:
+    """The verdict on one run as plain data; in words on standard output unless JSON was request for."""
     verdict = record.verdict()
     facts = {"path": record.name, **jsonable(asdict(verdict)), "notes": record.notes}
-    if asked.against is not None:
-        others = read(asked.against, asked)
+    if request.against is not None:
+        others = read(request.against, request)
         if len(others) != 1:
-            raise UserError(f"--against {asked.against}: it holds {len(others)} runs; name one.")
+            raise UserError(f"--against {request.against}: it holds {len(others)} runs; name one.")
         facts["against"] = {
             "verdict": others[0].verdict().verdict,
             **parted(list(record.rows()), list(others[0].rows())),
         }
-    if not asked.as_json:
-        name = "" if asked.path == Path(record.name) else f"{record.name}: "
+    if not request.as_json:
+        name = "" if request.path == Path(record.name) else f"{record.name}: "
         print(name + verdict_line(facts))
         for line in details(facts):
             print(f"  {line}")
     return facts
 
 
-def follow(asked: Asked) -> int:
+def follow(request: Request) -> int:
     """Watch a run that grows: say each alarm once, and end when the run does, or is certain to have diverged."""
-    run = RunDir(asked.path)
-    file = run.metrics if asked.path.is_dir() else asked.path
-    if asked.against or asked.step or asked.loss:
+    run = RunDir(request.path)
+    file = run.metrics if request.path.is_dir() else request.path
+    if request.against or request.step or request.loss:
         raise UserError("--follow goes with --json alone.")
-    if asked.path.is_dir() and not (file.is_file() or run.is_run()):
-        raise UserError(f"--follow {asked.path}: it is no run directory.")
-    if not asked.path.is_dir() and file.suffix != ".jsonl":
+    if request.path.is_dir() and not (file.is_file() or run.is_run()):
+        raise UserError(f"--follow {request.path}: it is no run directory.")
+    if not request.path.is_dir() and file.suffix != ".jsonl":
         raise UserError(f"--follow {file}: it follows a run directory or a file of JSON lines.")
     planned = run.planned_steps()
     said, fold, look_at = set[str](), Judge(), 0
 
     def enough() -> bool:
-        return over(asked.path, fold, planned)
+        return over(request.path, fold, planned)
 
     status = 0
     try:
@@ -154,13 +130,13 @@ def follow(asked: Asked) -> int:
             if len(fold.losses) >= look_at or fold.over:
                 look_at = len(fold.losses) + max(10, len(fold.losses) // 100)
                 for what, line in alarmed(fold.conclude()):
-                    if what not in said and not asked.as_json:
+                    if what not in said and not request.as_json:
                         print(line, flush=True)
                     said.add(what)
     except KeyboardInterrupt:
         status = 130
-    facts = {"path": str(asked.path), **jsonable(asdict(fold.conclude(planned))), "notes": []}
-    print(json.dumps(facts, indent=1) if asked.as_json else "\n  ".join([verdict_line(facts), *details(facts)]))
+    facts = {"path": str(request.path), **jsonable(asdict(fold.conclude(planned))), "notes": []}
+    print(json.dumps(facts, indent=1) if request.as_json else "\n  ".join([verdict_line(facts), *details(facts)]))
     return status
 
 

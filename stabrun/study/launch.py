@@ -20,7 +20,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from stabrun.composition import Sources, foreseen, hydra, plainly, refuse_code
+from stabrun.composition import Sources, composed, hydra, plainly
 from stabrun.config import UserError
 from stabrun.study.ledger import Ledger
 from stabrun.study.plan import split_axes
@@ -36,7 +36,7 @@ def crew_of(overrides: list[str], sources: Sources, directory: Path, count: int)
     if swept := [key for key in axes if key.startswith("hydra")]:
         raise UserError(f"{swept[0]}={','.join(axes[swept[0]])}: all workers of a sweep are launched alike; give one.")
     with plainly(), hydra(sources) as application:
-        launcher = composed(application, sources, words, directory).hydra.launcher
+        launcher = with_launcher(application, sources, words, directory).hydra.launcher
     if launcher._target_ == BASIC:
         return LocalPool(directory, count)
     for key in ("nodes", "tasks_per_node"):
@@ -45,13 +45,11 @@ def crew_of(overrides: list[str], sources: Sources, directory: Path, count: int)
     return LauncherPool(directory, count, [str(sources.config_dir or ""), sources.config_name, *words])
 
 
-def composed(application: Any, sources: Sources, words: list[str], folder: Path) -> DictConfig:
+def with_launcher(application: Any, sources: Sources, words: list[str], folder: Path) -> DictConfig:
     """The whole configuration, Hydra's own part included; what its launcher writes goes to `folder`."""
     quoted = str(folder.absolute()).replace("\\", r"\\").replace("'", r"\'")
-    words = [*words, f"hydra.sweep.dir='{quoted}'", "hydra.mode=MULTIRUN"]
-    with foreseen(words):
-        whole: DictConfig = application.compose_config(sources.config_name, words, RunMode.MULTIRUN, from_shell=True)
-    refuse_code(whole)
+    own = [f"hydra.sweep.dir='{quoted}'", "hydra.mode=MULTIRUN"]
+    whole = composed(application, sources, words, RunMode.MULTIRUN, own)
     join_ray(whole.hydra.launcher)
     return whole
 
@@ -70,7 +68,7 @@ def launch(directory: Path, crew: str, first: int, jobs: int, sources: Sources, 
     threading.Thread(target=end_with_the_sweep, args=(directory, crew, folder), daemon=True).start()
     work = partial(at_work, str(directory), crew, os.getcwd(), jobs)
     with hydra(sources) as application:
-        whole = composed(application, sources, words, folder)
+        whole = with_launcher(application, sources, words, folder)
         context = HydraContext(config_loader=application.config_loader, callbacks=Callbacks())
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=whole)
         try:

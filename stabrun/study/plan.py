@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from stabrun.composition import SHIPPED, Sources, compose_each, plainly
+from stabrun.composition import SHIPPED, Sources, compose_each, plainly, refuse_unlisted
 from stabrun.config import RESULT, Config, UserError, check, config_of, marked, run_id
 from stabrun.record.jsonl import write_atomic
 from stabrun.record.study_dir import StudyDir
@@ -188,6 +188,7 @@ def _arms(fixed: list[str], variants: Iterable[str], axes: dict[str, list[str]])
 def split_axes(overrides: list[str]) -> tuple[list[str], dict[str, list[str]]]:
     """The overrides of one value, and key → values of each that sweeps, in Hydra's own syntax."""
     with plainly():
+        refuse_unlisted(overrides, globs=False)
         parsed = OverridesParser.create().parse_overrides(overrides)
     axes = {word.get_key_element(): list(word.sweep_string_iterator()) for word in parsed if word.is_sweep_override()}
     single = [
