@@ -19,6 +19,7 @@ from hydra.core.config_store import ConfigLoadError, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -260,7 +261,7 @@ def multirun(overrides: list[str], sources: Sources, job: Callable[[Config], flo
 def refuse_unlisted(overrides: list[str], globs: bool) -> None:
     """UserError at a sweep over an interval, or over a pattern of names unless `globs`: neither lists its values."""
     for word in OverridesParser.create().parse_overrides(overrides):
-        if word.is_interval_sweep() or (word.is_glob_sweep() and not globs):
+        if word.is_interval_sweep() or (word.value_type == ValueType.GLOB_CHOICE_SWEEP and not globs):
             raise UserError(
                 f"{word.input_line}: list the values, separated by commas; to search for the highest "
                 "stable learning rate, use `stabrun sweep` with study.strategy=frontier."

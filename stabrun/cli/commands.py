@@ -297,7 +297,7 @@ def refuse_groups(overrides: list[str]) -> None:
 @click.option("--step", metavar="COLUMN", help="Name of the column of steps.")
 @click.option("--loss", metavar="COLUMN", help="Name of the column of losses.")
 def judge(**words: Any) -> int:
-    """Print the verdict on saved records. PATH is a run, a study, or a CSV, JSON lines, trainer_state.json or log file."""
+    """Print the verdict on saved records. PATH: a run, a study, a CSV, JSON lines, trainer_state.json or log file."""
     from stabrun.cli.judge import Request, judge
 
     return judge(Request(**words))

@@ -37,6 +37,32 @@ BASH = """\
 complete -o nosort -o bashdefault -o default -F %(complete_func)s %(prog_name)s
 """
 
+ZSH = """\
+#compdef %(prog_name)s
+%(complete_func)s() {
+    local -a response complete partial
+    local type value help
+    (( $+commands[%(prog_name)s] )) || return 1
+    response=("${(@f)$(env COMP_WORDS="${words[*]}" COMP_CWORD=$((CURRENT-1)) \
+%(complete_var)s=zsh_complete %(prog_name)s)}")
+    for type value help in ${response}; do
+        [[ $help == _ ]] && help=''
+        case $type in
+            dir) _path_files -/ ;;
+            file) _path_files -f ;;
+            *) if [[ $value == *[=.] ]]; then partial+=("$value:$help"); else complete+=("$value:$help"); fi ;;
+        esac
+    done
+    (( $#complete )) && _describe -V unsorted complete -U
+    (( $#partial )) && _describe -V unsorted partial -U -S ''
+}
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+    %(complete_func)s "$@"
+else
+    compdef %(complete_func)s %(prog_name)s
+fi
+"""
+
 
 @add_completion_class
 class Bash(BashComplete):
@@ -58,11 +84,9 @@ class Bash(BashComplete):
 
 @add_completion_class
 class Zsh(ZshComplete):
-    """click's script, without a space after `KEY=` and `SECTION.`."""
+    """click's class with a script that adds no space after `KEY=` and `SECTION.`."""
 
-    source_template = ZshComplete.source_template.replace(
-        "completions_with_descriptions -U", "completions_with_descriptions -U -S ''"
-    ).replace("compadd -U", "compadd -S '' -U")
+    source_template = ZSH
 
 
 def complete_override(context: click.Context, parameter: click.Parameter, word: str) -> list[CompletionItem[str]]:
