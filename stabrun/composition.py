@@ -116,6 +116,10 @@ def many_values(given: str) -> str:
     return f"{given}: several values need -m, which runs one after the other."
 
 
+def no_such_primary(name: str) -> str:
+    return f"--config-name {name}: no such file in conf/ or in --config-dir."
+
+
 SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
     (r"Could not find '(\S+)/(\S+)'\s+Available options in '\S+':((?:\s+\S+)*?)\s+Config search", no_such_choice),
     (r"Could not load '(\S+)/(\S+)'", no_such_file),
@@ -127,6 +131,7 @@ SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
     (r"An item is already at '([\w.]+)'", not_new),
     (r"Error merging override (\S+)\n(.*)", wrong_type),
     (r"Ambiguous value for argument '([^']*)'", many_values),
+    (r"Cannot find primary config '(\S+)'", no_such_primary),
 )
 
 

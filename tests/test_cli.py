@@ -58,11 +58,17 @@ MISTAKES = [
     (["train", "optim.lr"], ["optim.lr", "KEY=VALUE"]),
     (["train", "optim.lr=[1"], ["optim.lr=[1"]),
     (["train", "~optim"], ["~optim", "KEY=VALUE"]),
-    (["train", "--lr=3"], ["--lr=3", "--config-dir"]),
+    (["train", "--lr=3"], ["--lr", "--config-dir"]),
+    (["train", "-m=1", "seed=0,1"], ["no such option", "--multirun"]),
+    (["train", "--cfg", "seed=1"], ["--cfg", "seed=1", "'job', 'hydra', 'all'"]),
+    (["train", "--resolve"], ["--resolve", "--cfg"]),
+    (["train", "-m", "--cfg", "job", "seed=0,1"], ["--multirun", "--cfg"]),
+    (["train", "--cfg", "job", "-p", "optm"], ["--package optm"]),
+    (["train", "-cn", "nope"], ["nope"]),
     (["train", "--config-dir", "/no/such/folder"], ["/no/such/folder"]),
     (["train", "-m", "+variant=baseline,null"], ["+variant=baseline,null"]),
     (["train", "run_dir=/dev/null/run"], ["run_dir=/dev/null/run"]),
-    (["train", "+hydra.callbacks.x._target_=os.getcwd"], ["hydra.callbacks", "refuses"]),
+    (["train", "+hydra.callbacks.x._target_=os.getcwd"], ["hydra.callbacks", "not allowed"]),
     (["train", "hydra.launcher._target_=os.getcwd"], ["hydra.launcher._target_=os.getcwd"]),
     (["train", "-m", "hydra.sweeper._target_=os.getcwd", "seed=0,1"], ["hydra.sweeper._target_=os.getcwd"]),
     (["train", "hydra.searchpath=[pkg://evil]"], ["hydra.searchpath", "--config-dir"]),
@@ -74,12 +80,13 @@ MISTAKES = [
     (["model", "--cfg"], ["--cfg", "--json"]),
     (["model", "-m", "seed=0,1"], ["-m", "--json"]),
     (["data", "prepare", "--cfg"], ["--cfg"]),
-    (["rerun"], ["run directory"]),
+    (["rerun"], ["RUN_DIR"]),
     (["rerun", "/no/such/run"], ["/no/such/run", "config.yaml"]),
     (["judge", "/no/such/run"], ["/no/such/run", "no such file"]),
     (["variants", "all"], ["all"]),
     (["model", "model=tiny"], ["model=tiny", "micro"]),
-    (["data"], ["data prepare"]),
+    (["data"], ["data", "prepare"]),
+    (["data", "clean"], ["clean", "prepare"]),
 ]
 
 
@@ -150,7 +157,7 @@ def test_mistakes_in_a_rerun(capsys, words, named):
 def test_a_rerun_shows_its_configuration_and_goes_beside_its_run(capsys):
     train(tiny("run_dir=runs/a", "train.steps=3"))
     capsys.readouterr()
-    status, out, _ = run(capsys, "rerun", "runs/a", "--cfg", "seed=3")
+    status, out, _ = run(capsys, "rerun", "runs/a", "--cfg", "job", "seed=3")
     assert status == 0
     assert "seed: 3" in out
     for words in (["seed=3"], ["seed=4"], []):
@@ -276,15 +283,16 @@ def test_variants_are_listed_with_their_source(capsys):
 
 def test_help_and_version(capsys):
     assert run(capsys, "--help")[0] == 0
-    assert "exit status" in run(capsys, "train", "--help")[1]
+    assert "Exit status: " in run(capsys, "train", "--help")[1]
     assert run(capsys, "--version")[1] == f"stabrun {package.__version__}\n"
     assert run(capsys)[0] == 2
 
 
 def test_help_and_variants_import_nothing_heavy(tmp_path):
     ask = (
-        "import sys\nfrom stabrun.cli.main import dispatch\n"
-        "dispatch(['--help']); dispatch(['variants'])\n"
+        "import sys\nfrom stabrun.cli.main import cli, dispatch\n"
+        "NAMES = [[], *([name] for name in cli.commands), ['data', 'prepare']]\n"
+        "assert [dispatch([*name, '--help']) for name in NAMES] == [0] * len(NAMES); dispatch(['variants'])\n"
         "heavy = {'torch', 'hydra', 'omegaconf', 'wandb', 'numpy', 'rich', 'yaml'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )

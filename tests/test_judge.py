@@ -247,7 +247,8 @@ def test_memory_does_not_grow_by_a_dictionary_a_row(tmp_path):
             file.write("step,loss\n")
             file.writelines(f"{i},{3 + (i % 7) / 100}\n" for i in range(count))
         ask = (
-            "import resource, sys\nfrom stabrun.cli.judge import judge\njudge([sys.argv[1]])\n"
+            "import pathlib, resource, sys\nfrom stabrun.cli.judge import Request, judge\n"
+            "judge(Request(pathlib.Path(sys.argv[1])))\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
         )
         done = subprocess.run([sys.executable, "-c", ask, str(tmp_path / "long.csv")], capture_output=True, text=True)
@@ -367,10 +368,10 @@ def test_ctrl_c_ends_following_with_the_verdict_so_far(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--against"], "needs a value"),
-        (["--fast"], "no such flag"),
-        (["--json=3"], "no such flag"),
-        (["b"], "name one PATH"),
+        (["--against"], "'--against' requires an argument"),
+        (["--fast"], "no such option '--fast'"),
+        (["--json=3"], "'--json' does not take a value"),
+        (["b"], "unexpected extra argument (b). Usage: stabrun judge [OPTIONS] PATH"),
         (["--follow", "--step", "x"], "alone"),
     ],
 )

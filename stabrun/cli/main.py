@@ -70,7 +70,8 @@ def dispatch(words: list[str]) -> int:
 
 def usage_text(error: click.UsageError) -> str:
     """click's message as one or two sentences: what was given, and what is allowed."""
-    text = error.format_message().rstrip(".")
+    text = error.format_message().rstrip(".").partition(". ")[0]
+    text = text[0].lower() + text[1:]
     if error.ctx is None:
         return f"{text}."
     command = error.ctx.command
@@ -81,7 +82,7 @@ def usage_text(error: click.UsageError) -> str:
     else:
         allowed = " ".join(error.ctx.get_usage().split())
     path = error.ctx.command_path.removeprefix("stabrun").strip()
-    return f"{path}{': ' * bool(path)}{text[0].lower()}{text[1:].partition('. ')[0]}. {allowed}"
+    return f"{path}{': ' * bool(path)}{text}. {allowed}"
 
 
 def option_names(command: click.Command) -> list[str]:
