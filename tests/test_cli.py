@@ -121,7 +121,7 @@ def test_another_experiments_directory_is_left_alone(capsys, tmp_path):
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     status, _, err = run(capsys, "train", *TINY, "train.steps=3", "optim.lr=0.5", "run_dir=run")
     assert status == 2
-    assert "optim.lr=0.01 (here 0.5)" in err
+    assert "optim.lr=0.01 (now 0.5)" in err
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
@@ -181,7 +181,7 @@ def test_jobs_of_a_multirun_are_refused_before_the_first_is_trained_and_run_on_a
     capsys.readouterr()
     status, _, err = run(capsys, "train", "-m", *TINY, "train.steps=3", "run_dir=runs/1,runs/2,runs/3")
     assert status == 2
-    assert "runs/2: it holds a run" in err
+    assert "runs/2: holds a run" in err
     assert "Error executing" not in err
     assert (tmp_path / "runs" / "3" / "summary.json").exists()
 
@@ -205,7 +205,7 @@ def test_sigterm_while_a_text_is_prepared_loses_nothing(tmp_path):
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err == "stabrun: interrupted; the same command goes on from the parts that are finished.\n"
+    assert err == "stabrun: interrupted; the same command resumes from the parts that are finished.\n"
     assert stabrun(*words, "data.cache_dir=cache", cwd=tmp_path).returncode == 0
     assert not list(tmp_path.glob("cache/*.part"))
 

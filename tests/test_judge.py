@@ -237,7 +237,7 @@ def test_a_study_has_a_verdict_for_each_run(capsys, tmp_path):
     facts = judged(capsys, tmp_path / "study")
     assert [(fact["reason"] == "too_short", fact["horizon"]) for fact in facts] == [(True, -1), (False, 49)]
     assert "no run directory" in refused(capsys, tmp_path / "study", "--follow")
-    assert "no run or study" in refused(capsys, tmp_path)
+    assert "neither a run nor a study" in refused(capsys, tmp_path)
 
 
 def test_memory_does_not_grow_by_a_dictionary_a_row(tmp_path):

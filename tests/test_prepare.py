@@ -126,7 +126,7 @@ def test_ctrl_c_ends_all_processes_and_loses_nothing(corpus, uninterrupted, tmp_
     os.killpg(process.pid, sign)  # as a terminal does it: the workers get it too
     _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130
-    assert err == "stabrun: interrupted; the same command goes on from the parts that are finished.\n"
+    assert err == "stabrun: interrupted; the same command resumes from the parts that are finished.\n"
     until(lambda: group_is_gone(process))
     assert finished(cache) >= 3
     prepare(data(corpus, cache), MODEL)
