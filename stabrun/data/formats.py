@@ -63,29 +63,37 @@ def _lines(file: Path, text_key: str) -> Iterator[Document]:
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
-                yield cut(_field(line, text_key, f"data.path={file}: line {number}"))
+                yield cut(_field(line, text_key, f"{file}: line {number}"))
 
 
 def _field(line: bytes, text_key: str, where: str) -> str:
-    """The text of one JSON line. Null counts as empty text."""
+    """The text of one JSON line."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start} of the line).") from error
+        raise UserError(
+            f"data.path={where} is not UTF-8 ({error.reason} at byte {error.start} of the line)."
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not a complete JSON object.") from error
+        raise UserError(f"data.path={where} is not a complete JSON object.") from error
     if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object.")
-    if text_key not in row:
-        raise UserError(f"{where} has no field data.text_key={text_key}. {listed('Fields', row)}.")
-    text = "" if row[text_key] is None else row[text_key]
-    if not isinstance(text, str):
-        raise UserError(f"{where} must have text under data.text_key={text_key}, not {type(text).__name__}.")
+        raise UserError(f"data.path={where} is not a JSON object.")
+    text = text_of(row, text_key, where)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} contains half of a surrogate pair, which is not a character.") from error
+        raise UserError(f"data.path={where} contains half of a surrogate pair, which is not a character.") from error
     return text
+
+
+def text_of(row: dict[str, Any], text_key: str, where: str) -> str:
+    """The text of a row. Null counts as empty text. Raises UserError if the field is missing or not text."""
+    if text_key not in row:
+        raise UserError(f"data.text_key={text_key}: {where} has no such field. {listed('Fields', row)}.")
+    text = row[text_key]
+    if not isinstance(text, str | None):
+        raise UserError(f"data.text_key={text_key}: this field of {where} must be text, not {type(text).__name__}.")
+    return text or ""
 
 
 def _table(file: Path, text_key: str) -> Iterator[Document]:

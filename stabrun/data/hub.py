@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stabrun.config import DataConfig, UserError
-from stabrun.data.formats import Document, cut, listed
+from stabrun.data.formats import Document, cut, listed, text_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,18 +44,7 @@ def documents(config: DataConfig, revision: str | None) -> Iterator[Document]:
             raise UserError(f"data.split={config.split}: {path} has no such split. {listed('Splits', splits)}.")
         rows = datasets.load_dataset(path, config.config, split=config.split, revision=revision, streaming=True)
         for row in rows:
-            yield cut(_text(row, config))
-
-
-def _text(row: dict, config: DataConfig) -> str:
-    if config.text_key not in row:
-        raise UserError(f"data.text_key={config.text_key}: {config.path} has no such column. {listed('Columns', row)}.")
-    text = row[config.text_key]
-    if not isinstance(text, str | None):
-        raise UserError(
-            f"data.text_key={config.text_key}: this column of {config.path} must be text, not {type(text).__name__}."
-        )
-    return text or ""
+            yield cut(text_of(row, config.text_key, path))
 
 
 def tokenizer(name: str, revision: str | None) -> "Tokenizer":
