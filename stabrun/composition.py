@@ -1,4 +1,4 @@
-"""Hydra's composition as plain functions: overrides → a checked `Config`, every mistake a `UserError`."""
+"""Hydra's composition as functions: overrides → a checked `Config`. Every invalid override raises `UserError`."""
 
 import copy
 import difflib
@@ -42,12 +42,12 @@ UNUSED: dict[str, Any] = {
 }
 OWN_CODE = ("hydra._internal.", "hydra_plugins.")
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launcher → what brings it
+EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launcher → extra that installs it
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where configuration files are read from: `conf/`, then a directory of the user's; and the primary file's name."""
+    """Where configuration files are read from: `conf/` and a directory of the user; name of the primary file."""
 
     config_dir: Path | None = None
     config_name: str = "config"
@@ -62,7 +62,7 @@ SHIPPED = Sources()
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Turn what Hydra, OmegaConf and YAML raise into a UserError of a sentence or two."""
+    """Turn exceptions of Hydra, OmegaConf and YAML into a UserError of one or two sentences."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -70,9 +70,9 @@ def plainly() -> Iterator[None]:
 
 
 def sentence(error: BaseException) -> str:
-    """An error of Hydra's and its cause in a sentence or two: the key, what was given, what is allowed."""
+    """An exception and its cause in one or two sentences: key, value given, values allowed."""
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: it is no override that can be read; quote brackets, commas and spaces."
+        return f"{error.override}: cannot be parsed; quote brackets, commas and spaces."
     text = "\n".join(str(e) for e in (error, error.__cause__) if e)
     for pattern, say in SENTENCES:
         if found := re.search(pattern, text):
@@ -86,26 +86,26 @@ def sentence(error: BaseException) -> str:
 
 def no_such_choice(group: str, name: str, options: str) -> str:
     if group == "hydra/launcher" and name in EXTRAS:
-        return f"{group}={name}: its package is not installed; pip install 'stabrun[{EXTRAS[name]}]' brings it."
-    return f"{group}={name}: there is no such {group}; it is one of {', '.join(options.split())}."
+        return f"{group}={name}: its package is not installed: pip install 'stabrun[{EXTRAS[name]}]'."
+    return f"{group}={name}: no such {group}; must be one of {', '.join(options.split())}."
 
 
 def no_such_file(group: str, name: str) -> str:
-    return f"{group}={name}: there is no such {group}."
+    return f"{group}={name}: no such {group}."
 
 
 def no_such_key(path: str) -> str:
     near = difflib.get_close_matches(path, [k.path for k in keys()], n=1)
     hint = f" Did you mean {near[0]}?" if near else "" if "." in path else f" The groups are {', '.join(groups())}."
-    return f"{path}: there is no such key." + hint
+    return f"{path}: no such key." + hint
 
 
 def needs_plus(group: str) -> str:
-    return f"{group}=…: it is added to the defaults, so that it is spelled +{group}=NAME."
+    return f"{group}=…: not in the defaults list; use +{group}=NAME."
 
 
 def not_new(path: str) -> str:
-    return f"{path}: the key is there already; leave out the + before it."
+    return f"{path}: the key exists already; leave out the + before it."
 
 
 def wrong_type(given: str, why: str) -> str:
@@ -113,7 +113,7 @@ def wrong_type(given: str, why: str) -> str:
 
 
 def many_values(given: str) -> str:
-    return f"{given}: several values need -m, which runs one after the other."
+    return f"{given}: several values require -m, which runs them one after another."
 
 
 def no_such_primary(name: str) -> str:
@@ -174,12 +174,12 @@ def compose_each(runs: Iterable[list[str]], sources: Sources = SHIPPED) -> list[
 def composed(
     application: Any, sources: Sources, overrides: list[str], mode: RunMode = RunMode.RUN, own: Sequence[str] = ()
 ) -> DictConfig:
-    """The whole configuration, Hydra's own part included, checked for code and for keys without effect.
+    """The composed configuration including Hydra's part, checked for code and for keys without effect.
 
-    `own` are further overrides that stabrun itself sets.
+    `own` are further overrides that stabrun sets.
     """
     refuse_words(overrides, sources)
-    with foreseen(overrides):
+    with as_user_error(overrides):
         whole: DictConfig = application.compose_config(sources.config_name, [*overrides, *own], mode, from_shell=True)
     refuse_code(whole)
     refuse_unused(whole, own)
@@ -219,7 +219,7 @@ def information(overrides: list[str], sources: Sources, info: str | None) -> str
 
 
 def multirun(overrides: list[str], sources: Sources, job: Callable[[Config], float]) -> None:
-    """Hydra's own multirun: its sweeper and launcher call `job` with the configuration of each run.
+    """Hydra's multirun: its sweeper and launcher call `job` with the configuration of each run.
 
     With Hydra's basic sweeper all runs are composed and checked before the first starts, and a run that is refused
     afterwards does not stop the others. Other sweepers choose the runs one by one and minimize what `job` returns.
@@ -242,7 +242,7 @@ def multirun(overrides: list[str], sources: Sources, job: Callable[[Config], flo
             return error
 
     def each(task: Callable[[DictConfig], Any], words: list[str]) -> None:
-        with foreseen(overrides):
+        with as_user_error(overrides):
             batches = application.multirun(sources.config_name, task, words)
         results = [result.return_value for batch in batches or () for result in batch]
         for result in results:
@@ -274,16 +274,16 @@ def refuse_unlisted(overrides: list[str], globs: bool) -> None:
 
 
 @contextmanager
-def foreseen(overrides: list[str]) -> Iterator[None]:
-    """Hydra meets overrides that it did not foresee with a bare exception: a UserError."""
+def as_user_error(overrides: list[str]) -> Iterator[None]:
+    """Hydra raises built-in exceptions at some invalid overrides: turn them into a UserError."""
     try:
         yield
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{' '.join(overrides)}: these overrides do not go together ({error}).") from error
+        raise UserError(f"{' '.join(overrides)}: invalid combination of overrides ({error}).") from error
 
 
 def to_config(whole: DictConfig, facts: Any = None) -> Config:
-    """A composed configuration as checked objects of the schema; `facts` is Hydra's own part if `whole` lacks it."""
+    """A composed configuration as checked objects of the schema. `facts` is Hydra's part if `whole` lacks it."""
     facts = facts or whole.hydra
     words = [_chosen(word) for word in facts.overrides.task]
     chosen = [name for group, names in words if group == "variant" for name in names]

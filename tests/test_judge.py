@@ -236,7 +236,7 @@ def test_a_study_has_a_verdict_for_each_run(capsys, tmp_path):
     (tmp_path / "study" / "runs" / "0" / "metrics.jsonl").write_text("")  # planned, and not begun
     facts = judged(capsys, tmp_path / "study")
     assert [(fact["reason"] == "too_short", fact["horizon"]) for fact in facts] == [(True, -1), (False, 49)]
-    assert "no run directory" in refused(capsys, tmp_path / "study", "--follow")
+    assert "not a run directory" in refused(capsys, tmp_path / "study", "--follow")
     assert "neither a run nor a study" in refused(capsys, tmp_path)
 
 
@@ -271,7 +271,7 @@ def test_against_another_run(capsys, tmp_path):
     status, out, _ = run(capsys, "judge", tmp_path / "c", "--against", tmp_path / "a")
     assert status == 0
     assert "the losses differ from step" in out
-    assert "there is no such file" in refused(capsys, tmp_path / "a", "--against", tmp_path / "nothing")
+    assert "no such file" in refused(capsys, tmp_path / "a", "--against", tmp_path / "nothing")
     (tmp_path / "gone.jsonl").write_text(rows_of(range(120), [math.nan] * 120))
     gone = judged(capsys, tmp_path / "a", "--against", tmp_path / "gone.jsonl")["against"]
     assert (gone["loss_step"], gone["difference"]) == (0, None)

@@ -20,7 +20,7 @@ MARKS = (pytest.mark.slurm, submitit_there)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("hydra/launcher=slrum",), "hydra/launcher=slrum: there is no such hydra/launcher"),
+        (("hydra/launcher=slrum",), "hydra/launcher=slrum: no such hydra/launcher"),
         (("hydra.launcher._target_=os.getcwd",), "it names code to run"),
         (("+hydra.callbacks.x._target_=os.getcwd",), "it names code to run"),
         pytest.param((HERE, "hydra.launcher.nodes=2"), "a job is one worker", marks=MARKS),

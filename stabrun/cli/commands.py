@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from stabrun.composition import Sources
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-EXIT_STATUS = "Exit status: 0 done (a diverged run included), 2 user error, 1 fault, 130 interrupted and resumable."
+EXIT_STATUS = (
+    "Exit status: 0 done (a diverged run included), 2 user error, 1 runtime error, 130 interrupted (resumable)."
+)
 DIRECTORY = click.Path(path_type=Path)
 
 
@@ -293,9 +295,14 @@ def refuse_groups(overrides: list[str]) -> None:
 @click.argument("path", metavar="PATH", type=DIRECTORY)
 @json_option
 @click.option("--follow", is_flag=True, help="Watch a run until it ends or is certain to have diverged.")
-@click.option("--against", metavar="OTHER", type=DIRECTORY, help="Compare with another run: where the losses part.")
-@click.option("--step", metavar="COLUMN", help="Name of the column of steps.")
-@click.option("--loss", metavar="COLUMN", help="Name of the column of losses.")
+@click.option(
+    "--against",
+    metavar="OTHER",
+    type=DIRECTORY,
+    help="Compare with another run: from which step losses and sites differ.",
+)
+@click.option("--step", metavar="COLUMN", help="Name of the step column.")
+@click.option("--loss", metavar="COLUMN", help="Name of the loss column.")
 def judge(**words: Any) -> int:
     """Print the verdict on saved records. PATH: a run, a study, a CSV, JSON lines, trainer_state.json or log file."""
     from stabrun.cli.judge import Request, judge
@@ -307,7 +314,7 @@ def judge(**words: Any) -> int:
 @click.argument("directory", metavar="DIR", type=DIRECTORY)
 @click.argument("other", metavar="[OTHER]", type=DIRECTORY, required=False)
 def report(directory: Path, other: Path | None) -> None:
-    """Write tables, figures and an HTML page. DIR is a study or a run; with OTHER, the two side by side."""
+    """Write tables, figures and an HTML page. DIR is a study or a run; OTHER is compared with it."""
     from stabrun.report.report import write_report
 
     write_report(directory, other)
@@ -341,7 +348,7 @@ def dashboard(words: tuple[str, ...], dry_run: bool) -> int:
 @overrides_argument
 @config_dir_option
 @json_option
-@click.option("--trace", is_flag=True, help="Measure the peak memory by tracing, too.")
+@click.option("--trace", is_flag=True, help="Also measure peak memory by tracing.")
 def model(overrides: list[str], config_dir: Path | None, as_json: bool, trace: bool) -> None:
     """Describe a model: parameters, FLOPs, memory. +check=init also runs one pass at the initial weights."""
     from stabrun.composition import compose
@@ -376,7 +383,7 @@ def variants(config_dir: Path | None) -> None:
 
 @cli.group(cls=Group, no_args_is_help=False)
 def data() -> None:
-    """Prepare data sets."""
+    """Prepare datasets."""
 
 
 @data.command(

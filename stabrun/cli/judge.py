@@ -1,4 +1,4 @@
-"""`stabrun judge`: the verdict on saved records, of a run, of a study, or of anyone's curve."""
+"""`stabrun judge`: the verdict on saved records of a run, a study, or another tool."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from stabrun.verdict.compare import parted
 from stabrun.verdict.judge import DIVERGED, Judge, Verdict
 from stabrun.verdict.wording import alarmed, details, verdict_line
 
-POLL = 0.2  # seconds between two looks at a growing file
+POLL = 0.2  # seconds between two reads of a growing file
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Request:
 
 @dataclass
 class Saved:
-    """One run's rows, read anew each time, and how many steps it was planned for where that is known."""
+    """The rows of a run, read again at each call, and its planned number of steps, if known."""
 
     name: str
     rows: Callable[[], Iterable[Row]]
@@ -55,15 +55,15 @@ def judge(request: Request) -> int:
         return follow(request)
     records = read(request.path, request)
     if len(records) == 1 and next(iter(records[0].rows()), None) is None:
-        raise UserError(f"{records[0].name}: metrics.jsonl holds no rows yet, or is no record.")
-    told = [tell(record, request) for record in records]
+        raise UserError(f"{records[0].name}: metrics.jsonl has no rows yet, or is not a record.")
+    verdicts = [show(record, request) for record in records]
     if request.as_json:
-        print(json.dumps(told[0] if len(told) == 1 else told, indent=1))
+        print(json.dumps(verdicts[0] if len(verdicts) == 1 else verdicts, indent=1))
     return 0
 
 
 def read(path: Path, request: Request) -> list[Saved]:
-    """The runs at `path`: a run directory, a study's, or a foreign file. UserError where it is none of these."""
+    """The runs at `path`: a run, a study, or a foreign file. Raises UserError if it is none of these."""
     if path.is_dir():
         if RunDir(path).metrics.is_file():
             return [of_directory(path)]
@@ -72,7 +72,7 @@ def read(path: Path, request: Request) -> list[Saved]:
             raise UserError(f"{path}: neither a run nor a study directory: {RunDir(path).metrics.name} is missing.")
         return [of_directory(run) for run in runs]
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file, run or study.")
+        raise UserError(f"{path}: no such file or directory.")
     beside = RunDir(path.parent)
     if path == beside.metrics and beside.is_run():
         return [of_directory(path.parent)]
@@ -84,14 +84,14 @@ def of_directory(directory: Path) -> Saved:
     return Saved(str(directory), run.rows, run.planned_steps())
 
 
-def tell(record: Saved, request: Request) -> dict[str, Any]:
-    """The verdict on one run as plain data; in words on standard output unless JSON was request for."""
+def show(record: Saved, request: Request) -> dict[str, Any]:
+    """The verdict on one run as plain data. Also prints it, unless JSON was requested."""
     verdict = record.verdict()
     facts = {"path": record.name, **jsonable(asdict(verdict)), "notes": record.notes}
     if request.against is not None:
         others = read(request.against, request)
         if len(others) != 1:
-            raise UserError(f"--against {request.against}: it holds {len(others)} runs; name one.")
+            raise UserError(f"--against {request.against}: contains {len(others)} runs; choose one.")
         facts["against"] = {
             "verdict": others[0].verdict().verdict,
             **parted(list(record.rows()), list(others[0].rows())),
@@ -105,17 +105,17 @@ def tell(record: Saved, request: Request) -> dict[str, Any]:
 
 
 def follow(request: Request) -> int:
-    """Watch a run that grows: say each alarm once, and end when the run does, or is certain to have diverged."""
+    """Watch a growing run: print each alarm once; end when the run ends or is certain to have diverged."""
     run = RunDir(request.path)
     file = run.metrics if request.path.is_dir() else request.path
     if request.against or request.step or request.loss:
-        raise UserError("--follow goes with --json alone.")
+        raise UserError("--follow can be combined with --json only.")
     if request.path.is_dir() and not (file.is_file() or run.is_run()):
-        raise UserError(f"--follow {request.path}: it is no run directory.")
+        raise UserError(f"--follow {request.path}: not a run directory.")
     if not request.path.is_dir() and file.suffix != ".jsonl":
-        raise UserError(f"--follow {file}: it follows a run directory or a file of JSON lines.")
+        raise UserError(f"--follow {file}: must be a run directory or a JSON lines file.")
     planned = run.planned_steps()
-    said, fold, look_at = set[str](), Judge(), 0
+    printed, fold, check_at = set[str](), Judge(), 0
 
     def enough() -> bool:
         return over(request.path, fold, planned)
@@ -123,16 +123,16 @@ def follow(request: Request) -> int:
     status = 0
     try:
         for row in grown(file, enough):
-            if row is None:  # the file was cut or replaced
-                said, fold, look_at = set(), Judge(), 0
+            if row is None:  # the file was truncated or replaced
+                printed, fold, check_at = set(), Judge(), 0
                 continue
             fold.add(row)
-            if len(fold.losses) >= look_at or fold.over:
-                look_at = len(fold.losses) + max(10, len(fold.losses) // 100)
+            if len(fold.losses) >= check_at or fold.over:
+                check_at = len(fold.losses) + max(10, len(fold.losses) // 100)
                 for what, line in alarmed(fold.conclude()):
-                    if what not in said and not request.as_json:
+                    if what not in printed and not request.as_json:
                         print(line, flush=True)
-                    said.add(what)
+                    printed.add(what)
     except KeyboardInterrupt:
         status = 130
     facts = {"path": str(request.path), **jsonable(asdict(fold.conclude(planned))), "notes": []}
@@ -141,7 +141,7 @@ def follow(request: Request) -> int:
 
 
 def over(path: Path, fold: Judge, planned: int | None) -> bool:
-    """Whether a followed run can say nothing new: it has ended, or is certain to have diverged."""
+    """Whether a followed run has ended, or is certain to have diverged."""
     if fold.over or fold.certain is not None:
         return fold.verdict().verdict == DIVERGED
     if planned is not None and fold.losses and fold.steps[-1] + 1 >= planned:
@@ -150,9 +150,9 @@ def over(path: Path, fold: Judge, planned: int | None) -> bool:
 
 
 def grown(file: Path, enough: Callable[[], bool]) -> Iterator[Row | None]:
-    """The rows of a growing file, as they are completed; None where it was cut or replaced and begins anew.
+    """Yield the rows of a growing file as they are completed, and None if it was truncated or replaced.
 
-    Ends when `enough()` and all that is there has been read.
+    Ends when `enough()` is true and all rows have been read.
     """
     handle: IO[bytes] | None = None
     half = b""
@@ -164,7 +164,7 @@ def grown(file: Path, enough: Callable[[], bool]) -> Iterator[Row | None]:
         if half.endswith(b"\n"):
             row, half = parse_line(half), b""
             if row is None:
-                raise UserError(f"{file} is damaged: a line of it is no JSON object.")
+                raise UserError(f"{file} is damaged: a line is not a JSON object.")
             yield check_row(row, file)
             continue
         if piece:
@@ -180,10 +180,10 @@ def grown(file: Path, enough: Callable[[], bool]) -> Iterator[Row | None]:
 
 
 def replaced(handle: IO[bytes], file: Path) -> bool:
-    """Whether the open file is no longer the one under its name, or has become shorter than what was read."""
+    """Whether the open file is no longer the one with this name, or is now shorter than what was read."""
     try:
         now = os.stat(file)
     except FileNotFoundError:
         return True
-    here = os.fstat(handle.fileno())
-    return (now.st_ino, now.st_dev) != (here.st_ino, here.st_dev) or now.st_size < handle.tell()
+    opened = os.fstat(handle.fileno())
+    return (now.st_ino, now.st_dev) != (opened.st_ino, opened.st_dev) or now.st_size < handle.tell()

@@ -1,4 +1,4 @@
-"""The entry point: run one click command; every failure becomes an exit status and one line on standard error."""
+"""The entry point: run a click command. Every failure becomes an exit status and one line on standard error."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def dispatch(words: list[str]) -> int:
-    """Exit status of one command: 2 after a user error, 1 after a fault of the machine."""
+    """Exit status of one command: 2 after a user error, 1 after a runtime error."""
     try:
         # Not cli.main(), which handles interrupts and broken pipes in its own way.
         with cli.make_context("stabrun", list(words)) as context:
