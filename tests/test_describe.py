@@ -61,7 +61,7 @@ def test_parameters_by_part(setting):
     assert closed == {part: counted[part] for part in closed}
 
 
-def test_830m_has_the_size_of_the_paper():
+def test_830m_has_the_size_given_in_the_paper():
     config = configured("model=830m")
     assert 826e6 <= parameters(config.model, config.data.seq_len)["total"] <= 831e6
 
@@ -95,7 +95,7 @@ def test_memory_is_within_a_tenth_of_the_trace(setting):
     "words",
     [pytest.param(words, id=k, marks=pytest.mark.xfail(strict=True, reason=why)) for k, (words, why) in APART.items()],
 )
-def test_memory_where_the_closed_form_is_known_to_be_off(words):
+def test_memory_where_the_closed_form_is_known_to_be_wrong(words):
     config = configured("model=mini", *words)
     assert memory(config)["peak_bytes"] == pytest.approx(traced_memory(config), rel=0.1)
 
@@ -118,7 +118,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_flops_are_exactly_torchs_count(shape):
+def test_flops_equal_torchs_count_exactly(shape):
     """With SDPA's math kernel: torch does not count the fused kernel of the CPU, and those of CUDA recompute logits."""
     config = small(*SHAPES[shape])
     expected = flops_per_token(config.model, config.data.seq_len) * 3 * config.data.seq_len
@@ -126,7 +126,7 @@ def test_flops_are_exactly_torchs_count(shape):
         assert sum(counted_flops(config, batch=3).values()) == expected
 
 
-def test_flops_of_attention_are_what_the_fused_kernel_hides():
+def test_flops_of_attention_are_those_that_the_fused_kernel_hides():
     config = small("baseline")
     model, seq_len = config.model, config.data.seq_len
     attention = 12 * model.n_layer * model.d_model * seq_len

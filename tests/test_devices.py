@@ -1,4 +1,4 @@
-"""Every tensor where the model is; one graph under torch.compile; a few steps on CUDA where there is one."""
+"""Every tensor is on the model's device; torch.compile gives one graph; a few steps on CUDA if available."""
 
 import math
 
@@ -26,7 +26,7 @@ EXTRA = {
 
 
 class DeviceGuard(TorchDispatchMode):
-    """Raises at any operation with a tensor of another device among what it takes or gives, in either pass."""
+    """Raises at any operation whose inputs or outputs include a tensor of another device, in either pass."""
 
     def __init__(self, device):
         super().__init__()
@@ -73,7 +73,7 @@ def test_no_tensor_is_made_on_another_device(variant, step):
 
 
 class Planted(nn.Module):
-    """A linear layer that meets a tensor of the CPU: as a constant, as an index, or in its backward pass alone."""
+    """A linear layer combined with a CPU tensor: as a constant, as an index, or only in its backward pass."""
 
     def __init__(self, where):
         super().__init__()
@@ -93,14 +93,14 @@ class Planted(nn.Module):
 
 
 @pytest.mark.parametrize("where", ["constant", "index", "matmul", "backward"])
-def test_the_guard_catches_a_planted_cpu_tensor(where):
+def test_the_guard_detects_a_cpu_tensor(where):
     with torch.device("meta"):
         model, x = Planted(where), torch.ones(2, 4)
     with pytest.raises(AssertionError, match="a tensor of cpu"), DeviceGuard("meta"):
         model(x).sum().backward()
 
 
-def test_the_guard_lets_a_sound_module_pass():
+def test_the_guard_accepts_a_correct_module():
     with torch.device("meta"):
         model, x = Planted("nowhere"), torch.ones(2, 4)
     with DeviceGuard("meta"):
@@ -137,7 +137,7 @@ def test_compiles_to_one_graph_with_the_probe(variant):
     torch._dynamo.reset()
 
 
-def test_the_graph_break_count_sees_a_break():
+def test_a_graph_break_is_counted():
     class Broken(nn.Module):
         def forward(self, x):
             torch._dynamo.graph_break()

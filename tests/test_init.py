@@ -1,4 +1,4 @@
-"""Initial weights against their formulas and torch's own, and the check at step 0."""
+"""Initial weights against their formulas and torch's functions, and the check at step 0."""
 
 import json
 import math
@@ -40,7 +40,7 @@ CUT = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(2 / mat
 
 
 @pytest.mark.parametrize("init", TORCHS)
-def test_weights_are_torchs_bit_for_bit(init):
+def test_weights_equal_torchs_bit_for_bit(init):
     generator = torch.Generator().manual_seed(5)
     for name, weight in matrices(drawn(init)).items():
         assert weight.equal(TORCHS[init](torch.empty_like(weight), generator)), name
@@ -61,7 +61,7 @@ def expected(init, name, rows, columns):
 
 
 @pytest.mark.parametrize("init", ["fan_in", "trunc_fan_in", "gpt2", "xavier", "kaiming", "small", "zero_out", "zero"])
-def test_spread_of_each_matrix_is_its_formula(init):
+def test_standard_deviation_of_each_matrix_equals_its_formula(init):
     for name, weight in matrices(drawn(init)).items():
         std = expected(init, name, *weight.shape)
         # The standard error of a sample's standard deviation is 1/√2n of it.
@@ -71,19 +71,19 @@ def test_spread_of_each_matrix_is_its_formula(init):
             assert float(weight.abs().max()) <= 2 * std / CUT
 
 
-def test_sigma_reparam_cannot_start_at_zero():
+def test_sigma_reparam_refuses_zero_initialization():
     with pytest.raises(UserError, match="spectral norm, here 0"):
         configured("+variant=sigma_reparam", "model.init=zero_out")
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "model.init=gpt2", "model.init=zero_out", "model=mini"])
-def test_nothing_is_off_where_nothing_is(variant):
+def test_no_findings_for_sound_configurations(variant):
     facts = check_initial(configured(variant if "=" in variant else f"+variant={variant}"))
     assert facts["findings"] == []
 
 
 BARE = "model.norm.kind=none", "model.residual=false", "model.n_layer=8", "model.mlp.activation=gelu"
-OFF = {
+PROBLEMS = {
     "zero": (("model.init=zero",), ["All gradients are zero", "put out zeros"]),
     "large logits": (("model.init=kaiming",), ["the logits are too large"]),
     "fades": (("model.init=fan_in", *BARE), ["The gradient fades", "The signal fades with depth"]),
@@ -93,17 +93,17 @@ OFF = {
 }
 
 
-@pytest.mark.parametrize("case", OFF)
-def test_what_is_off_is_said(case):
-    words, said = OFF[case]
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_problems_are_reported(case):
+    words, expected_parts = PROBLEMS[case]
     found = check_initial(configured(*words))["findings"]
-    assert len(found) == len(said), found
-    for text, part in zip(found, said, strict=True):
+    assert len(found) == len(expected_parts), found
+    for text, part in zip(found, expected_parts, strict=True):
         assert part in text
 
 
 def test_variances_are_those_of_the_tensors():
-    """Of the layers' own outputs and gradients, taken by autograd."""
+    """Of the outputs and gradients of the layers, computed by autograd."""
     config = tiny("model.n_head=2")
     facts = check_initial(config)
     model = GPT(config.model, config.data.seq_len, config.seed)
@@ -119,12 +119,12 @@ def test_variances_are_those_of_the_tensors():
             x, y = kept[f"blocks.{layer}.{name}"]
             (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
             norms = y.detach().norm(dim=-1)
-            told = facts["variances"]
-            assert told[f"{site} out"][layer] == pytest.approx(float(norms.mean() ** 2 / y.shape[-1]), rel=1e-4)
-            assert told[f"{site} in grad"][layer] == pytest.approx(float(gradient.square().mean()), rel=1e-4)
+            variances = facts["variances"]
+            assert variances[f"{site} out"][layer] == pytest.approx(float(norms.mean() ** 2 / y.shape[-1]), rel=1e-4)
+            assert variances[f"{site} in grad"][layer] == pytest.approx(float(gradient.square().mean()), rel=1e-4)
 
 
-def test_the_check_is_the_same_each_time():
+def test_the_check_is_deterministic():
     words = "model.dropout=0.5", "train.precision=bf16"
     assert check_initial(tiny(*words)) == check_initial(tiny(*words)) == check_initial(tiny())
 
@@ -141,7 +141,7 @@ def test_the_check_on_the_command_line(capsys):
     assert "init" in err
 
 
-def test_a_run_says_what_is_off_at_its_first_step(capsys, tmp_path):
+def test_a_run_reports_findings_at_its_first_step(capsys, tmp_path):
     train(tiny("model.init=zero", f"run_dir={tmp_path / 'run'}"))
     assert "All gradients are zero" in capsys.readouterr().out
     events = [event for event in RunDir(tmp_path / "run").events() if event["event"] == "init"]

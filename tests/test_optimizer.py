@@ -13,7 +13,7 @@ from stabrun.training.optimizer import clip_by_norm, clip_by_value, make_optimiz
 from stabrun.training.run import train
 
 
-def test_matrices_decay_and_nothing_else():
+def test_only_matrices_decay():
     config = tiny("model.bias=true", "+variant=layer_scale", "model.position.kind=learned")
     model = GPT(config.model, config.data.seq_len)
     groups = make_optimizer(model, config.optim).param_groups
@@ -23,7 +23,7 @@ def test_matrices_decay_and_nothing_else():
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
-# (optim.decay, optim.decay_independent) → what the decay λ adds to the gradient, and takes from the weight, at rate r
+# kind of decay → overrides, what λ adds to the gradient, and what it subtracts from the weight at rate r
 DECAYS = {
     "decoupled": (("optim.decay=decoupled",), lambda w, λ, r: 0.0, lambda w, λ, r: r * λ * w),
     "independent": (("optim.decay_independent=true",), lambda w, λ, r: 0.0, lambda w, λ, r: r / 0.01 * λ * w),
@@ -82,7 +82,7 @@ def test_clipping_equals_its_formula(limit, by):
 @pytest.mark.parametrize(
     ("word", "share"), [("optim.clip=null", None), ("optim.clip=1e9", 0.0), ("optim.clip=1e-9", 1.0)]
 )
-def test_share_of_clipped_steps_is_told(tmp_path, word, share):
+def test_the_summary_holds_the_share_of_clipped_steps(tmp_path, word, share):
     summary = train(tiny(f"run_dir={tmp_path / 'run'}", word, "train.steps=8"))
     assert summary["clipped_share"] == share
     rows = [row.get("grad/clipped") for row in RunDir(tmp_path / "run").rows()]
@@ -99,7 +99,7 @@ def test_objective_equals_its_formula():
     assert float(z_loss(logits, 1e-4)) == pytest.approx(1e-4 * float(z.log().square().mean()), rel=1e-12)
 
 
-def test_z_loss_is_minimised_and_is_no_part_of_the_loss():
+def test_z_loss_is_minimized_and_is_not_part_of_the_loss():
     rows = {}
     for weight in (0.0, 0.5):
         trainer = a_trainer(tiny(f"optim.z_loss={weight}", "observe.every=0", "train.micro_batch_size=2"))
@@ -111,7 +111,7 @@ def test_z_loss_is_minimised_and_is_no_part_of_the_loss():
 
 
 def test_micro_batches_add_up_to_the_batch():
-    """In fp64, for fp32 sums of different order part after some steps (4e-13 against 5e-7)."""
+    """In fp64: sums in another order differ by 4e-13, and by 5e-7 in fp32."""
     gradients = {}
     for micro in (1, 2, 4):
         trainer = a_trainer(tiny(f"train.micro_batch_size={micro}", "observe.every=0"))

@@ -1,4 +1,4 @@
-"""fp16 with dynamic loss scaling: overflows are planted in a gradient and looked at."""
+"""fp16 with dynamic loss scaling, with overflows planted in a gradient."""
 
 import json
 import math
@@ -15,7 +15,7 @@ FP16 = "train.precision=fp16", "train.loss_scale=1024", "train.loss_scale_growth
 
 
 def overflowing(trainer, bad_steps, value=math.inf):
-    """Plant `value` in one gradient of these steps, where the loss scale cannot know of it."""
+    """Put `value` into one gradient at these steps, after the loss scale was applied."""
     backward = trainer.backward
 
     def planted(step):
@@ -48,7 +48,7 @@ def test_scale_falls_and_recovers_and_no_bad_gradient_is_applied(value, clip):
             scale, finite = scale * 2, 0
 
 
-def test_skipped_steps_are_counted_and_are_no_divergence(tmp_path, monkeypatch):
+def test_skipped_steps_are_counted_and_are_not_a_divergence(tmp_path, monkeypatch):
     from stabrun.training.trainer import Trainer
 
     class Overflowing(Trainer):
@@ -64,7 +64,7 @@ def test_skipped_steps_are_counted_and_are_no_divergence(tmp_path, monkeypatch):
     assert [row["step"] for row in rows if row["grad/norm"] == "inf"] == [7, 20, 21]
 
 
-def test_an_overflow_at_the_lowest_scale_is_the_gradients_own():
+def test_an_overflow_at_the_lowest_scale_is_a_nonfinite_gradient():
     judge = Judge()
     for step in range(20):
         scale = 2.0 ** (8 - step)
@@ -87,8 +87,8 @@ def test_a_resumed_run_of_fp16_is_the_same_bytes(tmp_path, monkeypatch):
     assert whole == cut
 
 
-def test_gradients_are_those_of_fp32_whatever_the_scale():
-    """Within what fp16 rounds; the statistics too are free of the scale."""
+def test_gradients_equal_those_of_fp32_at_any_scale():
+    """Up to the rounding of fp16. The statistics do not depend on the scale either."""
     rows = {}
     for name, words in {
         "fp32": (),
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_fp32_whatever_the_scale():
             assert rows[scale][key] == pytest.approx(rows["fp32"][key], rel=0.01), key
 
 
-def test_share_of_underflow_grows_as_the_scale_falls():
+def test_underflow_grows_as_the_scale_falls():
     shares = [
         a_trainer(tiny(*FP16, f"train.loss_scale={scale}")).step(0).read()["scale/underflow"]
         for scale in (65536, 1.0, 1e-3, 1e-6)
@@ -119,17 +119,17 @@ def test_weights_and_moments_are_kept_in_fp32():
         assert {s["exp_avg"].dtype for s in trainer.optimizer.state.values()} == {torch.float32}
 
 
-def test_fp16_needs_no_observation(tmp_path):
+def test_fp16_works_without_observation(tmp_path):
     summary = train(tiny(*FP16, "observe.every=0", f"run_dir={tmp_path / 'run'}"))
     assert summary["status"] == "complete"
 
 
 @pytest.mark.parametrize("scale", ["4e9", "1e-7"])
-def test_a_loss_scale_out_of_reach_is_not_the_weights_fault(capsys, tmp_path, scale):
+def test_an_unusable_loss_scale_is_not_blamed_on_the_weights(capsys, tmp_path, scale):
     summary = train(tiny(*FP16, f"train.loss_scale={scale}", f"run_dir={tmp_path / 'run'}"))
-    said = capsys.readouterr().out
-    assert "not finite" not in said
-    assert ("loss scale is far too small" in said) == (scale == "1e-7")
+    output = capsys.readouterr().out
+    assert "not finite" not in output
+    assert ("loss scale is far too small" in output) == (scale == "1e-7")
     if scale == "4e9":  # skipped steps were not clipped
         rows = list(RunDir(tmp_path / "run").rows())
         kept = [row for row in rows if not row["scale/skipped"]]
@@ -138,14 +138,14 @@ def test_a_loss_scale_out_of_reach_is_not_the_weights_fault(capsys, tmp_path, sc
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_entropy_is_that_of_fp32_in_any_precision(precision):
+def test_entropy_equals_that_of_fp32_in_any_precision(precision):
     words = "observe.slow_every=1", "data.seq_len=64"
-    told = [a_trainer(tiny(*words, f"train.precision={p}")).step(0).read() for p in ("fp32", precision)]
+    rows = [a_trainer(tiny(*words, f"train.precision={p}")).step(0).read() for p in ("fp32", precision)]
     for key in ("attn/entropy", "attn/max_logit"):
-        assert told[1][key] == pytest.approx(told[0][key], rel=0.02), key
+        assert rows[1][key] == pytest.approx(rows[0][key], rel=0.02), key
 
 
-def test_spectral_norm_is_not_rounded_by_autocast():
+def test_autocast_does_not_round_the_spectral_norm():
     model = a_trainer(tiny("+variant=sigma_reparam")).model
     for layer in model.sigma_layers:
         with torch.autocast("cpu", torch.bfloat16):

@@ -280,7 +280,7 @@ def test_rope_over_an_odd_share_of_the_head(width, fraction):
 
 @pytest.mark.parametrize("position", SWITCHES["position.kind"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_shorter_context_equals_the_start_of_a_longer_one(variant, position):
+def test_a_shorter_context_gives_the_start_of_a_longer_one(variant, position):
     config = small(variant, f"model.position.kind={position}").model
     model, (tokens, _) = stirred(config), sample(config)
     torch.testing.assert_close(model(tokens[:, :4]), model(tokens)[:, :4], rtol=1e-5, atol=1e-5)
@@ -306,7 +306,7 @@ def test_power_iteration_reaches_the_spectral_norm(n_in, n_out):
     torch.testing.assert_close(layer.sigma(), torch.linalg.matrix_norm(layer.weight, 2), rtol=1e-5, atol=0)
 
 
-def test_one_power_iteration_a_step_and_none_in_the_forward_pass():
+def test_one_power_iteration_per_step_and_none_in_the_forward_pass():
     config = small("sigma_reparam").model
     model, (tokens, _) = stirred(config), sample(config)
     layer = model.blocks[0].attn.layer.qkv
@@ -358,7 +358,7 @@ def test_soft_clip_reaches_zero_and_one_exactly():
 
 
 @pytest.mark.parametrize("variant", ["baseline", "soft_cap", "soft_clip"])
-def test_dropout_acts_in_training_alone(variant):
+def test_dropout_acts_only_in_training(variant):
     still = stirred(small(variant).model)
     wet = stirred(small(variant, "model.dropout=0.3").model)
     tokens, _ = sample(small(variant).model)
@@ -433,7 +433,7 @@ def test_bf16_keeps_norms_softmax_stream_and_logits_in_fp32(variant, monkeypatch
 
 
 def test_bf16_logits_of_the_plain_path_are_not_rounded():
-    """With the cap or the clip set, attention in bf16 should be as exact as SDPA's, whose logits stay in fp32."""
+    """With cap or clip, attention in bf16 is as exact as SDPA, whose logits stay in fp32."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 16, 64)
     q, k, v = (30 * q).bfloat16(), k.bfloat16(), v.bfloat16()  # logits near 100, as before a divergence

@@ -1,8 +1,8 @@
-"""Checkpoints: safetensors and JSON, so that loading one can run no code.
+"""Checkpoints in safetensors and JSON: loading one never runs code.
 
-`checkpoints/step_00000200/` holds `model.safetensors` (parameters and buffers by name, tied weights once),
-`optimizer.safetensors` (Adam's state as `name/part`) and `meta.json` (the step, and the loss scale of
-fp16), and means: 200 updates are done. It appears under its name only when whole, and replaces the one before.
+`checkpoints/step_00000200/` is the state after 200 updates: `model.safetensors` (parameters and buffers by name, tied
+weights once), `optimizer.safetensors` (Adam's state as `name/part`) and `meta.json` (the step, and the loss scale of
+fp16). A checkpoint appears under its name once it is complete, and replaces the previous one.
 """
 
 import errno
@@ -22,12 +22,11 @@ from stabrun.record.jsonl import read_json
 
 META = "meta.json"
 
-
-Scaler = dict[str, Any]  # of `LossScale.state`; empty but in fp16
+Scaler = dict[str, Any]  # `LossScale.state`; empty in other precisions than fp16
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Scaler) -> Path:
-    """Write the state after `step` updates below `folder`; older checkpoints go. Returns the new one's path."""
+    """Write the state after `step` updates below `folder` and remove older checkpoints. Returns its path."""
     target, scratch = folder / f"step_{step:08d}", folder / "incomplete"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -56,7 +55,7 @@ def _write(scratch: Path, meta: dict[str, Any], model: nn.Module, optimizer: tor
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk."""
+    """Wait until a file, or the entries of a directory, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -65,13 +64,13 @@ def sync(path: Path) -> None:
 
 
 def latest(folder: Path) -> tuple[int, Path] | None:
-    """The newest whole checkpoint below `folder` and the updates it holds. UserError where its step is damaged."""
+    """The newest complete checkpoint below `folder`: its updates and path. UserError if its step is damaged."""
     newest = max((meta.parent for meta in folder.glob(f"step_*/{META}")), default=None)
     if newest is None:
         return None
     step = read_json(newest / META).get("step")
     if not isinstance(step, int) or newest.name != f"step_{step:08d}":
-        raise UserError(f"{newest / META} is damaged: its step is not that of its folder.")
+        raise UserError(f"{newest / META} is damaged: its step differs from the name of its directory.")
     return step, newest
 
 
