@@ -27,6 +27,7 @@ from stabrun.data.corpus import Piece
 from stabrun.data.progress import Progress
 from stabrun.data.tokenizer import Tokenizer, load
 from stabrun.record.jsonl import write_atomic
+from stabrun.record.synced import file_digest
 
 CHUNK = 8 << 20  # characters of text per part
 SHARD_TOKENS = 1 << 28
@@ -152,12 +153,11 @@ def write_part(folder: Path, tokenizer: Tokenizer, separator: str | None, index:
     tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     for piece in chunk:
         tokens[piece.split] += [tokenizer.encode(piece.text), *(end if piece.last else [])]
-    raw = [np.concatenate([np.empty(0, np.uint8), *tokens[split]]).astype(dtype(tokenizer)) for split in SPLITS]
-    part = _facts(chunk) | {
-        "sha256": _sha256(*(split.tobytes() for split in raw)),
-        "tokens": {split: len(array) for split, array in zip(SPLITS, raw, strict=True)},
-    }
-    write_atomic(folder / f"{index:05d}.bin", b"".join(array.tobytes() for array in raw))
+    arrays = [np.concatenate([np.empty(0, np.uint8), *tokens[split]]).astype(dtype(tokenizer)) for split in SPLITS]
+    raw = b"".join(array.tobytes() for array in arrays)
+    counts = {split: len(array) for split, array in zip(SPLITS, arrays, strict=True)}
+    part = _facts(chunk) | {"sha256": _sha256(raw), "tokens": counts}
+    write_atomic(folder / f"{index:05d}.bin", raw)
     write_atomic(folder / f"{index:05d}.json", json.dumps(part))
     return part
 
@@ -180,14 +180,11 @@ def _found(folder: Path, index: int, chunk: list[Piece]) -> Part | None:
 def _facts(chunk: list[Piece]) -> Part:
     texts = [piece.text.encode() for piece in chunk]
     cuts = repr([(piece.split, piece.last, len(text)) for piece, text in zip(chunk, texts, strict=True)])
-    return {"text_sha256": _sha256(cuts.encode(), *texts), "bytes": sum(map(len, texts))}
+    return {"text_sha256": _sha256(b"".join([cuts.encode(), *texts])), "bytes": sum(map(len, texts))}
 
 
-def _sha256(*contents: bytes) -> str:
-    digest = hashlib.sha256()
-    for content in contents:
-        digest.update(content)
-    return digest.hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def join(parts: list[Part], scratch: Path, kind: np.dtype, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -221,11 +218,9 @@ def _cut(arrays: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _shard(file: Path, arrays: Iterator[np.ndarray]) -> dict[str, Any]:
-    digest, count = hashlib.sha256(), 0
+    count = 0
     with open(file, "wb") as out:
         for array in arrays:
-            raw = array.tobytes()
-            out.write(raw)
-            digest.update(raw)
+            out.write(array.tobytes())
             count += len(array)
-    return {"file": file.name, "tokens": count, "sha256": digest.hexdigest()}
+    return {"file": file.name, "tokens": count, "sha256": file_digest(file)}

@@ -22,6 +22,7 @@ from stabrun.config import DataConfig, ModelConfig, UserError
 from stabrun.data import corpus, parts, tokenizer
 from stabrun.data.parts import SPLITS
 from stabrun.record.jsonl import write_atomic, write_json
+from stabrun.record.synced import file_digest
 
 FORMAT = 1
 CHECKED_BYTES = 64_000_000  # of shards, verified each time they are opened: takes a fraction of a second
@@ -119,7 +120,7 @@ def default_cache() -> Path:
 def name(data: DataConfig, model: ModelConfig) -> str:
     """The directory name: a hash of everything that the content depends on, except changes on the Hub."""
     file = tokenizer.file_of(data)
-    kind = hashlib.sha256(file.read_bytes()).hexdigest() if file else data.tokenizer
+    kind = file_digest(file) if file else data.tokenizer
     facts = [FORMAT, corpus.fingerprint(data), kind, _bpe_size(data, model), data.val_fraction]
     usual = asdict(DataConfig())
     changed = {key: value for key, value in asdict(data).items() if key in LATER_KEYS and value != usual[key]}
@@ -167,7 +168,7 @@ def _write(data: DataConfig, model: ModelConfig, scratch: Path, folder: Path, ve
         "revision": revision,
         "separator": data.separator,
         "tokenizer": data.tokenizer,
-        "tokenizer_sha256": hashlib.sha256(saved.read_bytes()).hexdigest(),
+        "tokenizer_sha256": file_digest(saved),
         "vocab_size": words.size,
         "dtype": parts.dtype(words).str,
         "tokens": {split: sum(part["tokens"][split] for part in made) for split in SPLITS},
@@ -238,14 +239,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _refuse_changed(folder: Path, file: str, sha256: str | None) -> None:
     """Raise UserError if a file does not match the manifest. Manifests of earlier versions lack some hashes."""
-    if sha256 is None:
-        return
-    try:
-        with open(folder / file, "rb") as content:
-            same = hashlib.file_digest(content, "sha256").hexdigest() == sha256
-    except FileNotFoundError:
-        same = False
-    if not same:
+    if sha256 is not None and file_digest(folder / file) != sha256:
         raise _damaged(folder, f"{folder / file} is missing or damaged")
 
 
