@@ -18,7 +18,7 @@ from helpers import stabrun
 from stabrun.config import DataConfig, ModelConfig, UserError
 from stabrun.data import parts, shards, tokenizer
 from stabrun.data.corpus import EMBEDDED
-from stabrun.data.progress import Progress
+from stabrun.data.progress import shown_progress
 from stabrun.data.shards import opened, prepare
 
 MODEL = ModelConfig(vocab_size=2000)
@@ -172,7 +172,7 @@ def test_a_full_disk_is_a_fault_and_the_parts_are_kept(corpus, uninterrupted, tm
 def test_progress_is_printed_in_plain_lines_without_a_terminal(capsys, monkeypatch):
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    with Progress(3, verbose=False) as progress:
+    with shown_progress(3, verbose=False) as progress:
         progress.skip({"bytes": 2_000_000, "tokens": {"train": 5, "val": 1}})
         for _ in range(4):
             progress.add({"bytes": 4_000_000, "tokens": {"train": 900, "val": 100}})

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from stabrun.data.corpus import Piece
-from stabrun.data.progress import Progress
+from stabrun.data.progress import shown_progress
 from stabrun.data.tokenizer import Tokenizer, load
 from stabrun.record.jsonl import write_atomic
 from stabrun.record.synced import file_digest
@@ -74,7 +74,7 @@ def make(
             parts[index] = future.result()
             progress.add(parts[index])
 
-    with Progress(finished(folder), verbose) as progress, _pool(folder, tokenizer, separator, workers) as submit:
+    with shown_progress(finished(folder), verbose) as progress, _pool(folder, tokenizer, separator, workers) as submit:
         for index, chunk in enumerate(chunks(pieces, CHUNK)):
             if part := _found(folder, index, chunk):
                 parts[index] = part

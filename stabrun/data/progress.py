@@ -2,38 +2,38 @@
 
 import sys
 import time
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from rich.console import Console
+from rich.status import Status
 
 EVERY = 10.0  # seconds between plain lines
 
 
-class Progress:
-    """Counts text and tokens of finished parts, after `reused` parts of an earlier pass.
+@contextmanager
+def shown_progress(reused: int, verbose: bool) -> Iterator["Progress"]:
+    """Show the progress of a pass, after `reused` parts of an earlier pass.
 
     The last line is printed if `verbose` is set or the pass took longer than EVERY.
     """
+    if reused:
+        print(f"resuming from {reused} finished part{'s'[: reused > 1]} of an earlier pass", flush=True)
+    with Console().status("tokenizing") if sys.stdout.isatty() else nullcontext() as live:
+        progress = Progress(live)
+        yield progress
+    if progress.bytes and (verbose or time.monotonic() - progress.began > EVERY):
+        print(f"tokenized {progress.line()}", flush=True)
 
-    def __init__(self, reused: int, verbose: bool) -> None:
+
+class Progress:
+    """Counts text and tokens of finished parts."""
+
+    def __init__(self, live: Status | None) -> None:
+        self.live = live
         self.began = self.printed = time.monotonic()
-        self.verbose = verbose
         self.bytes = self.tokens = self.skipped = 0
-        if reused:
-            print(f"resuming from {reused} finished part{'s'[: reused > 1]} of an earlier pass", flush=True)
-        self.live = Console().status("tokenizing") if sys.stdout.isatty() else None
-
-    def __enter__(self) -> Self:
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.live:
-            self.live.stop()
-        if kind is None and self.bytes and (self.verbose or time.monotonic() - self.began > EVERY):
-            print(f"tokenized {self.line()}", flush=True)
 
     def skip(self, part: dict[str, Any]) -> None:
         """Count a part of an earlier pass."""
