@@ -368,6 +368,30 @@ def no_effect(path: str) -> str:
     return f"{path}: has no effect; use run_dir=DIR for a run and study_dir=DIR for a study."
 
 
+def override(config: Config, words: Sequence[str]) -> Config:
+    """A recorded configuration with other values of single keys, checked.
+
+    Raises UserError at anything but KEY=VALUE: what is recorded has no groups to choose from.
+    """
+    known, node = {k.path for k in keys()}, OmegaConf.structured(config)
+    for word in words:
+        path, assigned, _ = word.partition("=")
+        if not assigned or path.lstrip("+~") in groups():
+            raise UserError(f"{word}: a recorded configuration takes single keys, such as optim.lr=3e-2; no groups.")
+        if path not in known:
+            raise UserError(no_such_key(path))
+        try:
+            node.merge_with_dotlist([word])
+        except OmegaConfBaseException as error:
+            raise UserError(f"{word}: {sentence(error)}.") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"{word}: not a value; quote brackets, commas and spaces.") from error
+    changed: Any = OmegaConf.to_object(node)
+    check(changed)
+    result: Config = changed
+    return result
+
+
 def _chosen(override: str) -> tuple[str, list[str]]:
     """Group and names of `+variant=NAME` or `+variant=[A,B]`."""
     found = re.fullmatch(r"\+{0,2}(\w+)=\[?([^\]]*)\]?", override)

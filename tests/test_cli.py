@@ -140,32 +140,6 @@ def test_a_damaged_configuration_is_refused(capsys, tmp_path, content, command):
     assert os.listdir(".") == ["run"]
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [(["optm.lr=3"], "Did you mean optim.lr?"), (["model=mini"], "single keys"), (["+variant=x"], "single keys"),
-     (["-m"], "--cfg"), (["optim.lr=0"], "above 0")],
-)  # fmt: skip
-def test_mistakes_in_a_rerun(capsys, words, named):
-    train(tiny("run_dir=run", "train.steps=3"))
-    capsys.readouterr()
-    status, out, err = run(capsys, "rerun", "run", *words)
-    assert (status, out) == (2, "")
-    assert named in err
-    assert os.listdir(".") == ["run"]
-
-
-def test_a_rerun_shows_its_configuration_and_goes_beside_its_run(capsys):
-    train(tiny("run_dir=runs/a", "train.steps=3"))
-    capsys.readouterr()
-    status, out, _ = run(capsys, "rerun", "runs/a", "--cfg", "job", "seed=3")
-    assert status == 0
-    assert "seed: 3" in out
-    for words in (["seed=3"], ["seed=4"], []):
-        assert run(capsys, "rerun", "runs/a", *words)[0] == 0
-    assert len(os.listdir("runs")) == 4
-    assert "a-rerun" in os.listdir("runs")
-
-
 @pytest.mark.parametrize("content", ["", "junk\n", '{"step": 0}\n', '{"step": 0, "train/loss": "abc"}\n'])
 def test_a_record_that_is_none_is_refused_by_judge(capsys, content, tmp_path):
     train(tiny("run_dir=run", "train.steps=3"))

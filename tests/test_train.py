@@ -245,7 +245,8 @@ def test_rerun_gives_the_same_record(tmp_path, monkeypatch, capsys, whole):
     ):
         status, _, err = stabrun(capsys, *words)
         assert status == 0, err
-    assert metrics(tmp_path / "run-rerun") == whole == metrics(tmp_path / "run")
+    (again,) = (tmp_path / "runs").iterdir()
+    assert metrics(again) == whole == metrics(tmp_path / "run")
     assert metrics(tmp_path / "other") != whole
 
 

@@ -13,7 +13,7 @@ import click
 import stabrun
 from stabrun.cli import completion
 from stabrun.cli.overrides import COMMON, COMMON_OF_STUDY
-from stabrun.config import Config, UserError, added_groups, check, choices, config_yaml, groups, keys, run_dir, run_id
+from stabrun.config import Config, UserError, added_groups, choices, config_yaml, groups, keys, run_dir
 from stabrun.text import warn
 
 if TYPE_CHECKING:
@@ -251,38 +251,46 @@ def status(directory: Path, as_json: bool) -> None:
 )
 def rerun(directory: Path, overrides: list[str], cfg: str | None) -> int:
     """Train a recorded run again. Its own config is used, and a new directory."""
-    from omegaconf import OmegaConf
+    from stabrun.cli.rerun import rerun_config
 
-    from stabrun.composition import plainly
-    from stabrun.record.run_dir import RunDir
-
-    source = RunDir(directory)
-    if not source.is_run():
-        raise UserError(f"{directory}: not a run directory: {source.config_file.name} is missing.")
-    with plainly():
-        recorded = source.config()
-        refuse_groups(overrides)
-        merged = OmegaConf.merge(OmegaConf.structured(recorded), OmegaConf.from_dotlist(overrides))
-        config: Any = OmegaConf.to_object(merged)
-    check(config)
-    if not any(word.startswith("run_dir=") for word in overrides):
-        same = run_id(config) == run_id(recorded)
-        config.run_dir = f"{directory}-rerun" if same else str(directory.parent / run_id(config))
+    config = rerun_config(directory, overrides)
     if cfg:
         print(config_yaml(config), end="")
         return 0
     return train_one(config)
 
 
-def refuse_groups(overrides: list[str]) -> None:
-    """UserError if an override is not a single key: a recorded config has no groups to choose from."""
-    from stabrun.composition import no_such_key
+step_option = click.option("--step", type=int, metavar="N", help="The checkpoint after N updates (default: newest).")
 
-    known = {key.path for key in keys()}
-    for word in overrides:
-        path = word.partition("=")[0]
-        if path not in known:
-            raise UserError(f"rerun takes single keys, no groups or variants; {no_such_key(path)}")
+
+@cli.command(examples=("stabrun sample runs/0123456789ab --prompt 'In the beginning' --temperature 0.8 --top-k 20",))
+@click.argument("directory", metavar="RUN_DIR", type=DIRECTORY)
+@click.option("--prompt", default="\n", help="Text to continue (default: a line break).")
+@click.option("--tokens", default=200, show_default=True, help="Tokens to generate.")
+@click.option("--temperature", default=1.0, show_default=True, help="Divides the logits; 0 takes the likeliest token.")
+@click.option("--top-k", type=int, help="Draw from the K likeliest tokens only.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the draws.")
+@step_option
+def sample(directory: Path, **options: Any) -> None:
+    """Generate text from a checkpoint, on the CPU."""
+    from stabrun.api import Run
+
+    print(Run(directory).sample(**options))
+
+
+@cli.command(
+    "eval", override_prefix="data.",
+    examples=("stabrun eval runs/0123456789ab", "stabrun eval runs/0123456789ab data=local data.path=text.txt"),
+)  # fmt: skip
+@click.argument("directory", metavar="RUN_DIR", type=DIRECTORY)
+@overrides_argument
+@step_option
+def evaluate(directory: Path, overrides: list[str], step: int | None) -> None:
+    """Compute the loss of a checkpoint on the validation split of its run, or on all of another text."""
+    from stabrun.api import Run
+
+    found = Run(directory).evaluate(overrides, step)
+    print(f"loss {found.loss:.4f}, perplexity {found.perplexity:.2f} on {found.tokens:,} tokens")
 
 
 @cli.command(

@@ -179,6 +179,18 @@ def by_site(row: dict[str, Any], prefix: str) -> dict[str, float]:
     }
 
 
+def flatten(row: dict[str, Any], lists: bool = True) -> dict[str, float]:
+    """A row as numbers. Lists over layers become `key/layer_03`, or `key` for the head; `lists=False` omits them."""
+    flat: dict[str, float] = {}
+    for key, value in row.items():
+        if not isinstance(value, list):
+            flat[key] = value if isinstance(value, int) else float(value)
+        elif lists:
+            single = key.endswith("/head")
+            flat |= {key if single else f"{key}/layer_{i:02d}": float(item) for i, item in enumerate(value)}
+    return flat
+
+
 def table() -> str:
     """The metrics as a Markdown page."""
     columns = "key", "meaning", "unit", "shape", "cadence", "source", "merge", "signal"

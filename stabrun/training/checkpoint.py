@@ -74,26 +74,46 @@ def latest(folder: Path) -> tuple[int, Path] | None:
     return step, newest
 
 
-@torch.no_grad()
+def at(folder: Path, step: int | None) -> Path:
+    """The newest checkpoint below `folder`, or the one after `step` updates. UserError if it is missing."""
+    newest = latest(folder)
+    if newest is None:
+        raise UserError(f"{folder.parent}: no checkpoint; none is written yet, or train.checkpoint_every=0.")
+    if step is not None and step != newest[0]:
+        raise UserError(f"step={step}: {folder.parent} has no such checkpoint; the only one is of step {newest[0]}.")
+    return newest[1]
+
+
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Scaler:
     """Put the state below `path` into a model and optimizer made from the same configuration; returns the scaler's.
 
-    Raises OSError where the files cannot be read, UserError where they hold another model.
+    Raises OSError if the files cannot be read, UserError if they are of another model.
     """
-    try:
-        state, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-    except SafetensorError as error:
-        raise OSError(errno.EIO, f"the checkpoint cannot be read ({error})", str(path)) from error
-    here = _model_state(model)
-    if {name: tensor.shape for name, tensor in here.items()} != {name: tensor.shape for name, tensor in state.items()}:
-        raise UserError(f"{path} holds the weights of another model; remove it to train anew.")
-    for name, tensor in here.items():
-        tensor.copy_(state[name])
+    load_model(path, model)
+    moments = _read(path / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         parts = {key.split("/")[1]: value for key, value in moments.items() if key.split("/")[0] == name}
         optimizer.state[parameter] = {part: value.to(parameter.device) for part, value in parts.items()}
     scaler = read_json(path / META).get("scaler")
     return scaler if isinstance(scaler, dict) else {}
+
+
+@torch.no_grad()
+def load_model(path: Path, model: nn.Module) -> None:
+    """Put the weights below `path` into a model of the same configuration; raises as `load` does."""
+    state = _read(path / "model.safetensors")
+    here = _model_state(model)
+    if {name: tensor.shape for name, tensor in here.items()} != {name: tensor.shape for name, tensor in state.items()}:
+        raise UserError(f"{path} holds the weights of another model; remove it to train anew.")
+    for name, tensor in here.items():
+        tensor.copy_(state[name])
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"the checkpoint cannot be read ({error})", str(file)) from error
 
 
 def _model_state(model: nn.Module) -> dict[str, Tensor]:
