@@ -19,6 +19,12 @@ def run_name(arm: str, lr: float, seed: int) -> str:
     return f"{arm} lr={rate_text(lr)} s{seed}"
 
 
+def count_text(count: int) -> str:
+    """A large number to two digits: `0.21M`, `830M`, `1.5B`."""
+    rounded = float(f"{count:.2g}")
+    return f"{rounded / 1e9:g}B" if rounded >= 1e9 else f"{rounded / 1e6:g}M"
+
+
 def duration_text(seconds: float) -> str:
     """`0.2 s`, `85 s`, `4 min`, `2 h 5 min`, `3 days 4 h`."""
     if seconds < 119.5:

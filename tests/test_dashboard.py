@@ -1,6 +1,6 @@
-"""`stabrun dashboard --dry-run`: what would be saved in W&B, held by `tests/data/dashboard.json`.
+"""`stabrun dashboard --dry-run`: what would be saved in W&B, compared with `tests/data/dashboard.json`.
 
-Made anew, when the panels change, by: python tests/test_workspace.py
+Updated after a change of the panels by: python tests/test_dashboard.py
 """
 
 import json
@@ -15,13 +15,13 @@ from made import summaries as a_study
 
 from stabrun.cli import commands
 from stabrun.config import UserError
-from stabrun.record.metrics import METRICS, SCALAR
+from stabrun.record import metrics
+from stabrun.record.metrics import METRICS, SCALAR, flatten
 from stabrun.study.plan import in_group, planned
-from stabrun.training.tracker import projection
 
 pytest.importorskip("wandb_workspaces")
 from stabrun.publish import dashboard as module
-from stabrun.publish.dashboard import Subject, dashboard, markdown, plain, spec
+from stabrun.publish.dashboard import Subject, dashboard, markdown, plain, specification
 
 GOLDEN = Path(__file__).parent / "data" / "dashboard.json"
 
@@ -63,10 +63,23 @@ def test_each_value_that_is_sent_has_a_panel(tmp_path, capsys):
     configs = [panel["config"] for found in panels(printed(capsys)).values() for panel in found]
     named = {name for config in configs for name in config.get("metrics", ())}
     patterns = [config["metricRegex"] for config in configs if config.get("useMetricRegex")]
-    lonely = [
-        key for key in projection(row, 1) if key not in named and sum(bool(re.search(p, key)) for p in patterns) != 1
-    ]
+    lonely = [key for key in flatten(row) if key not in named and sum(bool(re.search(p, key)) for p in patterns) != 1]
     assert lonely == ["step", "tokens"]
+
+
+def test_a_new_metric_has_a_panel(monkeypatch):
+    """One declaration in the table of metrics is enough, whatever its key begins with."""
+    for key, source in (("made/up", metrics.STEP), ("made/by_layer", metrics.BLOCK), ("made/{site}", metrics.OUTPUT)):
+        made = metrics.Metric(key, f"label of {key}", "unit", source, "each step", "mean", "a test")
+        monkeypatch.setitem(METRICS, key, made)
+    sections = module.all_sections()
+    plots = {plot.title: plot for name in ("made", "label of made/{site}") for plot in sections[name]}
+    assert list(plots) == ["made/up", "made/by_layer", *(f"made/{site}" for site in metrics.SITES)]
+    assert plots["made/up"].y == ["made/up"]
+    assert re.fullmatch(plots["made/by_layer"].metric_regex, "made/by_layer/layer_11")
+    assert re.fullmatch(plots["made/fc2"].metric_regex, "made/fc2/layer_00")
+    assert re.fullmatch(plots["made/head"].metric_regex, "made/head")
+    assert plots["made/up"].title_y == "label of made/up (unit)"
 
 
 def test_runs_are_those_of_the_study_by_variant_and_rate(tmp_path, capsys):
@@ -86,8 +99,8 @@ def test_runs_are_those_of_the_study_by_variant_and_rate(tmp_path, capsys):
 )
 def test_a_group_of_any_name_is_asked_for_as_it_is(group):
     config = in_group(planned([*TINY, "study.lrs=[1e-2]"])[2], group)
-    view = module.workspace(Subject("x", config.tracker, "told"), "me")
-    (only,) = spec({"view": view})["view"]["spec"]["section"]["runSets"][0]["filters"]["filters"]
+    view = module.workspace(Subject("x", config.tracker, "summary"), "me")
+    (only,) = specification({"view": view})["view"]["spec"]["section"]["runSets"][0]["filters"]["filters"]
     assert only["value"] == group
 
 
@@ -105,7 +118,7 @@ def test_names_cannot_break_the_table_or_the_view():
     assert plain("edge 🚀 ü\n") == "edge  ü"
 
 
-def test_without_a_server_there_is_a_sentence(tmp_path, monkeypatch):
+def test_without_a_server_the_error_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -120,7 +133,7 @@ def test_without_a_server_there_is_a_sentence(tmp_path, monkeypatch):
     assert dashboard() == 1
 
 
-def test_without_the_package_there_is_a_sentence(monkeypatch, capsys):
+def test_without_the_package_the_error_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(commands, "find_spec", lambda name: None)
     status, _, err = run(capsys, "dashboard", "--dry-run")
     assert status == 2
@@ -130,9 +143,11 @@ def test_without_the_package_there_is_a_sentence(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words", [["--force"], ["nowhere", "--dry-run"], ["--dry-run", "optim.lr=1"], ["--dry-run", "a=b"]]
 )
-def test_mistakes_are_sentences(capsys, words, tmp_path, monkeypatch):
+def test_user_errors_are_sentences(capsys, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run(capsys, "dashboard", *words)[0] == 2
+    status, out, err = run(capsys, "dashboard", *words)
+    assert (status, out) == (2, "")
+    assert err.startswith("stabrun: ")
 
 
 if __name__ == "__main__":

@@ -1,74 +1,85 @@
+"""Runs in W&B, read back with W&B's own tool."""
+
 import json
 
 import pytest
-from helpers import tiny
-from wandb_files import history, inspected, summary_of
+from helpers import tiny, train_interrupted
+from wandb_files import Inspected, assert_holds
 
+from stabrun.cli.rerun import rerun_config
 from stabrun.config import run_id
+from stabrun.model.gpt import meta_gpt
 from stabrun.record.run_dir import RunDir
-from stabrun.study import tracking
 from stabrun.training import tracker
-from stabrun.training.run import Run, train
-from stabrun.training.tracker import Tracker, projection
+from stabrun.training.run import train
+from stabrun.training.tracker import Tracker
+
+QUICK = "tracker=wandb", "tracker.norms_every=4", "train.steps=8"
 
 
-def assert_equal_to_record(directory, norms_every):
-    rows = list(RunDir(directory).rows())
-    logged = history(directory / "wandb" / "latest-run")
-    assert [item["_step"] for item in logged] == [row["step"] for row in rows]
-    for row, item in zip(rows, logged, strict=True):
-        told = {key: value for key, value in item.items() if not key.startswith("_")}
-        assert told == pytest.approx(projection(row, norms_every), rel=1e-12)
-    assert "norm/out/fc2/layer_01" in logged[0]
-    assert "norm/out/fc2/layer_01" not in logged[1]
+def latest(directory):
+    return directory / "wandb" / "latest-run"
 
 
-def test_offline_run_holds_the_values_of_the_record(tmp_path):
-    config = tiny("tracker=wandb", "tracker.norms_every=4", "+variant=qk_norm", f"run_dir={tmp_path / 'run'}")
+def assert_equal_to_record(directory):
+    found = assert_holds(latest(directory), list(RunDir(directory).rows()), norms_every=4)
+    assert "norm/out/fc2/layer_01" in found.history[0]
+    assert "norm/out/fc2/layer_01" not in found.history[1]
+    return found
+
+
+def test_an_offline_run_has_the_values_of_the_record(tmp_path):
+    config = tiny(*QUICK, "tracker.tags=[mine]", "+variant=qk_norm", f"run_dir={tmp_path / 'run'}")
     summary = train(config)
-    assert_equal_to_record(tmp_path / "run", 4)
-    folder = tmp_path / "run" / "wandb" / "latest-run"
-    started = next(record["run"] for record in inspected(folder) if record["type"] == "run")
-    assert started["run_id"] == summary["run_id"]
-    assert started["run_group"] == "qk_norm"
-    assert started["display_name"] == "qk_norm lr=1e-2 s0"
-    assert started["job_type"] == "train"
-    assert started["config"]["update"]["model"]["attn"]["qk_norm"] == "head"
-    told = summary_of(folder)
-    assert told["verdict"] == summary["verdict"]
-    assert told["final_loss"] == pytest.approx(summary["final_loss"])
+    found = assert_equal_to_record(tmp_path / "run")
+    assert found.run["run_id"] == summary["run_id"]
+    assert found.run["run_group"] == "qk_norm"
+    assert found.run["display_name"] == "qk_norm lr=1e-2 s0"
+    assert found.run["job_type"] == "train"
+    assert found.run["tags"] == ["mine", "qk_norm", "0.014M"]
+    assert found.summary["verdict"] == summary["verdict"]
+    assert found.summary["final_loss"] == pytest.approx(summary["final_loss"])
+    recorded = found.run["config"]["update"]
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    model = meta_gpt(config.model, config.data.seq_len)
+    assert recorded["model"]["attn"]["qk_norm"] == "head"
+    assert recorded["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert recorded["data_hash"] == environment["data_hash"] is not None
+    assert recorded.get("commit") == environment["commit"]
 
 
-def test_resumed_run_is_whole_and_the_same_run(tmp_path, monkeypatch):
-    config = tiny("tracker=wandb", "tracker.norms_every=4", f"run_dir={tmp_path / 'run'}")
-    launch = Run.launch
-
-    def interrupted(self, step):
-        import signal
-
-        if step == 13:
-            signal.raise_signal(signal.SIGINT)
-        return launch(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "launch", interrupted)
-        assert train(config)["status"] == "interrupted"
+def test_a_resumed_run_is_complete_and_the_same_run(tmp_path, monkeypatch):
+    config = tiny(*QUICK, f"run_dir={tmp_path / 'run'}")
+    assert train_interrupted(config, monkeypatch, at=5)["status"] == "interrupted"
     train(config)
-    assert_equal_to_record(tmp_path / "run", 4)
+    assert_equal_to_record(tmp_path / "run")
     runs = [folder.name for folder in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     assert len(runs) == 2
     assert all(run_id(config) in name for name in runs)
 
 
-def test_a_fault_of_wandbs_stops_no_run(tmp_path, monkeypatch, capsys):
+def test_a_rerun_of_a_run_of_a_study_has_a_name_group_and_id_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(tiny("train.steps=3", "run_dir=run", "tracker.run_name=cell", "tracker.group=edge-0123"))
+    changed = rerun_config(tmp_path / "run", ["seed=7"])
+    assert (changed.tracker.run_name, changed.tracker.group) == (None, None)
+    assert tracker.wandb_id(changed, tmp_path / str(changed.run_dir)) == run_id(changed)
+    config = rerun_config(tmp_path / "run", ["tracker.name=wandb"])
+    train(config)
+    opened = Inspected(latest(tmp_path / "runs" / f"{run_id(config)}-rerun")).run
+    assert opened["run_id"] == f"{run_id(config)}-rerun"
+    assert (opened["display_name"], opened["run_group"]) == ("baseline lr=1e-2 s0", "baseline")
+
+
+def test_a_failure_of_wandb_stops_no_run(tmp_path, monkeypatch, capsys):
     def broken(self, row):
         raise ConnectionError("the server went away\nwith details")
 
     monkeypatch.setattr(Tracker, "_log", broken)
-    summary = train(tiny("tracker=wandb", f"run_dir={tmp_path / 'run'}"))
+    summary = train(tiny(*QUICK, f"run_dir={tmp_path / 'run'}"))
     assert summary["status"] == "complete"
     err = capsys.readouterr().err
-    assert err.count("W&B is off") == 1
+    assert err.count("W&B logging disabled") == 1
     assert "the server went away" in err
 
 
@@ -81,7 +92,7 @@ def test_a_fault_of_wandbs_stops_no_run(tmp_path, monkeypatch, capsys):
         ({"WANDB_MODE": "disabled"}, "disabled"),
     ],
 )
-def test_mode_needs_no_prompt(monkeypatch, tmp_path, environment, mode):
+def test_the_mode_needs_no_prompt(monkeypatch, tmp_path, environment, mode):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -98,31 +109,3 @@ def test_a_login_counts_as_a_key(monkeypatch, tmp_path):
     assert tracker.wandb_mode() == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
     assert tracker.wandb_mode() == "offline"
-
-
-def test_a_study_has_a_summary_run_with_its_table_and_numbers(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
-    rows = [
-        {"run_id": "a", "arm": "baseline", "lr": 0.1, "final_loss": "nan"},
-        {"run_id": "b", "arm": "baseline", "lr": 0.2, "final_loss": 2.5},
-    ]
-    answer = {
-        "name": "edge",
-        "variants": {"baseline": {"runs": [1], "frontier": {"strict": {"median": 0.1, "low": None}}}},
-    }
-    directory = tmp_path / "edge-0123"
-    directory.mkdir()
-    tracking.track_study(tiny("tracker=wandb").tracker, directory, rows, answer)
-    folder = directory / "wandb" / "latest-run"
-    started = next(record["run"] for record in inspected(folder) if record["type"] == "run")
-    facts = {key: started[key] for key in ("run_id", "run_group", "job_type", "display_name")}
-    assert facts == {
-        "run_id": "edge-0123", "run_group": "edge-0123", "job_type": "study", "display_name": "edge-0123: the answer",
-    }  # fmt: skip
-    told = summary_of(folder)
-    assert told["variants/baseline/frontier/strict/median"] == 0.1
-    assert "variants/baseline/frontier/strict/low" not in told
-    (file,) = (folder / "files" / "media" / "table").glob("results*.json")
-    table = json.loads(file.read_text())
-    assert table["columns"] == ["run_id", "arm", "lr", "final_loss"]
-    assert table["data"] == [list(row.values()) for row in rows]

@@ -11,7 +11,7 @@ import helpers
 import pytest
 import wandb
 from helpers import TINY, tiny
-from wandb_files import history, inspected, summary_of
+from wandb_files import Inspected, assert_holds
 
 from stabrun.config import UserError
 from stabrun.publish import upload as module
@@ -21,11 +21,11 @@ from stabrun.record.run_dir import RunDir
 from stabrun.study import results
 from stabrun.study.plan import extended, load, planned
 from stabrun.study.summary import answer
-from stabrun.study.tracking import flat, track_study
+from stabrun.study.tracking import leaves, track_study
 from stabrun.training.run import train
-from stabrun.training.tracker import projection
 
-QUESTION = (*TINY, "study.variants=[baseline,qk_norm]", "study.seeds=1", "tracker.norms_every=4")
+EVERY = 4  # steps between lists over layers
+QUESTION = (*TINY, "study.variants=[baseline,qk_norm]", "study.seeds=1", f"tracker.norms_every={EVERY}")
 
 
 def grown(directory, *words):
@@ -79,20 +79,11 @@ def records(directory):
     return list(RunDir(directory).rows())
 
 
-def assert_holds(folder, rows, norms_every=4):
-    """The offline run has these rows, each as its projection, and no other."""
-    logged = history(folder)
-    assert [item["_step"] for item in logged] == [row["step"] for row in rows]
-    for row, item in zip(rows, logged, strict=True):
-        told = {key: value for key, value in item.items() if not key.startswith("_")}
-        assert told == pytest.approx(projection(row, norms_every), rel=1e-12)
-
-
-def assert_holds_summary(folder, directory):
-    told = summary_of(folder)
+def assert_holds_summary(found, directory):
+    """`found`, an offline run, has what the run's summary says."""
     for key, value in json.loads((directory / "summary.json").read_text()).items():
         if value is not None and not isinstance(value, dict):
-            assert told[key] == (pytest.approx(value) if isinstance(value, float) else value), key
+            assert found.summary[key] == (pytest.approx(value) if isinstance(value, float) else value), key
 
 
 def test_a_study_equals_its_records(study, capsys):
@@ -101,9 +92,9 @@ def test_a_study_equals_its_records(study, capsys):
     for cell in plan.cells.values():
         directory = study / "runs" / cell.id
         (folder,) = offline(directory)
-        assert_holds(folder, records(directory))
-        assert_holds_summary(folder, directory)
-        started = next(record["run"] for record in inspected(folder) if record["type"] == "run")
+        found = assert_holds(folder, records(directory), EVERY)
+        assert_holds_summary(found, directory)
+        started = found.run
         facts = {key: started[key] for key in ("run_id", "run_group", "job_type", "display_name", "project")}
         assert facts == {
             "run_id": cell.id, "run_group": "edge-0123", "job_type": "train", "display_name": f"{cell.arm} lr=1e-2 s0",
@@ -111,15 +102,15 @@ def test_a_study_equals_its_records(study, capsys):
         }  # fmt: skip
         assert started["config"]["update"]["optim"]["lr"] == 0.01
         lowest = min(row["train/loss"] for row in records(directory))
-        assert summary_of(folder)["train/loss"] == {"min": pytest.approx(lowest)}
+        assert found.summary["train/loss"] == {"min": pytest.approx(lowest)}
     rows = list(results.finished(plan, study))
     (folder,) = offline(study)
     (file,) = (folder / "files" / "media" / "table").glob("results*.json")
     assert [row[0] for row in json.loads(file.read_text())["data"]] == list(plan.cells)
-    told = summary_of(folder)
-    for key, value in flat(jsonable(answer(plan, rows))).items():
-        assert told[key] == (pytest.approx(value) if isinstance(value, float) else value), key
-    assert "3 W&B runs written, offline" in capsys.readouterr().out
+    found = Inspected(folder).summary
+    for key, value in leaves(jsonable(answer(plan, rows))).items():
+        assert found[key] == (pytest.approx(value) if isinstance(value, float) else value), key
+    assert "3 W&B runs written offline" in capsys.readouterr().out
 
 
 def test_a_second_upload_sends_nothing(study, capsys):
@@ -130,19 +121,19 @@ def test_a_second_upload_sends_nothing(study, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "nothing to send."
 
 
-def test_a_dry_run_tells_and_sends_nothing(study, capsys):
+def test_a_dry_run_prints_the_plan_and_sends_nothing(study, capsys):
     before = files(study)
     assert upload(study, dry_run=True) == 0
     assert files(study) == before
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" →")[0] for line in lines[:-1]] == [
-        "baseline lr=1e-2 s0: 30 rows, its summary",
-        "qk_norm lr=1e-2 s0: 30 rows, its summary",
-        "the answer: 2 rows",
+        "baseline lr=1e-2 s0: 30 rows, 1 summary",
+        "qk_norm lr=1e-2 s0: 30 rows, 1 summary",
+        "summary: 2 rows",
     ]
 
 
-def test_of_an_extended_study_only_the_new_runs_go(study):
+def test_of_an_extended_study_only_new_runs_are_sent(study):
     upload(study)
     old = {cell: files(study / "runs" / cell) for cell in load(study).cells}
     plan = grown(study, "study.lrs=[1e-2,1e-1]")
@@ -153,10 +144,10 @@ def test_of_an_extended_study_only_the_new_runs_go(study):
         if cell in old:
             assert files(directory) == old[cell]
     first, second = offline(study)
-    assert [item["_step"] for folder in (first, second) for item in history(folder)] == [0, 1]
+    assert [item["_step"] for folder in (first, second) for item in Inspected(folder).history] == [0, 1]
 
 
-def test_of_a_run_that_grew_only_the_new_rows_go(run, capsys):
+def test_of_a_longer_record_only_new_rows_are_sent(run, capsys):
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (run / "summary.json").rename(run / "later.json")
     (run / "metrics.jsonl").write_bytes(b"".join(lines[:20]) + lines[20][:50])
@@ -166,29 +157,27 @@ def test_of_a_run_that_grew_only_the_new_rows_go(run, capsys):
     (run / "later.json").rename(run / "summary.json")
     assert upload(run) == 0
     first, second = offline(run)
-    assert_holds(first, records(run)[:20])
-    assert_holds(second, records(run)[20:])
-    assert_holds_summary(second, run)
+    found = assert_holds(first, records(run)[:20], EVERY), assert_holds(second, records(run)[20:], EVERY)
+    assert_holds_summary(found[1], run)
     lowest = min(row["train/loss"] for row in records(run))
-    assert summary_of(second)["train/loss"] == {"min": pytest.approx(lowest)}
-    exits = [record["exit"] for folder in (first, second) for record in inspected(folder) if record["type"] == "exit"]
-    assert [found.get("exit_code", 0) for found in exits] == [130, 0]
+    assert found[1].summary["train/loss"] == {"min": pytest.approx(lowest)}
+    assert [part.exit_code for part in found] == [130, 0]
 
 
-def test_a_damaged_line_is_told_and_left_out(run, capsys):
+def test_a_damaged_line_is_reported_and_left_out(run, capsys):
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     rows = records(run)
     lines[3], lines[7] = b"\xff{\n", b'{"step": 7}\n'
     (run / "metrics.jsonl").write_bytes(b"".join(lines))
     assert upload(run) == 0
-    assert_holds(offline(run)[0], [row for row in rows if row["step"] not in (3, 7)])
-    told = capsys.readouterr().err
-    assert "line 4 holds no row" in told
-    assert "line 8 holds no row" in told
-    assert "line 9" not in told
+    assert_holds(offline(run)[0], [row for row in rows if row["step"] not in (3, 7)], EVERY)
+    err = capsys.readouterr().err
+    assert "line 4 is not a row" in err
+    assert "line 8 is not a row" in err
+    assert "line 9" not in err
 
 
-def test_of_a_record_that_was_cut_back_no_step_goes_twice(run, capsys):
+def test_of_a_truncated_record_no_step_is_sent_twice(run, capsys):
     whole = (run / "metrics.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     (run / "metrics.jsonl").write_bytes(b"".join(lines[:20]))
@@ -198,7 +187,7 @@ def test_of_a_record_that_was_cut_back_no_step_goes_twice(run, capsys):
     assert "W&B keeps the 20 steps it has" in capsys.readouterr().err
     (run / "metrics.jsonl").write_bytes(whole)
     assert upload(run) == 0
-    assert [item["_step"] for folder in offline(run) for item in history(folder)] == list(range(30))
+    assert [item["_step"] for folder in offline(run) for item in Inspected(folder).history] == list(range(30))
 
 
 def test_what_was_tracked_is_not_sent_twice(tmp_path, capsys, monkeypatch):
@@ -211,7 +200,7 @@ def test_what_was_tracked_is_not_sent_twice(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     capsys.readouterr()
     upload(directory, dry_run=True)  # no server has seen what an offline run holds
-    assert "30 rows, its summary → online" in capsys.readouterr().out
+    assert "30 rows, 1 summary → online" in capsys.readouterr().out
 
 
 def test_a_study_tracked_at_its_end_is_not_sent_twice(study, capsys):
@@ -222,10 +211,10 @@ def test_a_study_tracked_at_its_end_is_not_sent_twice(study, capsys):
         track_study(tiny("tracker=wandb").tracker, study, rows, facts)
     assert upload(study) == 0
     assert len(offline(study)) == 1
-    assert "the answer" not in capsys.readouterr().out
+    assert "summary" not in capsys.readouterr().out
 
 
-def test_a_resumed_run_that_is_tracked_begins_its_note_anew(tmp_path):
+def test_a_resumed_run_that_is_tracked_replaces_its_state(tmp_path):
     directory = tmp_path / "run"
     train(tiny(f"run_dir={directory}"))
     upload(directory)
@@ -238,47 +227,46 @@ def test_a_resumed_run_that_is_tracked_begins_its_note_anew(tmp_path):
     assert len(offline(directory)) == 2
 
 
-def test_a_run_that_is_tracked_now_is_left_to_its_tracker(tmp_path, capsys):
+def test_a_run_in_training_is_left_to_its_tracker(tmp_path, capsys):
     directory = tmp_path / "run"
     train(tiny("tracker=wandb", f"run_dir={directory}"))
     (directory / "wandb" / "sent.json").unlink()
     with open(directory / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert upload(directory) == 0
-    assert "tracked as it goes" in capsys.readouterr().out
+    assert "in training, with W&B tracking" in capsys.readouterr().out
     assert len(offline(directory)) == 1
 
 
-def test_another_project_gets_all_of_it(run):
+def test_another_project_gets_everything(run):
     upload(run)
     assert upload(run, ["tracker.project=other", "tracker.entity=team"]) == 0
-    started = next(record["run"] for record in inspected(offline(run)[-1]) if record["type"] == "run")
+    started = assert_holds(offline(run)[-1], records(run), EVERY).run
     assert (started["project"], started["entity"]) == ("other", "team")
-    assert_holds(offline(run)[-1], records(run))
 
 
-def test_after_a_fault_of_wandbs_the_same_command_goes_on(study, monkeypatch, capsys):
-    opened = module.opened_run
+def test_after_a_failure_of_wandb_the_same_command_continues(study, monkeypatch, capsys):
+    opened = module.open_run
     first, second = load(study).cells
 
-    def broken(config, run_id, directory):
-        if run_id == second:
+    def broken(config, files):
+        if files.path.name == second:
             raise wandb.errors.CommError("the server went\naway")
-        return opened(config, run_id, directory)
+        return opened(config, files)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "opened_run", broken)
+        patch.setattr(module, "open_run", broken)
         assert upload(study) == 1
     assert "W&B: the server went away." in capsys.readouterr().err
     assert upload(study) == 0
     assert [len(offline(study / "runs" / cell)) for cell in (first, second)] == [1, 1]
 
 
-def a_png(path, colour):
+def a_png(path, color):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    pixels = zlib.compress((b"\0" + bytes(colour) * 4) * 4)
+    pixels = zlib.compress((b"\0" + bytes(color) * 4) * 4)
     header = struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
@@ -288,26 +276,26 @@ def images(folder):
     return {path.read_bytes() for path in (folder / "files" / "media" / "images").rglob("*.png")}
 
 
-def test_figures_go_once_and_again_when_they_change(study, run):
+def test_figures_are_sent_once_and_again_when_they_change(study, run):
     pytest.importorskip("PIL")
     for place in (study, run):
         a_png(place / "report" / "figures" / "curve.png", (255, 0, 0))
     red = (study / "report" / "figures" / "curve.png").read_bytes()
     upload(study)
     assert images(offline(study)[0]) == images(offline(run)[0]) == {red}
-    assert summary_of(offline(run)[0])["figures/curve"]["_type"] == "image-file"
-    assert history(offline(study)[0])[0]["figures/curve._type"] == "image-file"
+    assert Inspected(offline(run)[0]).summary["figures/curve"]["_type"] == "image-file"
+    assert Inspected(offline(study)[0]).history[0]["figures/curve._type"] == "image-file"
     before = files(study)
     upload(study)
     assert files(study) == before
     a_png(run / "report" / "figures" / "curve.png", (0, 255, 0))
     upload(study)
     assert len(offline(study)) == 1
-    assert history(offline(run)[-1]) == []
+    assert Inspected(offline(run)[-1]).history == []
     assert images(offline(run)[-1]) == {(run / "report" / "figures" / "curve.png").read_bytes()}
 
 
-def test_a_study_under_way_sends_what_is_finished(study, run, capsys):
+def test_a_study_in_progress_sends_finished_runs(study, run, capsys):
     (run / "summary.json").unlink()
     assert upload(study) == 0
     assert "1 of 2 cells are not finished" in capsys.readouterr().out
@@ -324,10 +312,10 @@ def test_a_study_without_a_finished_run_sends_nothing(study, capsys):
     assert offline(study) == []
 
 
-MISTAKES = [
-    ([], ["DIR", "--dry-run"]),
+USER_ERRORS = [
+    ([], ["DIR"]),
     (["--dry-run"], ["DIR"]),
-    (["nowhere"], ["nowhere", "no such folder"]),
+    (["nowhere"], ["nowhere", "no such directory"]),
     (["."], ["neither a study nor a run"]),
     (["RUN", "optim.lr=1"], ["optim.lr=1", "tracker"]),
     (["RUN", "tracker.norms_every=0"], ["tracker.norms_every=0", "at least 1"]),
@@ -336,8 +324,8 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("words", "named"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
-def test_mistakes_are_sentences(capsys, words, named, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("words", "named"), USER_ERRORS, ids=[" ".join(words) for words, _ in USER_ERRORS])
+def test_user_errors_are_sentences(capsys, words, named, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = helpers.run(capsys, "upload", *(word.replace("RUN", str(run)) for word in words))
     assert (status, out) == (2, "")
@@ -357,7 +345,7 @@ def test_without_a_key_nothing_is_written(mode, named, run, tmp_path, monkeypatc
     assert offline(run) == []
 
 
-def test_a_damaged_note_is_named(run):
+def test_a_damaged_state_is_reported(run):
     upload(run)
     (run / "wandb" / "sent.json").write_text('{"mode": "offline"}')
     with pytest.raises(UserError, match=r"sent\.json is damaged"):

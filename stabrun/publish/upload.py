@@ -1,9 +1,7 @@
-"""`stabrun upload`: the record of a study or a run, replayed into W&B under the ids that its runs have, and that once.
+"""`stabrun upload`: the records of a study or a run, sent to W&B under the ids of the runs, each part once.
 
-What was sent is noted in `wandb/sent.json` of each folder, by a tracked run at its end and by each upload. W&B changes
-no step that it has: of a record that grew only the new rows go, and of one that was cut back and trained anew those
-beyond what was sent. What an offline run holds is sent again when W&B is online, for the server has not seen it; steps
-that the server has are left out.
+`wandb/sent.json` in each directory says what was sent. W&B changes no step that it has: only later rows are
+sent. What an offline run holds is sent again once W&B is online, because the server has not seen it.
 """
 
 import math
@@ -12,28 +10,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from stabrun.composition import plainly
-from stabrun.config import Config, TrackerConfig, UserError, check, run_id
+from stabrun.composition import override
+from stabrun.config import Config, TrackerConfig, UserError
 from stabrun.record.jsonl import jsonable, number
 from stabrun.record.run_dir import RunDir
 from stabrun.record.schema import OVER, Summary
 from stabrun.record.study_dir import StudyDir, find
-from stabrun.record.synced import OFFLINE, ONLINE, Sent, digest, digests, file_digest, known
+from stabrun.record.synced import OFFLINE, ONLINE, SyncState, digest, file_digest, file_digests
 from stabrun.study import results
 from stabrun.study.plan import Plan, load
 from stabrun.study.summary import answer
 from stabrun.study.tracking import images, send_study
 from stabrun.text import run_name, warn
-from stabrun.training.tracker import has_key, note_sent, opened_run, projection
+from stabrun.training.tracker import has_key, log_row, open_run
 
 FIGURES = "report/figures"
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What a record holds: the step after its last row, its bytes up to there, and its lowest finite loss."""
+class Destination:
+    """How to send: online or offline, with overrides of the recorded tracker keys, or not at all."""
+
+    mode: str
+    overrides: Sequence[str]
+    dry_run: bool
+
+    def tracker(self, config: Config) -> TrackerConfig:
+        return with_tracker(config, self.overrides).tracker
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The readable part of a record: the step after its last row, its bytes up to there, its lowest finite loss."""
 
     steps: int = 0
     size: int = 0
@@ -42,202 +51,199 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class News:
-    """What W&B lacks of a run: rows from step `first` on, its summary where that is new, figures."""
+class UploadPlan:
+    """What W&B lacks of a run whose state there is `state`."""
 
-    survey: Survey
-    first: int
+    state: SyncState
+    extent: Extent
     summary: Summary
-    new_summary: bool
     figures: list[Path]
-    cut_back: bool
+    rewritten: bool  # the record no longer begins with what was sent
 
     @property
     def parts(self) -> list[str]:
-        rows = self.survey.steps - self.first
-        told = [counted(rows, "row")] if rows > 0 else []
-        told += ["its summary"] * self.new_summary
-        return told + ([counted(len(self.figures), "figure")] if self.figures else [])
+        """What is to be sent, in words; empty if W&B has everything."""
+        rows = self.extent.steps - self.state.steps
+        summary = bool(self.summary) and digest(self.summary) != self.state.summary
+        counts = [(rows, "row"), (int(summary), "summary"), (len(self.figures), "figure")]
+        return [counted(count, noun) for count, noun in counts if count > 0]
 
 
 def upload(directory: Path, changes: Sequence[str] = (), dry_run: bool = False) -> int:
-    """Send what W&B lacks of a study or a run; `changes` are tracker.KEY=VALUE. Returns the exit status."""
+    """Send what W&B lacks of a study or a run. Returns the exit status.
+
+    Args:
+        directory: a study or a run; of a study the finished runs are sent.
+        changes: overrides of the recorded tracker keys, such as `tracker.project=NAME`.
+        dry_run: print what would be sent.
+    """
     import wandb
 
     found = find(directory)
-    plan, runs = None, list[RunDir]()
-    if isinstance(found, StudyDir):
-        plan = load(found.path)
-        runs = finished_runs(plan, found)
-    else:
-        runs = [found]
-    mode = destination(dry_run)
+    target = Destination(destination_mode(dry_run), changes, dry_run)
     try:
-        count = sum(uploaded(run, changes, mode, dry_run) for run in runs)
-        if plan is not None:
-            count += uploaded_study(plan, directory, changes, mode, dry_run)
-            if left := len(plan.cells) - len(runs):
-                print(f"{left} of {len(plan.cells)} cells are not finished; the same command sends them later.")
+        count = upload_study(found, target) if isinstance(found, StudyDir) else upload_run(found, target)
     except wandb.Error as error:
         reason = " ".join(str(error).split())
-        warn(f"W&B: {reason}. What went before is sent and noted; the same command goes on from there.")
+        warn(f"W&B: {reason}. Everything before is sent and recorded; the same command continues from there.")
         return 1
     finally:
-        wandb.teardown()  # waits until all of it is on the disk
-    print(told_at_the_end(count, directory, mode, dry_run, plan is not None))
+        wandb.teardown()  # waits until everything is on disk
+    print(closing_line(count, found, target))
     return 0
 
 
-def told_at_the_end(count: int, directory: Path, mode: str, dry_run: bool, study: bool) -> str:
+def upload_study(study: StudyDir, target: Destination) -> int:
+    """Send the finished runs and the summary of a study. Returns the number of W&B runs sent."""
+    plan = load(study.path)
+    runs = [run for run in map(study.run, plan.cells) if run.summary_file.is_file()]
+    count = sum(upload_run(run, target) for run in runs) + upload_study_summary(plan, study, target)
+    if left := len(plan.cells) - len(runs):
+        print(f"{left} of {len(plan.cells)} cells are not finished; the same command sends them later.")
+    return count
+
+
+def closing_line(count: int, found: StudyDir | RunDir, target: Destination) -> str:
     if not count:
         return "nothing to send."
-    if dry_run:
-        return f"{counted(count, 'W&B run')} would be sent; nothing was."
-    if mode == ONLINE:
-        return f"{counted(count, 'W&B run')} sent."
-    folders = [f"{directory}/wandb/offline-run-*"] + [f"{directory}/runs/*/wandb/offline-run-*"] * study
-    return (
-        f"{counted(count, 'W&B run')} written, offline; with a key at hand they go by: wandb sync {' '.join(folders)}"
-    )
+    runs = counted(count, "W&B run")
+    if target.dry_run:
+        return f"{runs} would be sent."
+    if target.mode == ONLINE:
+        return f"{runs} sent."
+    folders = [f"{found.path}/wandb/offline-run-*"]
+    if isinstance(found, StudyDir):
+        folders.append(f"{found.runs}/*/wandb/offline-run-*")
+    return f"{runs} written offline; send them with an API key and: wandb sync {' '.join(folders)}"
 
 
-def counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def destination(dry_run: bool) -> str:
-    """`online` or `offline`. UserError where nothing could be sent; to look needs no key."""
+def destination_mode(dry_run: bool) -> str:
+    """`online` or `offline`, by WANDB_MODE. Raises UserError if nothing can be sent; a dry run needs no API key."""
     mode = os.environ.get("WANDB_MODE") or ONLINE
     if mode not in (ONLINE, OFFLINE):
-        raise UserError(f"WANDB_MODE={mode}: upload needs online or offline.")
+        raise UserError(f"WANDB_MODE={mode}: upload requires online or offline.")
     if mode == ONLINE and not (dry_run or has_key()):
         raise UserError(
-            "upload: W&B has no API key here; `wandb login` or WANDB_API_KEY gives one, and WANDB_MODE=offline writes "
-            "offline runs for a later `wandb sync`."
+            "upload: no W&B API key; run `wandb login`, set WANDB_API_KEY, or write offline runs for `wandb sync` with "
+            "WANDB_MODE=offline."
         )
     return mode
 
 
-def finished_runs(plan: Plan, study: StudyDir) -> list[RunDir]:
-    """The finished runs of a study in the order of its plan."""
-    return [run for run in map(study.run, plan.cells) if run.summary_file.is_file()]
+def with_tracker(config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration with other tracker keys. Raises UserError at any other key."""
+    for word in overrides:
+        if not word.startswith("tracker."):
+            raise UserError(f"{word}: only tracker keys can be changed here, such as tracker.project=NAME.")
+    return override(config, overrides)
 
 
-def changed(tracker: TrackerConfig, changes: Sequence[str]) -> TrackerConfig:
-    """The tracker's keys with those that were typed."""
-    from omegaconf import OmegaConf
-
-    if foreign := [word for word in changes if not word.startswith("tracker.")]:
-        raise UserError(f"{foreign[0]}: only the keys of tracker can be changed here, such as tracker.project=NAME.")
-    with plainly():
-        own = [word.removeprefix("tracker.") for word in changes]
-        merged: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(tracker), OmegaConf.from_dotlist(own)))
-    found: TrackerConfig = merged
-    return found
-
-
-def uploaded(recorded: RunDir, changes: Sequence[str], mode: str, dry_run: bool) -> bool:
-    """Send what W&B lacks of a run. False where that is nothing."""
-    config = recorded.config()
-    live = config.tracker.name == "wandb" and recorded.is_locked()
-    config = replace(config, tracker=changed(config.tracker, changes))
-    check(config)
+def upload_run(files: RunDir, target: Destination) -> bool:
+    """Send what W&B lacks of a run. Returns False if that is nothing."""
+    recorded = files.config()
+    config = replace(recorded, tracker=target.tracker(recorded))
     name = config.tracker.run_name or run_name(config.variant, config.optim.lr, config.seed)
-    if live:
-        print(f"{name}: it is being trained, and tracked as it goes; nothing to upload.")
+    if recorded.tracker.name == "wandb" and files.is_locked():
+        print(f"{name}: in training, with W&B tracking; nothing to upload.")
         return False
-    before = known(recorded.path, mode, config.tracker)
-    found = news(recorded, before)
-    for sentence in found.survey.damaged:
-        warn(f"{recorded.metrics}: {sentence}")
-    if found.cut_back:
+    plan = upload_plan(files, SyncState.at(files.path, target.mode, config.tracker))
+    for sentence in plan.extent.damaged:
+        warn(f"{files.metrics}: {sentence}")
+    if plan.rewritten:
         warn(
-            f"{recorded.metrics} is not what was sent: it was cut back, or trained anew. W&B keeps the "
-            f"{before.steps} steps it has; those from there on are sent."
+            f"{files.metrics}: changed since it was sent; it was truncated, or the run trained again. W&B keeps the "
+            f"{plan.state.steps} steps it has, and only later ones are sent."
         )
-    if not found.parts:
+    if not plan.parts:
         return False
-    print(f"{name}: {', '.join(found.parts)} → {mode}, {recorded.path.resolve().name}", flush=True)
-    if not dry_run:
-        send(recorded, config, before, found)
+    print(f"{name}: {', '.join(plan.parts)} → {target.mode}, {files.path.resolve().name}", flush=True)
+    if not target.dry_run:
+        send(files, config, plan, target.mode)
     return True
 
 
-def news(recorded: RunDir, before: Sent) -> News:
-    """What a run's folder holds beyond what W&B has."""
-    metrics = recorded.metrics
-    kept = file_digest(metrics, before.size) == before.sha256
-    same = kept and (metrics.stat().st_size if metrics.is_file() else 0) == before.size
-    survey = Survey(before.steps, before.size) if same else surveyed(recorded)
-    summary = recorded.summary() or {}
-    new_summary = bool(summary) and digest(summary) != before.summary
-    figures = [file for file in drawn(recorded.path) if file_digest(file) != before.figures.get(file.name)]
-    return News(survey, before.steps, summary, new_summary, figures, not kept)
-
-
-def drawn(directory: Path) -> list[Path]:
-    """The figures of a report; none, and a sentence, where W&B could not take them."""
-    files = sorted((directory / FIGURES).glob("*.png"))
-    if files and find_spec("PIL") is None:
-        warn(f"{directory / FIGURES}: W&B takes figures by the package pillow: pip install 'stabrun[dashboard]'.")
-        return []
-    return files
-
-
-def surveyed(recorded: RunDir) -> Survey:
-    steps, whole, lowest, damaged = 0, 0, math.inf, []
-    for row, size in recorded.readable_rows():
-        if isinstance(row, str):
-            damaged.append(row)
-            continue
-        steps, whole = row["step"] + 1, size
-        loss = number(row["train/loss"])
-        lowest = loss if loss < lowest else lowest  # not so for NaN
-    return Survey(steps, whole, lowest if math.isfinite(lowest) else None, tuple(damaged))
-
-
-def send(recorded: RunDir, config: Config, before: Sent, found: News) -> None:
-    """Send `found`, and note it.
-
-    The lowest loss goes by itself, for W&B knows that of the rows alone that it is sent here.
-    """
-    run = opened_run(config, run_id(config), recorded.path)
-    run.define_metric("train/loss", summary="none", step_metric="step")
-    survey, first = found.survey, max(found.first, run.step or 0)  # asked once: each question waits for W&B's process
-    for row, end in recorded.readable_rows() if survey.steps > found.first else ():
-        if end > survey.size:
-            break
-        if isinstance(row, dict) and row["step"] >= first:
-            run.log(projection(row, config.tracker.norms_every), step=row["step"])
-    if survey.lowest is not None:
-        run.summary.update({"train/loss": {"min": survey.lowest}})
-    told = {key: value for key, value in found.summary.items() if value is not None}
-    run.summary.update(told | images(found.figures))
-    run.finish(exit_code=0 if told.get("status") in OVER else 130)
-    note_sent(
-        config.tracker,
-        recorded.path,
-        steps=max(survey.steps, before.steps),
-        size=survey.size,
-        sha256=file_digest(recorded.metrics, survey.size),
-        summary=digest(found.summary),
-        figures=before.figures | digests(found.figures),
+def upload_plan(files: RunDir, state: SyncState) -> UploadPlan:
+    size = files.metrics.stat().st_size if files.metrics.is_file() else 0
+    rewritten = file_digest(files.metrics, state.size) != state.sha256
+    unchanged = not rewritten and size == state.size
+    figures = [file for file in figure_files(files.path) if file_digest(file) != state.figures.get(file.name)]
+    return UploadPlan(
+        state,
+        Extent(state.steps, state.size) if unchanged else extent_of(files),
+        files.summary() or {},
+        figures,
+        rewritten,
     )
 
 
-def uploaded_study(plan: Plan, directory: Path, changes: Sequence[str], mode: str, dry_run: bool) -> bool:
-    """Send a study's table, answer and figures. False where W&B has them, or no run is finished."""
-    tracker = changed(next(iter(plan.arms.values())).tracker, changes)
-    rows = list(results.finished(plan, directory))
+def figure_files(directory: Path) -> list[Path]:
+    """The figures of a report; none, with a warning, if W&B could not read them."""
+    figures = sorted((directory / FIGURES).glob("*.png"))
+    if figures and find_spec("PIL") is None:
+        warn(f"{directory / FIGURES}: not sent; W&B needs pillow to read figures: pip install 'stabrun[dashboard]'.")
+        return []
+    return figures
+
+
+def extent_of(files: RunDir) -> Extent:
+    steps, size, lowest, damaged = 0, 0, math.inf, []
+    for row, end in files.readable_rows():
+        if isinstance(row, str):
+            damaged.append(row)
+            continue
+        steps, size = row["step"] + 1, end
+        loss = number(row["train/loss"])
+        lowest = loss if loss < lowest else lowest  # NaN is never lower
+    return Extent(steps, size, lowest if math.isfinite(lowest) else None, tuple(damaged))
+
+
+def send(files: RunDir, config: Config, plan: UploadPlan, mode: str) -> None:
+    """Send what the plan lists, and save the new state.
+
+    The lowest loss is sent explicitly: W&B computes it only from the rows of one upload.
+    """
+    run = open_run(config, files)
+    run.define_metric("train/loss", summary="none", step_metric="step")
+    extent, first = plan.extent, max(plan.state.steps, run.step or 0)  # run.step waits for the W&B process
+    for row, end in files.readable_rows() if extent.steps > plan.state.steps else ():
+        if end > extent.size:
+            break
+        if isinstance(row, dict) and row["step"] >= first:
+            log_row(run, row, config.tracker)
+    if extent.lowest is not None:
+        run.summary.update({"train/loss": {"min": extent.lowest}})
+    fields = {key: value for key, value in plan.summary.items() if value is not None}
+    run.summary.update(fields | images(plan.figures))
+    run.finish(exit_code=0 if fields.get("status") in OVER else 130)
+    state = replace(
+        plan.state,
+        mode=mode,
+        steps=max(extent.steps, plan.state.steps),
+        size=extent.size,
+        sha256=file_digest(files.metrics, extent.size),
+        summary=digest(plan.summary),
+        figures=plan.state.figures | file_digests(plan.figures),
+    )
+    state.save(files.path)
+
+
+def upload_study_summary(plan: Plan, study: StudyDir, target: Destination) -> bool:
+    """Send a study's table, summary and figures. Returns False if W&B has them, or no run is finished."""
+    rows = list(results.finished(plan, study.path))
     if not rows:
         return False
-    told = jsonable(answer(plan, rows))
-    table = [results.result(row) for row in rows]
-    figures, before = drawn(directory), known(directory, mode, tracker)
-    if (before.summary, before.figures) == (digest([table, told]), digests(figures)):
+    tracker = target.tracker(next(iter(plan.arms.values())))
+    table, summary = [results.result(row) for row in rows], jsonable(answer(plan, rows))
+    figures, state = figure_files(study.path), SyncState.at(study.path, target.mode, tracker)
+    if (state.summary, state.figures) == (digest([table, summary]), file_digests(figures)):
         return False
-    parts = [counted(len(table), "row")] + ([counted(len(figures), "figure")] if figures else [])
-    print(f"the answer: {', '.join(parts)} → {mode}, {directory.resolve().name}", flush=True)
-    if not dry_run:
-        send_study(tracker, directory, table, told, figures)
+    counts = [(len(table), "row"), (len(figures), "figure")]
+    parts = ", ".join(counted(count, noun) for count, noun in counts if count)
+    print(f"summary: {parts} → {target.mode}, {study.path.resolve().name}", flush=True)
+    if not target.dry_run:
+        send_study(tracker, study.path, table, summary, figures)
     return True

@@ -1,4 +1,4 @@
-"""What was sent to W&B from a run or study: `wandb/sent.json`. It prevents sending data twice."""
+"""What W&B has of a run or a study: `wandb/sent.json`, beside W&B's own files, so that nothing is sent twice."""
 
 import hashlib
 import json
@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.config import TrackerConfig, UserError
-from stabrun.record.jsonl import read_json, write_atomic
+from stabrun.record.jsonl import read_json, write_json
 
 ONLINE, OFFLINE = "online", "offline"
-FILE = "wandb/sent.json"  # not copied to the next attempt at a cell, which starts a new offline run
-BLOCK = 1 << 20
+FILE = "wandb/sent.json"  # not copied to the next attempt at a cell, whose offline run starts at the first row
+BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
-class Sent:
-    """What was sent and where: the rows of steps below `steps`, in the first `size` bytes of the record."""
+class SyncState:
+    """Where a directory was sent to, and what: the rows of steps below `steps`, and hashes.
+
+    `sha256` is the hash of the record's first `size` bytes, which hold those rows.
+    """
 
     mode: str
     entity: str | None
@@ -28,33 +31,34 @@ class Sent:
     summary: str = ""
     figures: dict[str, str] = field(default_factory=dict)
 
+    @staticmethod
+    def load(directory: Path) -> "SyncState | None":
+        """The saved state, if any. Raises UserError if it is damaged."""
+        file = directory / FILE
+        if not file.is_file():
+            return None
+        try:
+            return SyncState(**read_json(file))
+        except TypeError as error:
+            raise UserError(f"{file} is damaged. Remove it to send everything again.") from error
 
-def note(directory: Path, sent: Sent) -> None:
-    (directory / FILE).parent.mkdir(exist_ok=True)
-    write_atomic(directory / FILE, json.dumps(asdict(sent), indent=1) + "\n")
+    @staticmethod
+    def at(directory: Path, mode: str, tracker: TrackerConfig) -> "SyncState":
+        """What the destination has: nothing if it is another one, or a server that never saw an offline run."""
+        saved, empty = SyncState.load(directory), SyncState(mode, tracker.entity, tracker.project)
+        if saved is None or (saved.entity, saved.project) != (empty.entity, empty.project):
+            return empty
+        return empty if (mode, saved.mode) == (ONLINE, OFFLINE) else saved
+
+    def save(self, directory: Path) -> None:
+        """Write the state. A mode that sends nothing, such as `disabled`, leaves no file."""
+        if self.mode in (ONLINE, OFFLINE):
+            (directory / FILE).parent.mkdir(exist_ok=True)
+            write_json(directory / FILE, asdict(self))
 
 
 def forget(directory: Path) -> None:
     (directory / FILE).unlink(missing_ok=True)
-
-
-def recall(directory: Path) -> Sent | None:
-    """Read `sent.json`. Raises UserError if it is damaged."""
-    file = directory / FILE
-    if not file.is_file():
-        return None
-    try:
-        return Sent(**read_json(file))
-    except TypeError as error:
-        raise UserError(f"{file} is damaged. Delete it to send everything again.") from error
-
-
-def known(directory: Path, mode: str, tracker: TrackerConfig) -> Sent:
-    """What the destination already has of a directory. Data in offline runs has not reached a server."""
-    before, here = recall(directory), Sent(mode, tracker.entity, tracker.project)
-    if before is None or (before.entity, before.project) != (here.entity, here.project):
-        return here
-    return here if (mode, before.mode) == (ONLINE, OFFLINE) else before
 
 
 def digest(value: Any) -> str:
@@ -63,16 +67,16 @@ def digest(value: Any) -> str:
 
 
 def file_digest(path: Path, size: int | None = None) -> str:
-    """A hash of the first `size` bytes of a file, by default all. A missing file counts as empty."""
-    found = hashlib.sha256()
+    """A hash of the first `size` bytes of a file, or of all of it. A missing file counts as empty."""
+    total = hashlib.sha256()
     if path.is_file():
         left = path.stat().st_size if size is None else size
         with open(path, "rb") as file:
-            while left > 0 and (block := file.read(min(BLOCK, left))):
-                found.update(block)
-                left -= len(block)
-    return found.hexdigest()
+            while left > 0 and (part := file.read(min(BUFFER, left))):
+                total.update(part)
+                left -= len(part)
+    return total.hexdigest()
 
 
-def digests(files: Iterable[Path]) -> dict[str, str]:
+def file_digests(files: Iterable[Path]) -> dict[str, str]:
     return {file.name: file_digest(file) for file in files}

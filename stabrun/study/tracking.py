@@ -6,63 +6,67 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.config import TrackerConfig
-from stabrun.record.synced import digest, digests, known, recall
+from stabrun.record.schema import StudySummary
+from stabrun.record.synced import SyncState, digest, file_digests
 from stabrun.text import warn
-from stabrun.training.tracker import note_sent, opened, wandb_mode
+from stabrun.training.tracker import open_wandb, wandb_mode
+
+Table = list[dict[str, Any]]
 
 
-def track_study(tracker: TrackerConfig, directory: Path, results: list[dict[str, Any]], answer: dict[str, Any]) -> None:
-    """Put a study's results, as a table, and its answer into a summary run in its group, where they are new."""
+def track_study(tracker: TrackerConfig, directory: Path, results: Table, summary: StudySummary) -> None:
+    """Send a study's results and summary to a run in its group, unless W&B has them. Failures are only reported."""
     try:
         import wandb
 
-        if known(directory, wandb_mode(), tracker).summary == digest([results, answer]):
-            return
-        send_study(tracker, directory, results, answer)
-        wandb.teardown()  # waits until all of it is on the disk
+        if SyncState.at(directory, wandb_mode(), tracker).summary != digest([results, summary]):
+            send_study(tracker, directory, results, summary)
+            wandb.teardown()  # waits until everything is on disk
     except Exception as error:
         warn(f"W&B has no summary of the study ({type(error).__name__}: {error}); {directory}/study.json has.")
 
 
 def send_study(
-    tracker: TrackerConfig,
-    directory: Path,
-    results: list[dict[str, Any]],
-    answer: dict[str, Any],
-    figures: Iterable[Path] = (),
+    tracker: TrackerConfig, directory: Path, results: Table, summary: StudySummary, figures: Iterable[Path] = ()
 ) -> None:
-    """The summary run of a study, under the name of its folder; each sending of it is a step."""
-    # An offline table waits in W&B's data folder for its upload: it belongs to the study, and not to the user's home.
+    """Send the table of results, the leaves of the summary, and figures. Each call is a step of the summary run."""
+    # An offline table waits in W&B's data directory for `wandb sync`; by default that is in the user's home directory.
     os.environ.setdefault("WANDB_DATA_DIR", str(directory.resolve() / "wandb"))
     import wandb
 
     name = directory.resolve().name
     columns: list[Any] = list(results[0]) if results else []
+    before = SyncState.load(directory)
     group = tracker.group or name
-    before = recall(directory)
-    run = opened(tracker, name, directory, group=group, job_type="study", name=f"{name}: the answer")
+    run = open_wandb(tracker, name, directory, group=group, job_type="study", name=f"{name}: summary")
     step = max(run.step or 0, before.steps if before else 0)
     table = wandb.Table(columns, [list(row.values()) for row in results], allow_mixed_types=True)
     run.log({"results": table, **images(figures)}, step=step)
-    run.summary.update(flat(answer))
+    run.summary.update(leaves(summary))
     run.finish()
-    sent = digest([results, answer])
-    note_sent(tracker, directory, steps=step + 1, summary=sent, figures=digests(figures))
+    SyncState(
+        wandb_mode(),
+        tracker.entity,
+        tracker.project,
+        steps=step + 1,
+        summary=digest([results, summary]),
+        figures=file_digests(figures),
+    ).save(directory)
 
 
 def images(figures: Iterable[Path]) -> dict[str, Any]:
-    """Figures as W&B shows them, `figures/<name>`."""
+    """Figures as W&B images, `figures/<name>`."""
     import wandb
 
     return {f"figures/{file.stem}": wandb.Image(str(file)) for file in figures}
 
 
-def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested objects, `a/b/c` → value, without lists and what is not known."""
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested objects as `a/b/c` → value, without lists and nulls."""
     found: dict[str, Any] = {}
     for name, item in value.items():
         if isinstance(item, dict):
-            found |= flat(item, f"{prefix}{name}/")
+            found |= leaves(item, f"{prefix}{name}/")
         elif item is not None and not isinstance(item, list):
             found[prefix + name] = item
     return found

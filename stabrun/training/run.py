@@ -77,7 +77,7 @@ class Run:
         self.batch_findings = 0
         self.tokens = earlier[-1]["tokens"] if earlier else 0
         self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
-        self.tracker = Tracker(self.config, run_id(self.config), self.run_dir, earlier)
+        self.tracker = Tracker(self.config, self.run_dir, earlier)
         self.watches: list[Watch] = [self.record.write, self.judge.add, self.tally.add, self.tracker.row]
         self.watches += [watch] if watch else []
         self.resumed_at = {"step": self.done, "tokens": self.tokens}

@@ -1,4 +1,4 @@
-"""W&B as a projection of the record: the file is the truth, and no fault of W&B's stops a run."""
+"""W&B as a projection of the record: the files are the truth, and a failure of W&B stops no run."""
 
 import logging
 import os
@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from stabrun.config import Config, TrackerConfig
+from stabrun.config import Config, TrackerConfig, run_id
+from stabrun.model.describe import parameters
+from stabrun.record.metrics import flatten
 from stabrun.record.run_dir import RunDir
 from stabrun.record.schema import Row, Summary
-from stabrun.record.synced import OFFLINE, ONLINE, Sent, digest, file_digest, forget, note
-from stabrun.text import run_name, warn
+from stabrun.record.synced import OFFLINE, ONLINE, SyncState, digest, file_digest, forget
+from stabrun.text import count_text, run_name, warn
 
 os.environ.setdefault("WANDB_SILENT", "true")
 
@@ -21,22 +23,22 @@ os.environ.setdefault("WANDB_SILENT", "true")
 class Tracker:
     """Sends rows to W&B under the run's own id, so that a resumed run is the same W&B run.
 
-    Rows written before a resume are sent again: an offline run is thereby whole, and a server drops the steps that it
-    has. Any exception of W&B's is reported once and ends the tracking, not the run.
+    Rows from before a resume are sent again: the offline run is then complete, and a server ignores steps that it has.
+    An exception raised by W&B is reported once and disables tracking.
     """
 
-    def __init__(self, config: Config, run_id: str, run_dir: RunDir, earlier: Iterable[Row]) -> None:
-        self.config: TrackerConfig = config.tracker
-        self.run_dir, self.steps = run_dir, 0
-        self.there = 0  # rows that W&B has; asked once, for each question waits for W&B's own process
+    def __init__(self, config: Config, files: RunDir, earlier: Iterable[Row]) -> None:
+        self.tracker: TrackerConfig = config.tracker
+        self.files, self.steps = files, 0
+        self.steps_at_server = 0  # asked once: each request waits for the W&B process
         self.run: Any = None
-        if self.config.name == "wandb":
-            self._guard(lambda: self._start(config, run_id, run_dir, earlier))
+        if self.tracker.name == "wandb":
+            self._guard(lambda: self._start(config, earlier))
 
-    def _start(self, config: Config, run_id: str, run_dir: RunDir, earlier: Iterable[Row]) -> None:
-        forget(run_dir.path)
-        self.run = opened_run(config, run_id, run_dir.path)
-        self.there = self.run.step or 0
+    def _start(self, config: Config, earlier: Iterable[Row]) -> None:
+        forget(self.files.path)
+        self.run = open_run(config, self.files)
+        self.steps_at_server = self.run.step or 0
         self.run.define_metric("train/loss", summary="min", step_metric="step")
         for row in earlier:
             self._log(row)
@@ -46,12 +48,12 @@ class Tracker:
             self._guard(lambda: self._log(row))
 
     def _log(self, row: Row) -> None:
-        if row["step"] >= self.there:
-            self.run.log(projection(row, self.config.norms_every), step=row["step"])
+        if row["step"] >= self.steps_at_server:
+            log_row(self.run, row, self.tracker)
         self.steps = row["step"] + 1
 
     def finish(self, summary: Summary, interrupted: bool) -> None:
-        """Put the run's summary beside W&B's own and close it; exit code 130 marks an interrupted run."""
+        """Send the summary and close the W&B run; exit code 130 marks an interrupted run."""
         if self.run is not None:
             self._guard(lambda: self._finish(summary, 130 if interrupted else 0))
 
@@ -59,9 +61,16 @@ class Tracker:
         self.run.summary.update({key: value for key, value in summary.items() if value is not None})
         self.run.finish(exit_code=exit_code)
         self.run = None
-        metrics = self.run_dir.metrics
-        size, sha256 = metrics.stat().st_size, file_digest(metrics)
-        note_sent(self.config, self.run_dir.path, steps=self.steps, size=size, sha256=sha256, summary=digest(summary))
+        metrics = self.files.metrics
+        SyncState(
+            wandb_mode(),
+            self.tracker.entity,
+            self.tracker.project,
+            steps=self.steps,
+            size=metrics.stat().st_size,
+            sha256=file_digest(metrics),
+            summary=digest(summary),
+        ).save(self.files.path)
 
     def _guard(self, action: Callable[[], None]) -> None:
         try:
@@ -69,82 +78,75 @@ class Tracker:
         except Exception as error:
             self.run = None
             reason = str(error).strip().split("\n")[0]
-            warn(f"W&B is off from here on ({type(error).__name__}: {reason}); the record goes on.")
+            warn(f"W&B logging disabled ({type(error).__name__}: {reason}). Training continues.")
 
 
-def opened_run(config: Config, run_id: str, directory: Path) -> Any:
-    """The W&B run of a run: its name, group and configuration, and `step` as the axis of its metrics."""
-    run = opened(
+def open_run(config: Config, files: RunDir) -> Any:
+    """The W&B run of a run, with `step` as the axis of its metrics.
+
+    Its configuration also has the parameter count, and the commit and data hash of the first start; its tags are those
+    of the configuration, the variant and the size.
+    """
+    environment, count = files.environment(), parameters(config.model, config.data.seq_len)["total"]
+    run = open_wandb(
         config.tracker,
-        run_id,
-        directory,
+        wandb_id(config, files.path),
+        files.path,
+        tags=(config.variant[:64], count_text(count)),
         group=config.tracker.group or config.variant,
         job_type="train",
         name=config.tracker.run_name or run_name(config.variant, config.optim.lr, config.seed),
-        config=asdict(config),
+        config=asdict(config)
+        | {"parameters": count, "commit": environment.get("commit"), "data_hash": environment.get("data_hash")},
     )
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
 
 
-def opened(tracker: TrackerConfig, run_id: str, directory: Path, **facts: Any) -> Any:
-    """A W&B run under this id, the same one if it is there already; whatever became of earlier ones of this process."""
+def wandb_id(config: Config, directory: Path) -> str:
+    """The `run_id`. A rerun without changes has the id of its run, and becomes a W&B run of its own."""
+    rerun = f"{run_id(config)}-rerun"
+    return rerun if directory.name == rerun else run_id(config)
+
+
+def open_wandb(tracker: TrackerConfig, identity: str, directory: Path, tags: tuple[str, ...] = (), **facts: Any) -> Any:
+    """The W&B run with this id, resumed if it exists, in a new session of this process."""
     import wandb
 
     logging.getLogger("wandb").setLevel(logging.ERROR)
     return wandb.init(
-        id=run_id,
+        id=identity,
         resume="allow",
         mode=wandb_mode(),
         dir=str(directory),
         project=tracker.project,
         entity=tracker.entity,
-        tags=tracker.tags or None,
+        tags=list(dict.fromkeys([*tracker.tags, *tags])) or None,
         reinit="create_new",
         settings=wandb.Settings(
-            console="off",
-            disable_git=False,
-            init_timeout=30,
-            x_disable_stats=True,
-            x_save_requirements=False,
-            silent=True,
+            console="off", init_timeout=30, x_disable_stats=True, x_save_requirements=False, silent=True
         ),
         **facts,
     )
 
 
-def note_sent(tracker: TrackerConfig, directory: Path, **facts: Any) -> None:
-    """Keep what was sent of a run or a study, and where to."""
-    if (mode := wandb_mode()) in (ONLINE, OFFLINE):
-        note(directory, Sent(mode, tracker.entity, tracker.project, **facts))
-
-
-def projection(row: Row, norms_every: int) -> dict[str, float]:
-    """A row as W&B takes it: scalars always; lists every `norms_every` steps, as `key/layer_03`."""
-    flat: dict[str, float] = {}
-    for key, value in row.items():
-        if not isinstance(value, list):
-            flat[key] = value if isinstance(value, int) else float(value)
-        elif row["step"] % norms_every == 0:
-            single = key.endswith("/head")
-            flat |= {key if single else f"{key}/layer_{i:02d}": float(item) for i, item in enumerate(value)}
-    return flat
+def log_row(run: Any, row: Row, tracker: TrackerConfig) -> None:
+    """Send a row: scalars always, lists over layers every `tracker.norms_every` steps, as `key/layer_03`."""
+    run.log(flatten(row, lists=row["step"] % tracker.norms_every == 0), step=row["step"])
 
 
 def wandb_mode() -> Any:
-    """WANDB_MODE where it is set; else online with an API key at hand, and offline without: never a prompt."""
+    """WANDB_MODE if it is set; otherwise online with an API key and offline without. Never prompts."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode
     return ONLINE if has_key() else OFFLINE
 
 
 def has_key() -> bool:
-    return bool(os.environ.get("WANDB_API_KEY")) or _in_netrc()
-
-
-def _in_netrc() -> bool:
-    """Whether `wandb login` has left a key for the server in use."""
+    """Whether there is an API key, in WANDB_API_KEY or from `wandb login`, for the server in use."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         return netrc(os.environ.get("NETRC")).authenticators(host) is not None
