@@ -186,7 +186,7 @@ def test_divergence_is_a_result(tmp_path):
     [(("optim.lr=0.3",), "diverged"), (("+variant=qk_norm", "optim.lr=0.01"), "converged")],
 )
 def test_the_edge_at_nano(tmp_path, words, verdict):
-    fixed = ("schedule=constant", "schedule.warmup_steps=50", "train.steps=400", "train.threads=1", "tracker=none")
+    fixed = ("schedule=constant", "schedule.warmup_steps=50", "train.steps=200", "train.threads=1", "tracker=none")
     summary = train(configured(*fixed, *words, f"run_dir={tmp_path / 'run'}", "train.val_every=0"))
     assert summary["verdict"] == verdict
     assert isinstance(summary["final_loss"], float)
