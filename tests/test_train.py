@@ -433,13 +433,13 @@ def test_stop_early_ends_a_run_when_its_divergence_is_certain(tmp_path, monkeypa
     words = ("schedule=constant", "optim.lr=0.5", "train.checkpoint_every=5", "train.val_every=0", "train.steps=60")
     train(tiny(*words, f"run_dir={tmp_path / 'whole'}"))
     monkeypatch.setattr(Judge, "_is_certain", lambda self: len(self.losses) >= 45)  # looked at every ten rows
-    told = train(tiny(*words, f"run_dir={tmp_path / 'told'}"))
-    assert (told["status"], told["verdict"], told["steps"]) == ("complete", "diverged", 60)
+    full = train(tiny(*words, f"run_dir={tmp_path / 'full'}"))
+    assert (full["status"], full["verdict"], full["steps"]) == ("complete", "diverged", 60)
     early = tiny(*words, "train.stop_early=true", f"run_dir={tmp_path / 'early'}")
     assert train_interrupted(early, monkeypatch, 12)["status"] == "interrupted"
     summary = train(early)
     assert (summary["status"], summary["verdict"]) == ("stopped", "diverged")
-    assert summary["certain_step"] == told["certain_step"] == summary["horizon"]
+    assert summary["certain_step"] == full["certain_step"] == summary["horizon"]
     records = [(tmp_path / name / "metrics.jsonl").read_bytes().splitlines() for name in ("early", "whole")]
     assert records[0] == records[1][: summary["steps"]]
     assert train(early) == summary, "it is finished"
