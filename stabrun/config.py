@@ -52,14 +52,17 @@ class UserError(Exception):
     """An error in a command or configuration. Its text is one or two sentences for the user; exit status 2."""
 
 
-def key(default: Any, mark: str, doc: str, **bounds: Any) -> Any:
-    """A config field. `bounds`: `above`, `at_least`, `at_most`, `below` (numbers) or `allowed` (a tuple)."""
-    return field(default=default, metadata={"mark": mark, "doc": doc, "bounds": bounds})
+IN_EVERY_RECORD = "in every record"
 
 
-def many(mark: str, doc: str) -> Any:
-    """A config field that is a list, empty by default."""
-    return field(default_factory=list, metadata={"mark": mark, "doc": doc, "bounds": {}})
+def key(default: Any, mark: str, doc: str, *, absent: Any = IN_EVERY_RECORD, **bounds: Any) -> Any:
+    """A config field. `bounds`: `above`, `at_least`, `at_most`, `below` (numbers) or `allowed` (a tuple).
+
+    A result key added after version 0.1.0 must give `absent`: the value that records without the key were made with.
+    It keeps `run_id` and the directory of a study unchanged while the key has that value.
+    """
+    how = {"default_factory": list} if isinstance(default, list) else {"default": default}
+    return field(**how, metadata={"mark": mark, "doc": doc, "absent": absent, "bounds": bounds})
 
 
 def group(cls: type) -> Any:
@@ -256,7 +259,7 @@ class TrackerConfig:
     entity: str | None = key(None, VIEW, "W&B entity; null for the account's default")
     group: str | None = key(None, VIEW, "W&B group; null for the variant, or the name of the study directory")
     run_name: str | None = key(None, VIEW, "W&B name of the run; null for variant, learning rate and seed")
-    tags: list[str] = many(VIEW, "W&B tags")
+    tags: list[str] = key([], VIEW, "W&B tags")
     norms_every: int = key(10, VIEW, "interval between per-layer values sent to W&B, in steps", at_least=1)
 
 
@@ -266,9 +269,9 @@ class StudyConfig:
     strategy: str = key(
         "grid", VIEW, "grid: every learning rate; frontier: adaptive search for lr50", allowed=("grid", "frontier")
     )
-    variants: list[str] = many(VIEW, "names of variants; A+B combines two")
-    lrs: list[float] = many(VIEW, "learning rates of a grid")
-    lr_range: list[float] = many(VIEW, "lowest and highest learning rate of a search")
+    variants: list[str] = key([], VIEW, "names of variants; A+B combines two")
+    lrs: list[float] = key([], VIEW, "learning rates of a grid")
+    lr_range: list[float] = key([], VIEW, "lowest and highest learning rate of a search")
     seeds: int = key(3, VIEW, "seeds per learning rate, starting at `seed`", at_least=1, at_most=10_000)
     width: float = key(0.25, VIEW, "a search ends when lr50 is known to ± this many octaves", above=0)
     max_runs: int = key(40, VIEW, "maximum runs per variant in a search", at_least=1)
@@ -301,12 +304,13 @@ class Config:
 
 @dataclass(frozen=True)
 class Key:
-    """One leaf of the schema: dotted `path`, `type`, `mark`, `doc` and `bounds`."""
+    """One leaf of the schema: dotted `path`, `type`, `mark`, `doc`, value of a record without it, and `bounds`."""
 
     path: str
     type: Any
     mark: str
     doc: str
+    absent: Any
     bounds: dict[str, Any]
 
     def values(self) -> list[str]:
@@ -358,9 +362,16 @@ def marked(config: Config, mark: str) -> dict[str, Any]:
     return {k.path: value_of(config, k.path) for k in keys() if k.mark == mark}
 
 
+def hashed(config: Config) -> dict[str, Any]:
+    """What identifies an experiment: its result keys, later ones only if they differ from `absent`."""
+    values = marked(config, RESULT)
+    later = {k.path: k.absent for k in keys() if k.absent is not IN_EVERY_RECORD}
+    return {path: value for path, value in values.items() if path not in later or value != later[path]}
+
+
 def run_id(config: Config) -> str:
     """Twelve hexadecimal digits that name an experiment: a hash of its result keys."""
-    text = json.dumps(marked(config, RESULT), sort_keys=True)
+    text = json.dumps(hashed(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -378,23 +389,48 @@ def check(config: Config) -> None:
             raise UserError(sentence)
 
 
-def read_config(file: Path) -> Config:
-    """A recorded `config.yaml`, checked against the schema. UserError where it is none, or not whole."""
+def read_config(file: Path, to_train: bool = False) -> Config:
+    """A recorded `config.yaml`, of this version or another.
+
+    Raises UserError if it is damaged or, `to_train`, if a newer version wrote it: training would not be the same then.
+    """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    nothing = object()
     try:
-        recorded = OmegaConf.load(file)
-        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), recorded))
-        lost = [path for path in marked(config, RESULT) if OmegaConf.select(recorded, path, default=nothing) is nothing]
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: it is no configuration of a run.") from error
-    if lost:
-        raise UserError(f"{file}: it is not whole, for {lost[0]} is missing.")
-    check(config)
+        recorded: Any = OmegaConf.to_container(OmegaConf.load(file))
+        values = as_known(recorded, file, to_train)
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not the configuration of a run.") from error
+    if to_train:
+        check(config)
     return config
+
+
+def as_known(values: Any, file: Path, to_train: bool, schema: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Recorded values with the keys of this version: later ones are added, unknown ones dropped.
+
+    Raises UserError if a result key is missing that every record has or, `to_train`, if a key is unknown.
+    """
+    known: dict[str, Any] = {}
+    for item in fields(schema):
+        path, absent = prefix + item.name, item.metadata.get("absent")
+        if not item.metadata:
+            group: Any = item.default_factory
+            known[item.name] = as_known(values.pop(item.name, {}), file, to_train, group, path + ".")
+        elif item.name in values:
+            known[item.name] = values.pop(item.name)
+        elif absent is not IN_EVERY_RECORD:
+            known[item.name] = absent
+        elif item.metadata["mark"] == RESULT:
+            raise UserError(f"{file} is damaged: {path} is missing.")
+    if values and to_train:
+        raise UserError(
+            f"{file}: {prefix}{next(iter(values))} is a key of a newer version of stabrun; use that version."
+        )
+    return known
 
 
 def config_yaml(config: Config) -> str:
@@ -404,15 +440,22 @@ def config_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def config_of(values: dict[str, Any]) -> Config:
-    """A configuration from its own plain data, as `dataclasses.asdict` gives it. TypeError where keys do not fit."""
+def config_of(values: dict[str, Any], schema: type = Config) -> Any:
+    """A configuration from the values of `as_known`, their types unchecked."""
+    groups: dict[str, Any] = {item.name: item.default_factory for item in fields(schema) if not item.metadata}
+    return schema(**{name: config_of(v, groups[name]) if name in groups else v for name, v in values.items()})
 
-    def built(schema: Any, node: dict[str, Any]) -> Any:
-        kinds: dict[str, Any] = {item.name: item.default_factory for item in fields(schema)}
-        return schema(**{name: built(kinds[name], v) if is_dataclass(kinds[name]) else v for name, v in node.items()})
 
-    config: Config = built(Config, values)
-    return config
+def differences(*pairs: tuple[dict[str, Any], dict[str, Any]]) -> str:
+    """Which values differ, as `optim.lr=0.01 (now 0.1)`, three at most; empty if none does."""
+    differing = [
+        f"{key}={before[key]} (now {now[key]})"
+        for before, now in pairs
+        for key in now
+        if key in before and before[key] != now[key]
+    ]
+    differing = list(dict.fromkeys(differing))
+    return ", ".join(differing[:3]) + f" and {len(differing) - 3} more" * (len(differing) > 3)
 
 
 def _misfits(config: Config) -> Iterator[tuple[bool, str]]:

@@ -76,7 +76,7 @@ def test_what_is_planned_is_frozen(tmp_path):
     mine.write_text("# @package _global_\nmodel: {attn: {soft_cap: 10.0}}\n")
     plan = load(tmp_path)
     assert {plan.config(cell).model.attn.soft_cap for cell in plan.cells.values()} == {20.0}
-    with pytest.raises(UserError, match=r"model.attn.soft_cap=20.0 \(here 10.0\)"):
+    with pytest.raises(UserError, match=r"model.attn.soft_cap=20.0 \(now 10.0\)"):
         extended(plan, asked(*words))
 
 
@@ -92,10 +92,10 @@ def test_a_larger_question_extends_and_keeps_its_folder():
 
 
 def test_a_contradicting_question_is_refused():
-    with pytest.raises(UserError, match=r"train.steps=500 \(here 30\)"):
+    with pytest.raises(UserError, match=r"train.steps=500 \(now 30\)"):
         extended(asked(*QUESTION), asked(*QUESTION, "train.steps=30"))
     search = "study.strategy=frontier", "study.lr_range=[1e-3,1]", "study.variants=[baseline]"
-    with pytest.raises(UserError, match=r"strategy=grid \(here frontier\)"):
+    with pytest.raises(UserError, match=r"strategy=grid \(now frontier\)"):
         extended(asked(*QUESTION), asked(*search))
 
 

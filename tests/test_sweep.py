@@ -41,7 +41,7 @@ def test_a_study_to_its_end_the_same_again_and_a_larger_one(alone, tmp_path):
     assert len(rows(tmp_path)) == 10
     other = swept(tmp_path, "train.steps=20")
     assert other.returncode == 2
-    assert "train.steps=30 (here 20)" in other.stderr
+    assert "train.steps=30 (now 20)" in other.stderr
 
 
 def test_a_tracked_study_is_one_group_and_its_summary_is_sent_once(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from stabrun.config import UserError
-from stabrun.record.foreign import read_curves
+from stabrun.record.foreign import read_foreign_runs
 from stabrun.record.jsonl import jsonable, parse_line
 from stabrun.record.run_dir import RunDir, check_row
 from stabrun.record.schema import Row
@@ -76,7 +76,7 @@ def read(path: Path, request: Request) -> list[Saved]:
     beside = RunDir(path.parent)
     if path == beside.metrics and beside.is_run():
         return [of_directory(path.parent)]
-    return [Saved(str(path), curve.rows, None, curve.notes) for curve in read_curves(path, request.step, request.loss)]
+    return [Saved(str(path), run.rows, None, run.notes) for run in read_foreign_runs(path, request.step, request.loss)]
 
 
 def of_directory(directory: Path) -> Saved:

@@ -18,7 +18,7 @@ def rerun_config(directory: Path, overrides: list[str]) -> Config:
     source = RunDir(directory)
     if not source.is_run():
         raise UserError(f"{directory}: not a run directory: {source.config_file.name} is missing.")
-    recorded = source.config()
+    recorded = source.config(to_train=True)
     anonymous = replace(recorded, run_dir=None, tracker=replace(recorded.tracker, group=None, run_name=None))
     config = override(anonymous, overrides)
     if config.run_dir is None:

@@ -97,7 +97,7 @@ def of_run(run: RunDir) -> dict[str, Any]:
     """A run as plain data: its state, and the verdict, on what is recorded so far where it is not over."""
     config, state = run.config(), run.state()
     if summary := run.final_summary():
-        verdict, step = summary, summary["steps"]
+        verdict, step = {**summary}, summary["steps"]
     else:
         judge = Judge()
         for row in run.rows():

@@ -107,7 +107,7 @@ def markdown(summary: StudySummary) -> str:
     """The summary of a study as a Markdown table."""
     columns = GRID_COLUMNS if summary["strategy"] == GRID else SEARCH_COLUMNS
     table = [["variant", *columns], ["---"] * (len(columns) + 1)]
-    table += [[arm, *(text(facts) for text in columns.values())] for arm, facts in summary["variants"].items()]
+    table += [[arm, *(text({**facts}) for text in columns.values())] for arm, facts in summary["variants"].items()]
     lines = ["| " + " | ".join(html.escape(cell).replace("|", "\\|") for cell in row) + " |" for row in table]
     return "\n".join([f"{summary['runs']} of {summary['cells']} runs, rule {summary['rule']}.", "", *lines])
 

@@ -68,7 +68,7 @@ class ForeignRun:
             self.notes.append(text)
 
 
-def read_curves(path: Path, step: str | None = None, loss: str | None = None) -> list[ForeignRun]:
+def read_foreign_runs(path: Path, step: str | None = None, loss: str | None = None) -> list[ForeignRun]:
     """The runs in a foreign file, in order. `step` and `loss` name columns that cannot be guessed.
 
     Raises UserError if the file has no loss, several possible ones, or unreadable numbers.
@@ -76,7 +76,7 @@ def read_curves(path: Path, step: str | None = None, loss: str | None = None) ->
     try:
         names = _columns(path, _rows(path), step, loss)
         half = list[bool]()
-        runs = [corrected(run) for run in parts(ascending(path, numbers(path, _rows(path, half), names)))]
+        runs = [corrected(run) for run in split_runs(ascending(path, numbers(path, _rows(path, half), names)))]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text.") from error
     except (csv.Error, OverflowError, RecursionError) as error:
@@ -246,7 +246,7 @@ def ascending(path: Path, rows: Iterator[tuple[int, float, float]]) -> Iterator[
     return itertools.chain(begin, rows)
 
 
-def parts(rows: Iterable[tuple[int, float, float]]) -> list[ForeignRun]:
+def split_runs(rows: Iterable[tuple[int, float, float]]) -> list[ForeignRun]:
     """Split rows into runs. A step back to the beginning starts another run; any other step back is a resume, which
     replaces the rows that it repeats.
     """

@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
-from stabrun.config import RESULT, Config, UserError, config_yaml, marked, read_config
+from stabrun.config import RESULT, Config, UserError, config_yaml, differences, marked, read_config
 from stabrun.record.jsonl import (
     append_line,
     dumps,
@@ -21,7 +21,7 @@ from stabrun.record.jsonl import (
     write_atomic,
     write_json,
 )
-from stabrun.record.schema import FAILED, INTERRUPTED, OVER, RUNNING, Event, Row, Summary
+from stabrun.record.schema import EMPTY, FAILED, FORMAT, INTERRUPTED, OVER, RUNNING, Event, Row, Summary
 
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # of the disk, not of a name
 
@@ -75,7 +75,7 @@ class RunDir:
 
     def events(self) -> list[Event]:
         """The events of `events.jsonl`; lines that a kill cut short are skipped."""
-        return [line.value for line in read_lines(self.events_file) if line.value is not None]
+        return [cast(Event, line.value) for line in read_lines(self.events_file) if line.value is not None]
 
     def starts(self) -> list[int]:
         """The step of each start of the run."""
@@ -116,8 +116,11 @@ class RunDir:
         return str(last.get("error")) if last.get("event") == FAILED else None
 
     def summary(self) -> Summary | None:
-        """What `summary.json` holds; None if there is none. UserError if it is damaged."""
-        return read_json(self.summary_file) if self.summary_file.is_file() else None
+        """What `summary.json` holds; None if there is none. UserError if it is damaged.
+
+        Fields that another version did not write are added empty.
+        """
+        return cast(Summary, EMPTY | read_json(self.summary_file)) if self.summary_file.is_file() else None
 
     def write_summary(self, summary: Summary) -> None:
         write_json(self.summary_file, summary)
@@ -133,9 +136,11 @@ class RunDir:
             return str(summary["status"])
         return RUNNING if self.is_locked() else INTERRUPTED if self.error() is None else FAILED
 
-    def config(self) -> Config:
-        """The recorded configuration. UserError if it is damaged."""
-        return read_config(self.config_file)
+    def config(self, to_train: bool = False) -> Config:
+        """The recorded configuration. UserError if it is damaged or, `to_train`, of a newer version."""
+        if to_train:
+            refuse_newer(self.environment_file, self.environment().get("format", FORMAT))
+        return read_config(self.config_file, to_train)
 
     def is_run(self) -> bool:
         """Whether the directory holds a run: a configuration, at least."""
@@ -157,7 +162,7 @@ class RunDir:
     def keep_environment(self, facts: dict[str, Any]) -> None:
         """Write the environment of the first start; later ones do not change it."""
         if not self.environment_file.exists():
-            write_json(self.environment_file, facts)
+            write_json(self.environment_file, {"format": FORMAT, **facts})
 
     def keep_tokenizer(self, definition: str) -> None:
         """Write the tokenizer at the first start, so that the directory alone suffices to encode and decode text."""
@@ -178,13 +183,8 @@ class RunDir:
         with naming("run_dir", self.path):
             recorded = self.config_file.exists()
         if recorded:
-            before, now = marked(self.config(), RESULT), marked(config, RESULT)
-            differing = [f"{key}={before[key]} (now {now[key]})" for key in now if now[key] != before[key]]
-            if differing:
-                more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-                raise UserError(
-                    f"run_dir={self.path}: holds a run with {', '.join(differing[:3])}{more}. Name another run_dir."
-                )
+            if differing := differences((marked(self.config(to_train=True), RESULT), marked(config, RESULT))):
+                raise UserError(f"run_dir={self.path}: holds a run with {differing}. Name another run_dir.")
         elif self.path.is_dir() and any(item != self.lock_file for item in self.path.iterdir()):
             raise UserError(f"run_dir={self.path}: not empty, and not a run directory.")
 
@@ -284,6 +284,12 @@ def check_row(row: dict[str, Any], path: Path) -> Row:
     if fault := row_fault(row):
         raise UserError(f"{path}: {fault}.")
     return row
+
+
+def refuse_newer(file: Path, written: Any) -> None:
+    """Raise UserError if the format of a record is not one that this version writes."""
+    if written != FORMAT:
+        raise UserError(f"{file}: format {written} is of a newer version of stabrun; use that version.")
 
 
 @contextmanager

@@ -4,11 +4,12 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from stabrun.config import UserError
 from stabrun.record.jsonl import read_json, write_json
 from stabrun.record.run_dir import RunDir
-from stabrun.record.schema import StudySummary
+from stabrun.record.schema import ArmSummary, StudySummary
 
 
 class StudyDir:
@@ -42,8 +43,17 @@ class StudyDir:
         return [run for run in runs if run.metrics.is_file()]
 
     def summary(self) -> StudySummary | None:
-        """What `study.json` holds; None if there is none. UserError if it is damaged."""
-        return read_json(self.summary_file) if self.summary_file.is_file() else None
+        """What `study.json` holds; None if there is none, or if another version wrote less of it.
+
+        Raises UserError if it is damaged.
+        """
+        facts = read_json(self.summary_file) if self.summary_file.is_file() else {}
+        variants = facts.get("variants")
+        arms = list(variants.values()) if isinstance(variants, dict) else []
+        whole = StudySummary.__required_keys__ <= facts.keys() and all(
+            isinstance(arm, dict) and ArmSummary.__required_keys__ <= arm.keys() for arm in arms
+        )
+        return cast(StudySummary, facts) if whole else None
 
     def write_summary(self, summary: StudySummary) -> None:
         write_json(self.summary_file, summary)

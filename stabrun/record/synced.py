@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ class SyncState:
         file = directory / FILE
         if not file.is_file():
             return None
-        try:
-            return SyncState(**read_json(file))
+        facts = read_json(file)
+        try:  # of this version or another
+            return SyncState(**{item.name: facts[item.name] for item in fields(SyncState) if item.name in facts})
         except TypeError as error:
             raise UserError(f"{file} is damaged. Remove it to send everything again.") from error
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stabrun.config import Config, UserError, run_id
 from stabrun.record.jsonl import jsonable
@@ -36,12 +37,12 @@ class Source:
     directory: Path
     name: str
     strategy: str
-    told: Row
+    told: Any
     arms: dict[str, Config]
     rows: list[Row]
     counts: dict[str, int]
     plan: Plan | None = None
-    summaries: dict[str, Row] = field(default_factory=dict)
+    summaries: dict[str, Any] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -67,7 +68,8 @@ class Source:
         return RunDir(self.directory) if self.strategy == RUN else StudyDir(self.directory).run(run_id)
 
     def summary(self, run: str) -> Row:
-        return self.summaries.get(run, {})
+        summary: Row = self.summaries.get(run, {})
+        return summary
 
 
 def opened(directory: Path) -> Source:

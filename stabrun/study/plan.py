@@ -5,7 +5,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from stabrun.composition import SHIPPED, Sources, compose_each, plainly, refuse_unlisted
-from stabrun.config import RESULT, Config, UserError, check, config_of, marked, run_id
+from stabrun.config import RESULT, Config, UserError, as_known, check, config_of, differences, hashed, marked, run_id
 from stabrun.record.jsonl import write_atomic
+from stabrun.record.run_dir import refuse_newer
+from stabrun.record.schema import FORMAT
 from stabrun.record.study_dir import StudyDir
 from stabrun.text import run_name
 
-FORMAT = 1
 GRID, FRONTIER = "grid", "frontier"
 OWN_AXES = ("optim.lr", "seed")  # axes of every study; any other key that sweeps makes arms of its own
 
@@ -91,20 +92,23 @@ def tokens_of(config: Config) -> int:
     return config.train.steps * config.train.batch_size * config.data.seq_len
 
 
-def load(directory: Path) -> Plan:
-    """The plan of a study directory. UserError where it holds none, or a damaged one."""
+def load(directory: Path, to_train: bool = False) -> Plan:
+    """The plan of a study directory, of this version or another.
+
+    Raises UserError if there is none, if it is damaged or, `to_train`, if a newer version wrote it.
+    """
     file = StudyDir(directory).plan_file
     try:
         facts = yaml.load(file.read_bytes(), Loader=yaml.CSafeLoader)
-        arms = {arm: config_of(values) for arm, values in facts.pop("arms").items()}
-        cells = {row[0]: Cell(*row) for row in facts.pop("cells")}
-        if facts.pop("format") != FORMAT:
-            raise UserError(f"{file}: it was written by another version of stabrun.")
-        return Plan(**facts, arms=arms, cells=cells)
+        if to_train:
+            refuse_newer(file, facts["format"])
+        facts["arms"] = {arm: config_of(as_known(values, file, to_train)) for arm, values in facts["arms"].items()}
+        facts["cells"] = {row[0]: Cell(*row[:4]) for row in facts["cells"]}
+        return Plan(**{item.name: facts[item.name] for item in fields(Plan) if item.name in facts})
     except FileNotFoundError as error:
         raise UserError(f"{directory}: not a study: {file.name} is missing.") from error
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is damaged: it holds no plan of a study.") from error
+        raise UserError(f"{file} is damaged: not the plan of a study.") from error
 
 
 def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Path, Config]:
@@ -212,29 +216,24 @@ def _number(key: str, value: str) -> float:
 
 def identity(common: Config, axes: dict[str, list[str]]) -> str:
     """Eight hexadecimal digits that a study keeps when it grows: of all that its arms have in common."""
-    facts = {key: value for key, value in marked(common, RESULT).items() if key not in (*OWN_AXES, *axes)}
+    facts = {key: value for key, value in hashed(common).items() if key not in (*OWN_AXES, *axes)}
     text = json.dumps([common.study.strategy, facts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def extended(old: Plan, new: Plan) -> Plan:
     """What was asked before and what is asked now, as one study. UserError where they contradict each other."""
-    differ = [
-        f"{name}={getattr(old, name)} (here {getattr(new, name)})"
-        for name in ("strategy", "lr_range")
-        if getattr(old, name) != getattr(new, name)
-    ]
-    if new.strategy == FRONTIER and old.seeds[0] != new.seeds[0]:
-        differ.append(f"seed={old.seeds[0]} (here {new.seeds[0]})")
-    for arm in old.arms.keys() & new.arms.keys():
-        there, here = (_result(plan.arms[arm]) for plan in (old, new))
-        differ += [f"{key}={there[key]} (here {here[key]})" for key in here if there[key] != here[key]]
-    if differ:
-        differ = list(dict.fromkeys(differ))
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise UserError(f"the study there asks with {', '.join(differ[:3])}{more}; name another study_dir.")
+    arms = [(_result(old.arms[arm]), _result(new.arms[arm])) for arm in old.arms if arm in new.arms]
+    if differing := differences((_question(old), _question(new)), *arms):
+        raise UserError(f"the study there has {differing}; name another study_dir.")
     seeds = list(dict.fromkeys([*old.seeds, *new.seeds]))
     return replace(new, arms=old.arms | new.arms, seeds=seeds, cells=old.cells | new.cells)
+
+
+def _question(plan: Plan) -> dict[str, Any]:
+    """What one study has one value of, its arms aside."""
+    first_seed = {"seed": plan.seeds[0]} if plan.strategy == FRONTIER else {}
+    return {"strategy": plan.strategy, "lr_range": plan.lr_range, **first_seed}
 
 
 def _result(config: Config) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def finished(plan: Plan, directory: Path) -> Iterator[Row]:
     """The summary of each finished run, with its `arm`, in the order of the plan."""
     for cell in plan.cells.values():
         if summary := StudyDir(directory).run(cell.id).summary():
-            yield {**summary, "arm": cell.arm}
+            yield {**summary, "arm": cell.arm, "lr": cell.lr, "seed": cell.seed}
 
 
 def write(plan: Plan, directory: Path) -> StudySummary:

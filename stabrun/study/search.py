@@ -18,7 +18,7 @@ def outcome(row: Row, strictness: str = STANDARD) -> bool | None:
 
     That is one that is undecided, but for one that learned nothing and ended about where it began, as at a tiny rate.
     """
-    verdict = row["by_strictness"][strictness]
+    verdict = row["by_strictness"].get(strictness, row["verdict"])
     if verdict == UNDECIDED:
         idle = row["reason"] == "no_learning" and number(row["final_loss"]) <= (1 + IDLE) * number(row["init_loss"])
         return False if idle else None

@@ -58,7 +58,10 @@ class SnapshotReader:
         entries = self.ledger.entries(plan.cells) if entries is None else entries
         for cell, entry in entries.items():
             if entry.status == DONE and cell not in self.summaries:
-                summary = _object(self.ledger.study.run(cell).summary_file)
+                try:
+                    summary = self.ledger.study.run(cell).summary()
+                except (OSError, UserError):
+                    continue
                 if summary:
                     self.summaries[cell] = summary
         running = [self._attempt(plan, cell, entry) for cell, entry in entries.items() if entry.status == RUNNING]

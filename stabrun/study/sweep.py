@@ -46,10 +46,10 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
     facts = results.write(plan, directory)
     if config.tracker.name == "wandb" and status != 130:
         rows = [results.result(row) for row in results.finished(plan, directory)]
-        track_study(config.tracker, directory, rows, facts)
+        track_study(config.tracker, directory, rows, {**facts})
     look = SnapshotReader(directory).look(plan)
     seen = table(look, shutil.get_terminal_size().columns)
-    print("\n".join([*seen, LEGEND, "", *summary.lines(facts), "", f"records: {directory}"]))
+    print("\n".join([*seen, LEGEND, "", *summary.lines({**facts}), "", f"records: {directory}"]))
     for sentence in given_up(look):
         warn(sentence)
         status = status or 1
@@ -61,7 +61,7 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
 def _with_what_is_there(asked: Plan, directory: Path) -> Plan:
     study = StudyDir(directory)
     if study.is_study():
-        return extended(load(directory), asked)
+        return extended(load(directory, to_train=True), asked)
     study.refuse_other_content()
     return asked
 

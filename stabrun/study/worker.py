@@ -37,7 +37,7 @@ def work(directory: Path, lease: float = LEASE, stop: Stop | None = None) -> Non
     """
     ledger, stop = Ledger(directory, lease), stop or Stop()
     while claim := _next(ledger, directory, stop):
-        attempt(load(directory), claim, stop)
+        attempt(load(directory, to_train=True), claim, stop)
 
 
 def _next(ledger: Ledger, directory: Path, stop: Stop) -> Claim | None:
@@ -66,7 +66,7 @@ def _next(ledger: Ledger, directory: Path, stop: Stop) -> Claim | None:
 def grow(ledger: Ledger, directory: Path) -> bool:
     """Plan the run that a search needs next. False where it needs none now."""
     with StudyDir(directory).lock():
-        plan = load(directory)
+        plan = load(directory, to_train=True)
         entries = ledger.entries(plan.cells)
         ended = {cell for cell, entry in entries.items() if entry.status in (DONE, FAILED)}
         run = next_run(plan, list(finished(plan, directory)), ended)

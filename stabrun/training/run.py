@@ -190,7 +190,7 @@ class Run:
         verdict = self.judge.conclude(config.train.steps)
         rate = round((self.tokens - self.resumed_at["tokens"]) / seconds, 1)
         self.record.event(status, step=verdict.horizon + 1, seconds=round(seconds, 3), tokens_per_second=rate)
-        summary: Summary = {
+        facts = {
             "run_id": run_id(config),
             "variant": config.variant,
             "lr": config.optim.lr,
@@ -205,8 +205,8 @@ class Run:
             "seconds": round(self.run_dir.seconds_spent(), 3),
             "tokens_per_second": rate,
         }
-        finite: Summary = jsonable(summary)
-        return finite
+        summary: Summary = jsonable(facts)
+        return summary
 
 
 class Stop:

@@ -1,14 +1,14 @@
 """A verdict as text."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stabrun.verdict.chart import LEAST_WINDOW
 from stabrun.verdict.judge import Verdict
 
 
-def verdict_line(facts: dict[str, Any]) -> str:
+def verdict_line(facts: Mapping[str, Any]) -> str:
     """`diverged (runaway) at step 83, first in layer_00/qkv; loss 5.93 → best 2.71 → 3.02`."""
     text = f"{facts['verdict']} ({facts['reason']})"
     if facts["first_bad_step"] is not None:
