@@ -42,7 +42,9 @@ UNUSED: dict[str, Any] = {
 }
 OWN_CODE = ("hydra._internal.", "hydra_plugins.")
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # launcher → extra that installs it
+EXTRAS = {
+    "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray", "joblib": "plugins", "optuna": "plugins"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,64 +76,35 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be parsed; quote brackets, commas and spaces."
     text = "\n".join(str(e) for e in (error, error.__cause__) if e)
-    for pattern, say in SENTENCES:
+    for pattern, message in MESSAGES:
         if found := re.search(pattern, text):
-            return say(*found.groups())
+            return message.format(*found.groups()) if isinstance(message, str) else message(*found.groups())
     lines = [line.strip() for line in text.splitlines()]
-    kept = [
-        line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type=", "See "))
-    ]
-    return " ".join(dict.fromkeys(kept))
+    details = ("full_key:", "object_type=", "reference_type=", "See ")
+    return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(details)))
 
 
 def no_such_choice(group: str, name: str, options: str) -> str:
-    if group == "hydra/launcher" and name in EXTRAS:
-        return f"{group}={name}: its package is not installed: pip install 'stabrun[{EXTRAS[name]}]'."
+    if (extra := EXTRAS.get(name)) and group in ("hydra/launcher", "hydra/sweeper"):
+        return f"{group}={name}: its package is not installed: pip install 'stabrun[{extra}]'."
     return f"{group}={name}: no such {group}; must be one of {', '.join(options.split())}."
-
-
-def no_such_file(group: str, name: str) -> str:
-    return f"{group}={name}: no such {group}."
 
 
 def no_such_key(path: str) -> str:
     near = difflib.get_close_matches(path, [k.path for k in keys()], n=1)
     hint = f" Did you mean {near[0]}?" if near else "" if "." in path else f" The groups are {', '.join(groups())}."
-    return f"{path}: no such key." + hint
+    return f"{path}: no such key.{hint}"
 
 
-def needs_plus(group: str) -> str:
-    return f"{group}=…: not in the defaults list; use +{group}=NAME."
-
-
-def not_new(path: str) -> str:
-    return f"{path}: the key exists already; leave out the + before it."
-
-
-def wrong_type(given: str, why: str) -> str:
-    return f"{given}: {why}."
-
-
-def many_values(given: str) -> str:
-    return f"{given}: several values require -m, which runs them one after another."
-
-
-def no_such_primary(name: str) -> str:
-    return f"--config-name {name}: no such file in conf/ or in --config-dir."
-
-
-SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
+MESSAGES: tuple[tuple[str, str | Callable[..., str]], ...] = (
     (r"Could not find '(\S+)/(\S+)'\s+Available options in '\S+':((?:\s+\S+)*?)\s+Config search", no_such_choice),
-    (r"Could not load '(\S+)/(\S+)'", no_such_file),
-    (r"Could not override '(variant|check)'", needs_plus),
-    (
-        r"([\w.]+)(?:'\.|=)[^\n]*\n.*Key '\w+' (?:not|is not) in",
-        no_such_key,
-    ),
-    (r"An item is already at '([\w.]+)'", not_new),
-    (r"Error merging override (\S+)\n(.*)", wrong_type),
-    (r"Ambiguous value for argument '([^']*)'", many_values),
-    (r"Cannot find primary config '(\S+)'", no_such_primary),
+    (r"Could not load '(\S+)/(\S+)'", "{0}={1}: no such {0}."),
+    (r"Could not override '(\w+)'. No match in the defaults", "{0}=NAME: has no default to replace; use +{0}=NAME."),
+    (r"([\w.]+)(?:'\.|=)[^\n]*\n.*Key '\w+' (?:not|is not) in", no_such_key),
+    (r"An item is already at '([\w.]+)'", "{0}: exists already; leave out the + before it."),
+    (r"Error merging override (\S+)\n(.*)", "{0}: {1}."),
+    (r"Ambiguous value for argument '([^']*)'", "{0}: several values need --multirun (-m)."),
+    (r"Cannot find primary config '(\S+)'", "--config-name {0}: no such file in conf/ or in --config-dir."),
 )
 
 
@@ -261,6 +234,8 @@ def multirun(overrides: list[str], sources: Sources, job: Callable[[Config], flo
             launcher = ("hydra/launcher", "hydra.launcher")
             each(checked, [word for word in [*overrides, *own] if not word.lstrip("+~").startswith(launcher)])
         each(called, [*overrides, *own])
+        for results in Path(scratch).glob("optimization_results.yaml"):  # written by the sweepers that optimize
+            print(results.read_text(), end="")
 
 
 def refuse_unlisted(overrides: list[str], globs: bool) -> None:

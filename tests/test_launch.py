@@ -21,8 +21,8 @@ MARKS = (pytest.mark.slurm, submitit_there)
     ("words", "said"),
     [
         (("hydra/launcher=slrum",), "hydra/launcher=slrum: no such hydra/launcher"),
-        (("hydra.launcher._target_=os.getcwd",), "it names code to run"),
-        (("+hydra.callbacks.x._target_=os.getcwd",), "it names code to run"),
+        (("hydra.launcher._target_=os.getcwd",), "names code to run"),
+        (("+hydra.callbacks.x._target_=os.getcwd",), "names code to run"),
         pytest.param((HERE, "hydra.launcher.nodes=2"), "a job is one worker", marks=MARKS),
         pytest.param((HERE, "hydra.launcher.nods=2"), "no such key", marks=MARKS),
         pytest.param((HERE, "hydra.launcher.timeout_min=1,2"), "launched alike", marks=MARKS),
@@ -101,4 +101,4 @@ def test_shell_commands_for_a_cluster_are_typed_and_not_read_from_a_file(tmp_pat
     assert stabrun("sweep", *words, "hydra.launcher.setup=[true]", cwd=tmp_path).returncode == 0
     done = stabrun("sweep", *words, "+experiment=sly", cwd=tmp_path)
     assert done.returncode == 2
-    assert "hydra.launcher.setup: it names code to run" in done.stderr
+    assert "hydra.launcher.setup: names code to run" in done.stderr

@@ -30,7 +30,12 @@ class Command(click.Command):
     """A command whose help ends with examples and, if it takes overrides, with groups and common keys."""
 
     def __init__(
-        self, *args: Any, examples: Iterable[str] = (), common: Iterable[str] = (), override_prefix: str = "", **kw: Any
+        self,
+        *args: Any,
+        examples: Iterable[str] = (),
+        common: Iterable[str] = (),
+        override_prefix: str | None = None,
+        **kw: Any,
     ) -> None:
         super().__init__(*args, **kw)
         self.examples, self.common, self.override_prefix = tuple(examples), tuple(common), override_prefix
@@ -243,7 +248,10 @@ def status(directory: Path, as_json: bool) -> None:
     status.status(directory, as_json)
 
 
-@cli.command(examples=("stabrun rerun runs/0123456789ab optim.lr=0.1", "stabrun rerun runs/0123456789ab --cfg job"))
+@cli.command(
+    override_prefix="",
+    examples=("stabrun rerun runs/0123456789ab optim.lr=0.1", "stabrun rerun runs/0123456789ab --cfg job"),
+)
 @click.argument("directory", metavar="RUN_DIR", type=DIRECTORY)
 @overrides_argument
 @click.option(

@@ -91,7 +91,7 @@ class Zsh(ZshComplete):
 
 def complete_override(context: click.Context, parameter: click.Parameter, word: str) -> list[CompletionItem[str]]:
     """Completions of an override argument; a command's `override_prefix` restricts them to some keys."""
-    config_dir, prefix = context.params.get("config_dir"), getattr(context.command, "override_prefix", "")
+    config_dir, prefix = context.params.get("config_dir"), getattr(context.command, "override_prefix", None)
     return [CompletionItem(value, help=text or None) for value, text in complete(word, config_dir, prefix)]
 
 

@@ -17,27 +17,28 @@ COMMON_OF_STUDY = (
 )  # fmt: skip
 
 
-def complete(word: str, config_dir: Path | None = None, only: str = "") -> Iterator[Candidate]:
+def complete(word: str, config_dir: Path | None = None, only: str | None = None) -> Iterator[Candidate]:
     """Completions of a partial override.
 
     Args:
         word: what has been typed of it, such as `+variant=qk` or `optim.`.
         config_dir: a directory with further configuration files.
-        only: offer only keys with this prefix, and no groups.
+        only: offer only keys with this prefix (may be empty), and no groups.
     """
     name, equals, value = word.partition("=")
     if equals:
         head = re.match(r"(.*[\[,])?", value)  # `[a,b` and `a,b` complete the last item
         done = f"{name}={head[0] if head else ''}"
-        known = values(name, config_dir) if not only else key_values(name)
+        known = values(name, config_dir) if only is None else key_values(name)
         yield from ((done + item, text) for item, text in known if (done + item).startswith(word))
         return
-    if not only:
+    added = added_groups() if only is None else []
+    if only is None:
         for group in groups():
-            spelled = f"+{group}=" if group in added_groups() else f"{group}="
+            spelled = f"+{group}=" if group in added else f"{group}="
             if spelled.startswith(word):
                 yield spelled, "config group"
-    yield from next_segments(word, only)
+    yield from ((path, text) for path, text in next_segments(word, only or "") if path.rstrip("=") not in added)
 
 
 def values(name: str, config_dir: Path | None) -> list[Candidate]:
