@@ -113,8 +113,8 @@ def test_zsh_and_fish_receive_the_candidates_of_bash(capsys, monkeypatch, shell,
     assert candidates(shell, line) == in_process(capsys, monkeypatch, line) != set()
 
 
+SOURCE = 'eval "$(_STABRUN_COMPLETE=bash_source stabrun)"\n'
 BASH = """
-eval "$(_STABRUN_COMPLETE=bash_source stabrun)"
 COMP_LINE='{line}' COMP_POINT=${{#COMP_LINE}} COMP_TYPE=9
 _stabrun_completion stabrun 2>/dev/null  # compopt complains outside of an interactive shell
 printf '%s\\n' "${{COMPREPLY[@]}}"
@@ -132,12 +132,12 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
     ],
 )
 def test_the_script_in_bash(shell, line, replies):
-    assert shell("bash", BASH.format(line=line)).splitlines() == replies
+    assert shell("bash", SOURCE + BASH.format(line=line)).splitlines() == replies
 
 
 def test_bash_without_the_equals_sign_among_its_word_breaks(shell):
-    text = BASH.format(line="stabrun train model=mi")
-    assert shell("bash", f"COMP_WORDBREAKS=' '\n{text}").splitlines() == ["model=micro", "model=mini"]
+    text = SOURCE + "COMP_WORDBREAKS=' '" + BASH.format(line="stabrun train model=mi")
+    assert shell("bash", text).splitlines() == ["model=micro", "model=mini"]
 
 
 def test_the_script_in_fish(shell):
@@ -180,10 +180,8 @@ def test_installation_says_what_it_wrote_and_is_repeatable(capsys, monkeypatch, 
 def test_installed_completion_works_in_a_new_bash(shell, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     run(capsys, "--install-completion", "bash")
-    text = BASH.format(line="stabrun train model=mi").replace(
-        'eval "$(_STABRUN_COMPLETE=bash_source stabrun)"', ". ~/.bashrc"
-    )
-    assert shell("bash", f". ~/.bashrc\n{text}").splitlines() == ["micro", "mini"]
+    text = ". ~/.bashrc" + BASH.format(line="stabrun train model=mi")
+    assert shell("bash", text).splitlines() == ["micro", "mini"]
 
 
 def test_completion_imports_nothing_heavy():
