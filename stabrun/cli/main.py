@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = dispatch(words)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: Ctrl-C must not spoil the exit
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: ignore Ctrl-C during exit
         sys.stdout.flush()
     except KeyboardInterrupt:
         resumes = "; the same command resumes from the last checkpoint" if {*words[:1]} & {*RESUMABLE} else ""

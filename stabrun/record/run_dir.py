@@ -201,7 +201,7 @@ class RunDir:
 
     @contextmanager
     def lock(self, config: Config) -> Iterator["RunWriter"]:
-        """Hold the directory, created if necessary, for this process alone, and yield its writer.
+        """Hold the directory, created if necessary, for this process only, and yield its writer.
 
         Raises UserError if another process holds it, or `refuse_other_run` does.
         """

@@ -104,7 +104,7 @@ def load_model(path: Path, model: nn.Module) -> None:
     state = _read(path / "model.safetensors")
     here = _model_state(model)
     if {name: tensor.shape for name, tensor in here.items()} != {name: tensor.shape for name, tensor in state.items()}:
-        raise UserError(f"{path} holds the weights of another model; remove it to train anew.")
+        raise UserError(f"{path} has the weights of another model; delete it to start over.")
     for name, tensor in here.items():
         tensor.copy_(state[name])
 

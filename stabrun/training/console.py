@@ -90,7 +90,7 @@ class Console:
             return
         try:
             print(text, flush=True)
-        except OSError:  # nobody reads the output any more: stay silent, as a run outlives its reader
+        except OSError:  # the reader of the output is gone: stay silent, and continue the run
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self) -> None:

@@ -48,7 +48,7 @@ def evaluate(model: GPT, windows: Iterable[Tensor]) -> Evaluation:
 
 
 def validation_windows(config: Config, run: RunDir) -> tuple[Tensor, ...]:
-    """The sequences of `val/loss`. UserError if the data are no longer those of the run."""
+    """The sequences of `val/loss`. Raises UserError if the data have changed since the run."""
     data = prepare(config.data, config.model)
     run.refuse_other_data(data.manifest["hash"])
     batch = validation_batch(data.val, config.train.val_sequences, config.data.seq_len)
