@@ -152,6 +152,9 @@ def composed(
     `own` are further overrides that stabrun sets.
     """
     refuse_words(overrides, sources)
+    primary = application.config_loader.repository.load_config(sources.config_name)
+    if primary is not None and OmegaConf.select(primary.config, "hydra.searchpath") is not None:
+        raise UserError(f"{sources.config_name}.yaml: hydra.searchpath can name code to run; use --config-dir DIR.")
     with as_user_error(overrides):
         whole: DictConfig = application.compose_config(sources.config_name, [*overrides, *own], mode, from_shell=True)
     refuse_code(whole)
@@ -215,8 +218,7 @@ def multirun(overrides: list[str], sources: Sources, job: Callable[[Config], flo
             return error
 
     def each(task: Callable[[DictConfig], Any], words: list[str]) -> None:
-        with as_user_error(overrides):
-            batches = application.multirun(sources.config_name, task, words)
+        batches = application.multirun(sources.config_name, task, words)
         results = [result.return_value for batch in batches or () for result in batch]
         for result in results:
             if isinstance(result, UserError):
@@ -232,7 +234,8 @@ def multirun(overrides: list[str], sources: Sources, job: Callable[[Config], flo
         if basic:
             refuse_unlisted(overrides, globs=True)
             launcher = ("hydra/launcher", "hydra.launcher")
-            each(checked, [word for word in [*overrides, *own] if not word.lstrip("+~").startswith(launcher)])
+            with as_user_error(overrides):
+                each(checked, [word for word in [*overrides, *own] if not word.lstrip("+~").startswith(launcher)])
         each(called, [*overrides, *own])
         for results in Path(scratch).glob("optimization_results.yaml"):  # written by the sweepers that optimize
             print(results.read_text(), end="")
@@ -289,9 +292,6 @@ def refuse_words(overrides: list[str], sources: Sources) -> None:
         for file in (sources.config_dir / group / f"{name}.yaml" for name in names) if sources.config_dir else ():
             if file.is_file():
                 refuse_file(file, group in added_groups())
-    primary = (sources.config_dir or conf_dir()) / f"{sources.config_name}.yaml"
-    if primary.is_file() and "searchpath" in primary.read_text(errors="replace"):
-        raise UserError(f"{primary}: hydra.searchpath can name code to run; add a directory with --config-dir DIR.")
 
 
 def refuse_file(file: Path, whole: bool) -> None:
@@ -316,6 +316,10 @@ def refuse_code(whole: DictConfig) -> None:
             raise UserError(f"{path}: names code to run, which is allowed on the command line only.")
     if node.get("callbacks"):
         raise UserError("hydra.callbacks: names code to run, which is not allowed.")
+    for name in ("params", "search_space"):  # further overrides of each job, which is composed after this check
+        for key in node["sweeper"].get(name) or ():
+            if str(key).lstrip("+~").startswith("hydra"):
+                raise UserError(f"hydra.sweeper.{name}: {key} can name code to run; give it on the command line.")
     own = set(_plugin_targets(node["runtime"]["choices"])) if "hydra/sweeper" in typed else set()
     for path, value in _targets(node, "hydra"):
         if not str(value).startswith(OWN_CODE) and (path, value) not in own:

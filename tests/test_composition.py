@@ -105,10 +105,11 @@ def test_a_primary_config_of_one_s_own(capsys, mine):
     status, out, _ = run(capsys, "sweep", "-cd", folder, "-cn", "own", "study.lrs=[0.1,0.5]", "--dry-run")
     assert status == 0
     assert "2 learning rates" in out or "6 cells" in out
-    sly = mine("sly", "defaults: [config]\nhydra: {searchpath: ['pkg://os']}\n")
-    status, _, err = run(capsys, "train", "-cd", sly, "-cn", "sly", "--cfg", "job")
-    assert status == 2
-    assert "searchpath" in err
+    sly = mine("sly", """defaults: [config]\nhydra: {"search\\u0070ath": ['pkg://os']}\n""")
+    for name in ("sly", "sly.yaml"):
+        status, _, err = run(capsys, "train", "-cd", sly, "-cn", name, "--cfg", "job")
+        assert status == 2
+        assert "searchpath can name code" in err
 
 
 @pytest.mark.parametrize("word", ["hydra.run.dir=x", "hydra.sweep.dir=x", "hydra.job.chdir=true"])
@@ -142,6 +143,14 @@ def test_a_variant_file_without_its_header_is_named(capsys, mine, text, named):
         assert status == 2
         assert named in err
         assert "mine/variant/calm.yaml: " in err
+
+
+@pytest.mark.parametrize("word", ["hydra.searchpath: '[pkg://this]'", "+hydra.job_logging.root.class: x"])
+def test_a_file_gives_the_jobs_of_a_sweeper_no_keys_of_hydra(capsys, mine, word):
+    folder = mine("experiment/sly", f"# @package _global_\nhydra: {{sweeper: {{params: {{{word}}}}}}}\n")
+    status, _, err = run(capsys, "train", "-m", "--config-dir", folder, "+experiment=sly", *QUICK, "seed=0,1")
+    assert status == 2
+    assert "can name code to run" in err
 
 
 @pytest.mark.parametrize(

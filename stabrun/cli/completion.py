@@ -18,57 +18,14 @@ from stabrun.config import UserError
 
 COMPLETE_VARIABLE = "_STABRUN_COMPLETE"
 SHELLS = ("bash", "zsh", "fish")
-
-BASH = """\
-%(complete_func)s() {
-    local IFS=$'\\n' type value
-    COMPREPLY=()
-    while IFS=',' read -r type value; do
-        case $type in
-            dir) compopt -o dirnames ;;
-            file) compopt -o default ;;
-            plain)
-                COMPREPLY+=("$value")
-                [[ $value == *[=.] ]] && compopt -o nospace ;;
-        esac
-    done < <(COMP_LINE="$COMP_LINE" COMP_POINT="$COMP_POINT" COMP_WORDBREAKS="$COMP_WORDBREAKS" \
-%(complete_var)s=bash_complete "$1")
-}
-complete -o nosort -o bashdefault -o default -F %(complete_func)s %(prog_name)s
-"""
-
-ZSH = """\
-#compdef %(prog_name)s
-%(complete_func)s() {
-    local -a response complete partial
-    local type value help
-    (( $+commands[%(prog_name)s] )) || return 1
-    response=("${(@f)$(env COMP_WORDS="${words[*]}" COMP_CWORD=$((CURRENT-1)) \
-%(complete_var)s=zsh_complete %(prog_name)s)}")
-    for type value help in ${response}; do
-        [[ $help == _ ]] && help=''
-        case $type in
-            dir) _path_files -/ ;;
-            file) _path_files -f ;;
-            *) if [[ $value == *[=.] ]]; then partial+=("$value:$help"); else complete+=("$value:$help"); fi ;;
-        esac
-    done
-    (( $#complete )) && _describe -V unsorted complete -U
-    (( $#partial )) && _describe -V unsorted partial -U -S ''
-}
-if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
-    %(complete_func)s "$@"
-else
-    compdef %(complete_func)s %(prog_name)s
-fi
-"""
+SCRIPTS = Path(__file__).parent
 
 
 @add_completion_class
 class Bash(BashComplete):
     """Bash splits words at the characters of COMP_WORDBREAKS, `=` among them, and replaces only the last part."""
 
-    source_template = BASH
+    source_template = (SCRIPTS / "completion.bash").read_text()
 
     def get_completion_args(self) -> tuple[list[str], str]:
         line = os.environ["COMP_LINE"].encode()[: int(os.environ["COMP_POINT"])].decode(errors="ignore")
@@ -86,7 +43,7 @@ class Bash(BashComplete):
 class Zsh(ZshComplete):
     """click's class with a script that adds no space after `KEY=` and `SECTION.`."""
 
-    source_template = ZSH
+    source_template = (SCRIPTS / "completion.zsh").read_text()
 
 
 def complete_override(context: click.Context, parameter: click.Parameter, word: str) -> list[CompletionItem[str]]:
