@@ -83,14 +83,14 @@ class Run:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the run was trained with: `encode(text)` and `decode(ids)`."""
-        from stabrun.data.tokenizer import FILE, Bytes, load
+        from stabrun.data.tokenizer import Bytes, load
 
-        file = self.directory / FILE
+        file = self.files.tokenizer_file
         if file.is_file():
             return load(file)
         if self.config.data.tokenizer == "bytes":
             return Bytes()
-        raise UserError(f"{self.directory}: {FILE} is missing; the run was recorded by an earlier version.")
+        raise UserError(f"{self.directory}: {file.name} is missing; the run was recorded by an earlier version.")
 
     def sample(
         self,
