@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread, a cache of their own, and runs that are quick."""
 
 import os
+import signal
 
 os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -10,6 +11,9 @@ import hypothesis
 import pytest
 import torch
 
+# SIGINT is ignored in tests that are started in the background, and so in their children. With a handler here, children
+# start with the default.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ours")

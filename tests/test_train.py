@@ -98,23 +98,11 @@ def test_interrupted_at_any_step_and_resumed(tmp_path, whole, monkeypatch, at):
     assert metrics(tmp_path / "run") == whole
 
 
-def accept_ctrl_c():
-    """SIGINT has its default in a child even if the tests run in the background, where it is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_ctrl_c_in_the_terminal_and_resumed(tmp_path, whole):
     command = [sys.executable, "-m", "stabrun", "train", *TINY, *RICH, "run_dir=run"]
     codes = []
     for start in (1, 2, 3):
-        process = subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=accept_ctrl_c,
-        )
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         while process.poll() is None and len(events(tmp_path / "run", "start")) < start:
             time.sleep(0.01)
         if start < 3:
