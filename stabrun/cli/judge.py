@@ -14,9 +14,9 @@ from stabrun.record.jsonl import jsonable, parse_line
 from stabrun.record.run_dir import RunDir, check_row
 from stabrun.record.schema import Row
 from stabrun.record.study_dir import StudyDir
-from stabrun.verdict.compare import parted
+from stabrun.verdict.compare import compare
 from stabrun.verdict.judge import DIVERGED, Judge, Verdict
-from stabrun.verdict.wording import alarmed, details, verdict_line
+from stabrun.verdict.wording import alarm_lines, details, verdict_line
 
 POLL = 0.2  # seconds between two reads of a growing file
 
@@ -94,7 +94,7 @@ def show(record: Saved, request: Request) -> dict[str, Any]:
             raise UserError(f"--against {request.against}: contains {len(others)} runs; choose one.")
         facts["against"] = {
             "verdict": others[0].verdict().verdict,
-            **parted(list(record.rows()), list(others[0].rows())),
+            **compare(list(record.rows()), list(others[0].rows())),
         }
     if not request.as_json:
         name = "" if request.path == Path(record.name) else f"{record.name}: "
@@ -129,7 +129,7 @@ def follow(request: Request) -> int:
             fold.add(row)
             if len(fold.losses) >= check_at or fold.over:
                 check_at = len(fold.losses) + max(10, len(fold.losses) // 100)
-                for what, line in alarmed(fold.conclude()):
+                for what, line in alarm_lines(fold.conclude()):
                     if what not in printed and not request.as_json:
                         print(line, flush=True)
                     printed.add(what)

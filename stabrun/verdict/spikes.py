@@ -1,4 +1,4 @@
-"""Spikes of a loss: count, steps and heights. They do not affect the verdict."""
+"""Spikes of a loss: their number, steps and heights. They do not affect the verdict."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,19 +8,18 @@ from scipy.ndimage import median_filter
 
 from stabrun.verdict.chart import LEAST_WINDOW, Floats, noise, trailing_means
 
-SIGMAS = 7.0  # above the mean of the rows before; as in the spike score of OLMo 2 (arXiv 2501.00656)
+SIGMAS = 7.0  # standard deviations above the mean of the rows before, as in OLMo 2's score (arXiv 2501.00656)
 APART = 5  # rows between two spikes; closer ones count as one
-LISTED = 100  # at most; the largest
-SCORE_ROWS, RATE_ROWS, RATE_RISE = 1000, 201, 0.1
+LISTED = 100  # the highest are listed
+SCORE_ROWS = 1000  # see `spike_score`
+RATE_ROWS, RATE_RISE = 201, 0.1  # see `spike_rate`
 
 
 def spikes(losses: Floats, steps: Sequence[int]) -> dict[str, Any] | None:
     """The spikes of finite losses `[n]`; None if there are too few rows.
 
-    `count`; `list`: the largest in order of steps, each [step, height above the mean of the rows before]; `score`:
-    percentage of rows at least 7 standard deviations above the mean of the last 1000 (OLMo 2, arXiv 2501.00656);
-    `rate`: rows per 10,000 above the rolling median of 201 rows plus 0.1 (arXiv 2608.30320). Score and rate are None if
-    the record is too short.
+    `count`; `list`: the highest in order of their step, each [step, height above the mean of the rows before]; `score`
+    and `rate`: see `spike_score` and `spike_rate`.
     """
     if len(losses) <= 2 * LEAST_WINDOW:
         return None
@@ -28,10 +27,10 @@ def spikes(losses: Floats, steps: Sequence[int]) -> dict[str, Any] | None:
     height = losses[LEAST_WINDOW:] - before
     high = np.flatnonzero(height > SIGMAS * noise(losses, 2 * LEAST_WINDOW)[LEAST_WINDOW - 1 : -1])
     groups = np.split(high, np.flatnonzero(np.diff(high) > APART) + 1) if len(high) else []
-    found = [(int(group[0]) + LEAST_WINDOW, float(height[group].max())) for group in groups]
-    largest = sorted(sorted(found, key=lambda spike: -spike[1])[:LISTED])
+    peaks = [(int(group[0]) + LEAST_WINDOW, float(height[group].max())) for group in groups]
+    largest = sorted(sorted(peaks, key=lambda spike: -spike[1])[:LISTED])
     return {
-        "count": len(found),
+        "count": len(peaks),
         "list": [[int(steps[row]), round(size, 6)] for row, size in largest],
         "score": spike_score(losses),
         "rate": spike_rate(losses),
@@ -39,7 +38,10 @@ def spikes(losses: Floats, steps: Sequence[int]) -> dict[str, Any] | None:
 
 
 def spike_score(losses: Floats) -> float | None:
-    """Percentage of rows at least 7 standard deviations above the mean of the 1000 rows before."""
+    """Percentage of rows at least 7 standard deviations above the mean of the 1000 before (OLMo 2, arXiv 2501.00656).
+
+    None if the record is too short.
+    """
     if len(losses) < 2 * SCORE_ROWS:
         return None
     centered = losses - np.median(losses)
@@ -49,7 +51,10 @@ def spike_score(losses: Floats) -> float | None:
 
 
 def spike_rate(losses: Floats) -> float | None:
-    """Rows per 10,000 above the median of the last 201 rows (including themselves) plus 0.1, from the 201st row on."""
+    """Rows per 10,000 that are above the median of the last 201, including themselves, plus 0.1 (arXiv 2608.30320).
+
+    None if the record is too short.
+    """
     if len(losses) < RATE_ROWS:
         return None
     median = median_filter(losses, RATE_ROWS, mode="nearest", origin=RATE_ROWS // 2)

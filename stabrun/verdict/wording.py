@@ -9,7 +9,7 @@ from stabrun.verdict.judge import Verdict
 
 
 def verdict_line(facts: Mapping[str, Any]) -> str:
-    """`diverged (runaway) at step 83, first in layer_00/qkv; loss 5.93 → best 2.71 → 3.02`."""
+    """`diverged (runaway) at step 83, first in layer_00/qkv; loss init 5.931 → best 2.712 → final 3.020`."""
     text = f"{facts['verdict']} ({facts['reason']})"
     if facts["first_bad_step"] is not None:
         text += f" at step {facts['first_bad_step']}"
@@ -18,8 +18,8 @@ def verdict_line(facts: Mapping[str, Any]) -> str:
     if facts.get("overfit"):
         text += f", overfits from step {facts['overfit']['step']}"
     losses = [(name, facts[f"{name}_loss"]) for name in ("init", "best", "final")]
-    told = [f"{name} {short(float(value))}" for name, value in losses if value is not None]
-    return f"{text}; loss {' → '.join(told)}" if told else text
+    values = [f"{name} {short(float(value))}" for name, value in losses if value is not None]
+    return f"{text}; loss {' → '.join(values)}" if values else text
 
 
 def short(loss: float) -> str:
@@ -27,54 +27,57 @@ def short(loss: float) -> str:
 
 
 def details(facts: dict[str, Any]) -> Iterator[str]:
-    """The lines below the verdict: horizon, scar, spikes, signals, comparison, notes."""
-    yield f"horizon: step {facts['horizon']}; rule {facts['rule']}"
+    """The lines below the verdict: horizon, scar, spikes, signals, comparison with another run, notes."""
+    yield f"judged up to step {facts['horizon']} (rule {facts['rule']})"
     if len(set(facts["by_strictness"].values())) > 1:
         yield "by strictness: " + ", ".join(f"{name} {verdict}" for name, verdict in facts["by_strictness"].items())
     if facts["certain_step"] is not None:
         yield f"certain from step {facts['certain_step']}"
     if facts["scar"]:
-        yield f"scar: the last level is {short(facts['scar'])} above the lowest"
+        yield f"scar: the last level of the loss is {short(facts['scar'])} above the lowest"
     if over := facts.get("overfit"):
-        rise = f"the validation loss is {short(over['rise'])} above its lowest, at step {over['best_step']}"
-        yield f"overfits: {rise} while the training loss fell; the gap between them is {short(facts['val_gap'])}"
+        rise = f"the validation loss is {short(over['rise'])} above its lowest value at step {over['best_step']}"
+        yield f"overfitting: {rise}, while the training loss fell; their gap is {short(facts['val_gap'])}"
     if spikes := facts["spikes"] and facts["spikes"]["list"]:
         step, height = max(spikes, key=lambda spike: spike[1])
-        yield f"spikes: {facts['spikes']['count']}, the largest {short(height)} at step {step}"
+        yield f"spikes: {facts['spikes']['count']}, the highest {short(height)} at step {step}"
     if facts["first_bad_step"] is not None:
         for name, signal in sorted(facts["signals"].items(), key=lambda item: item[1]["step"]):
-            where = f" in {signal['site']}" if signal["site"] else ""
             lead = signal["lead"]
             when = f"{lead} steps before" if lead > 0 else f"{-lead} steps after" if lead < 0 else "together with"
-            yield f"{name} alarm at step {signal['step']}{where}, {when} the loss"
-    if other := facts.get("against"):
-        yield from compared(other)
+            yield f"{alarm(name, signal)} at step {signal['step']}, {when} the loss"
+    if comparison := facts.get("against"):
+        yield from comparison_lines(comparison)
     yield from facts["notes"]
 
 
-def compared(other: dict[str, Any]) -> Iterator[str]:
-    yield f"comparison: {other['steps']} common step{'s' * (other['steps'] != 1)}; the other run is {other['verdict']}"
+def alarm(name: str, signal: dict[str, Any]) -> str:
+    """`alarm of output_norm in layer_03/fc2`."""
+    return f"alarm of {name}" + (f" in {signal['site']}" if signal["site"] else "")
+
+
+def comparison_lines(other: dict[str, Any]) -> Iterator[str]:
+    yield f"other run: {other['verdict']}; {other['steps']} common step{'s' * (other['steps'] != 1)}"
     if other["loss_step"] is None and other["steps"] < LEAST_WINDOW:
         yield "too few common steps to compare the losses"
     elif other["loss_step"] is None:
         yield "the losses do not differ"
     elif other["difference"] is None:
-        yield f"the losses differ from step {other['loss_step']}, where one is not finite"
+        yield f"the losses differ from step {other['loss_step']} on; one of them is not finite at the end"
     else:
-        side = "above" if other["difference"] > 0 else "below"
-        far = f"{short(abs(other['difference']))} {side}"
-        yield f"the losses differ from step {other['loss_step']}; at the end, this one is {far}"
+        end = f"{short(abs(other['difference']))} {'above' if other['difference'] > 0 else 'below'} the other"
+        yield f"the losses differ from step {other['loss_step']} on; at the end, this run is {end}"
     if other["site"]:
-        factor, step = other["site_factor"], other["site_step"]
-        yield f"the first output norms to differ are those of {other['site']}, at step {step}; ×{factor:.2f} at the end"
+        start, factor = f"step {other['site_step']}", f"{other['site_factor']:.2f}"
+        yield f"the output norm of {other['site']} is the first to differ, from {start} on; at the end by ×{factor}"
 
 
-def alarmed(verdict: Verdict) -> Iterator[tuple[str, str]]:
-    """The alarms of a verdict: (identifier, line of text)."""
+def alarm_lines(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    """The alarms of a verdict: an identifier and a line of text each."""
     for step, height in (verdict.spikes or {"list": []})["list"]:
         yield f"spike {step}", f"step {step}: a spike of {short(height)}"
     for name, signal in verdict.signals.items():
-        yield name, f"step {signal['step']}: alarm of {name}" + (f" in {signal['site']}" if signal["site"] else "")
+        yield name, f"step {signal['step']}: {alarm(name, signal)}"
     if verdict.reason == "rising":
         yield "rising", f"step {verdict.horizon}: the loss is rising"
     elif verdict.first_bad_step is not None:
