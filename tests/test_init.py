@@ -72,7 +72,7 @@ def test_standard_deviation_of_each_matrix_equals_its_formula(init):
 
 
 def test_sigma_reparam_refuses_zero_initialization():
-    with pytest.raises(UserError, match="spectral norm, here 0"):
+    with pytest.raises(UserError, match="spectral norm, which is 0"):
         configured("+variant=sigma_reparam", "model.init=zero_out")
 
 
@@ -135,7 +135,7 @@ def test_the_check_on_the_command_line(capsys):
     assert out.splitlines()[-2].startswith("All gradients are zero")
     status, out, _ = run(capsys, "model", "+check=init", "--json", *BARE[:3], "model.init=kaiming")
     assert json.loads(out)["init"]["loss"] == "nan"
-    assert "Nothing is off." in run(capsys, "model", "+check=init")[1]
+    assert "No problems found." in run(capsys, "model", "+check=init")[1]
     status, _, err = run(capsys, "model", "+check=exit")
     assert status == 2
     assert "init" in err

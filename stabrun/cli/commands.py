@@ -379,10 +379,10 @@ def model(overrides: list[str], config_dir: Path | None, as_json: bool, trace: b
         facts["memory"]["traced_peak_bytes"] = traced_memory(config)
     lines = [report(facts, config)]
     if config.check == "init":
-        from stabrun.training.initial_check import check_initial, told
+        from stabrun.training.initial_check import check_initial, check_lines
 
         facts["init"] = check_initial(config)
-        lines += ["", *told(facts["init"])]
+        lines += ["", *check_lines(facts["init"])]
     print(json.dumps(jsonable(facts), indent=1) if as_json else "\n".join(lines))
 
 

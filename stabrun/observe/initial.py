@@ -1,71 +1,72 @@
-"""The check at step 0: whether signal and gradient pass through the layers, and the first loss is that of ignorance.
+"""The check at initialization: whether signal and gradient pass through all layers, and the first loss is ln(vocab).
 
-Pure functions of the first row of a record. Variances are mean squares, from norms: of a token's vector over its width,
-of a gradient over tokens and width.
+Pure functions of the first row of a record.
 """
 
 import math
-from typing import Any
 
 from stabrun.record.jsonl import number
+from stabrun.record.metrics import BY_SITE, METRICS, OUTPUT
+from stabrun.record.schema import Row
 
-LOSS_OFF = 1.0  # nats above ln(vocab): unit-variance logits cost half a nat
-PASSES = 10.0  # between layers' token norms: a factor of 100 in variance
-FADES = 100.0  # between layers' gradient norms; a deep pre-norm model has a factor of 10 or so
-
-Variances = dict[str, list[float]]
+LOSS_MARGIN = 1.0  # nats above ln(vocab); logits of unit variance cost half a nat
+SIGNAL_RATIO = 10.0  # between the token norms of two layers: a factor of 100 in variance
+GRADIENT_RATIO = 100.0  # between the gradient norms of two layers; a deep pre-norm model has a factor of about 10
 
 
-def variances(row: dict[str, Any], widths: dict[str, tuple[int, int]], tokens: int) -> Variances:
-    """Column → variance by layer, from a row that was observed at its slow cadence.
+def variances(row: Row, widths: dict[str, tuple[int, int]], tokens: int) -> dict[str, list[float]]:
+    """Mean squares by layer, from the norms in a row: column → one value per layer.
 
-    `widths`: (in, out) of each site; `tokens` of the batch.
+    The columns are declared in the table of metrics (`Metric.variance`). `widths`: (in, out) of the linear layers of a
+    block; `tokens`: of the batch. Token norms are divided by the width, gradient norms by width and tokens.
     """
+    columns = {}
+    for metric in METRICS.values():
+        if not metric.variance:
+            continue
+        for site in widths if metric.shape == BY_SITE else ["qkv"]:  # a block is as wide as the input of QKV
+            width = widths[site][metric.source == OUTPUT]
+            count = width if metric.per_token else width * tokens
+            values = row[metric.key.format(site=site)]
+            columns[metric.variance.format(site=site)] = [number(value) ** 2 / count for value in values]
+    return columns
 
-    def squares(key: str, count: int) -> list[float]:
-        return [number(value) ** 2 / count for value in row[key]]
 
-    columns = {"residual": squares("residual/norm", widths["qkv"][0])}
-    columns |= {f"{site} out": squares(f"norm/out/{site}", widths[site][1]) for site in widths}
-    grads = {f"{site} in grad": squares(f"norm/in_grad/{site}", tokens * widths[site][0]) for site in widths}
-    return columns | grads
-
-
-def findings(row: dict[str, Any], vocab_size: int) -> list[str]:
-    """What is off, a sentence each; nothing where all is well. `row` is one that was observed, before any update."""
+def findings(row: Row, vocab_size: int) -> list[str]:
+    """Problems of an initialization, one sentence each, from an observed row of step 0; empty if there are none."""
     if row.get("scale/skipped"):
-        return []  # fp16 still looks for its loss scale
-    loss, ignorant = number(row["train/loss"]), math.log(vocab_size)
+        return []  # fp16 is still lowering its loss scale
+    loss, uniform = number(row["train/loss"]), math.log(vocab_size)
     if not (math.isfinite(loss) and math.isfinite(number(row["grad/norm"]))):
         return ["The first loss or its gradient is not finite."]
-    said = []
-    if loss - ignorant > LOSS_OFF:
-        said.append(
-            f"The first loss is {loss:.2f}, and ln({vocab_size}) = {ignorant:.2f} is what knowing nothing costs: "
-            "the logits are too large."
+    problems = []
+    if loss - uniform > LOSS_MARGIN:
+        problems.append(
+            f"The first loss is {loss:.2f}, above ln({vocab_size}) = {uniform:.2f}: the logits are too large."
         )
-    said += _dead(row)
+    problems += gradient_findings(row)
     stream = [number(value) for value in row["residual/norm"]]
     if not min(stream):
-        said.append("The blocks put out zeros: no signal passes through them.")
-    elif max(stream) > PASSES * min(stream):
-        how = "grows" if stream[-1] > stream[0] else "fades"
-        said.append(f"The signal {how} with depth: {_span(stream, 'after')} (norm of a token's vector).")
-    return said
+        problems.append("The blocks output zeros: no signal passes through them.")
+    elif max(stream) > SIGNAL_RATIO * min(stream):
+        direction = "grows" if stream[-1] > stream[0] else "fades"
+        problems.append(f"The signal {direction} with depth: {ends(stream, 'after')} (norm of a token's vector).")
+    return problems
 
 
-def _dead(row: dict[str, Any]) -> list[str]:
+def gradient_findings(row: Row) -> list[str]:
     if not number(row["grad/norm"]):
-        small = ", or fp16's loss scale is far too small" if "scale/loss_scale" in row else ""
-        return [f"All gradients are zero: nothing can be learned from these weights{small}."]
+        cause = ", or the loss scale of fp16 is far too small" if "scale/loss_scale" in row else ""
+        return [f"All gradients are zero: these weights cannot learn{cause}."]
     if not max(number(value) for value in row["grad/norm_by_layer"]):
-        return ["No gradient reaches the blocks: nothing is learned but by the embedding and the head."]
-    gradients = [number(value) for value in row.get("norm/in_grad/fc1", row["grad/norm_by_layer"])]
-    if max(gradients) > FADES * min(gradients):
-        how = "fades" if gradients[0] < gradients[-1] else "grows"
-        return [f"The gradient {how} on its way to the first layer: {_span(gradients, 'at')} (norm at FC1's input)."]
+        return ["No gradient reaches the blocks: only the embedding and the head learn."]
+    gradients = [number(value) for value in row.get("norm/in_grad/fc1") or row["grad/norm_by_layer"]]
+    if max(gradients) > GRADIENT_RATIO * min(gradients):
+        direction = "grows" if gradients[0] > gradients[-1] else "fades"
+        return [f"The gradient {direction} toward the first layer: {ends(gradients, 'at')} (norm at FC1's input)."]
     return []
 
 
-def _span(values: list[float], where: str) -> str:
-    return f"{values[0]:.2g} {where} layer 0, {values[-1]:.2g} {where} layer {len(values) - 1}"
+def ends(values: list[float], place: str) -> str:
+    """`3.1 after layer 0, 0.02 after layer 11`."""
+    return f"{values[0]:.2g} {place} layer 0, {values[-1]:.2g} {place} layer {len(values) - 1}"

@@ -5,9 +5,9 @@ The probe, the signals, the check at initialization, the figures, the report pag
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from stabrun.record.jsonl import number
+from stabrun.record.schema import Row
 
 SITES = ("qkv", "proj", "fc1", "fc2", "head")
 """The linear layers, in the order of the forward pass; all but the head are in each block."""
@@ -169,7 +169,7 @@ def place(key: str, layer: int) -> str | None:
     return site_name(key.rpartition("/")[2], layer) if metric.shape == BY_SITE else f"layer_{layer:02d}"
 
 
-def by_site(row: dict[str, Any], prefix: str) -> dict[str, float]:
+def by_site(row: Row, prefix: str) -> dict[str, float]:
     """The values of the keys that start with `prefix`, by site and layer: `layer_03/fc2` → value."""
     return {
         site_name(key.removeprefix(prefix), layer): number(value)

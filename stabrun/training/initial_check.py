@@ -1,4 +1,4 @@
-"""`stabrun model +check=init`: one pass forward and back at the first weights."""
+"""`stabrun model +check=init`: one forward and backward pass at the initial weights."""
 
 import math
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from stabrun.observe.probe import Probe
 from stabrun.training.objective import cross_entropy
 from stabrun.training.precision import pick_device
 
-TOKENS = 1024  # of the pass, at most: so that a model of 830M parameters fits on a laptop
+TOKENS = 1024  # at most, so that a model of 830M parameters fits on a laptop
 
 
 def check_initial(config: Config) -> dict[str, Any]:
-    """`loss`, `ln_vocab`, `variances` by layer and `findings`, on tokens drawn evenly: no training, no data.
+    """Forward and backward pass on random tokens: `loss`, `ln_vocab`, `variances` by layer and `findings`.
 
-    In fp32 and without dropout, for the weights alone are asked about.
+    Runs in fp32 and without dropout, because it is about the weights only.
     """
     time = min(config.data.seq_len, TOKENS)
     batch = max(1, min(config.train.batch_size, TOKENS // time))
@@ -39,7 +39,7 @@ def check_initial(config: Config) -> dict[str, Any]:
     norms = tensor_norms([p.grad for p in model.parameters() if p.grad is not None])
     probe.before_update(norms)
     row = probe.snapshot(loss.detach(), torch.linalg.vector_norm(norms)).read()
-    layers = {site: found[0][1] for site, found in probe.sites.items() if site != "head"}
+    layers = {site: members[0][1] for site, members in probe.sites.items() if site != "head"}
     widths = {site: (layer.in_features, layer.out_features) for site, layer in layers.items()}
     return {
         "loss": row["train/loss"],
@@ -49,11 +49,11 @@ def check_initial(config: Config) -> dict[str, Any]:
     }
 
 
-def told(facts: dict[str, Any]) -> Iterator[str]:
-    """The check in lines for a reader: a row a layer, and what is off."""
+def check_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """The check as text: a table with one row per layer, and the findings."""
     columns = facts["variances"]
     yield f"first loss {facts['loss']:.3f}, ln(vocab) {facts['ln_vocab']:.3f}; variance by layer:"
     yield "  layer" + "".join(f"{name:>14}" for name in columns)
     for layer, values in enumerate(zip(*columns.values(), strict=True)):
         yield f"  {layer:>5}" + "".join(f"{value:>14.2e}" for value in values)
-    yield from facts["findings"] or ["Nothing is off."]
+    yield from facts["findings"] or ["No problems found."]
