@@ -1,16 +1,16 @@
-"""Judge the corpus of own runs at the three strictnesses, and list what became of each: `docs/curves.md`.
+"""Judge the corpus of runs at the three strictnesses, and list the verdicts: `docs/curves.md`.
 
     python scripts/judge_curves.py > docs/curves.md
 
-With `--signals RUNS` it tells instead how often each signal raised an alarm, and how long before the loss, in the run
-directories that `scripts/make_curves.py --runs RUNS` left: the packed losses hold no statistics.
+`--signals RUNS` prints instead how often each signal raised an alarm, and how long before the loss, in the run
+directories of `scripts/make_curves.py --runs RUNS`: the packed losses contain no statistics.
 """
 
 import argparse
 import json
 import lzma
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,18 @@ import numpy as np
 
 from stabrun.record.metrics import signals
 from stabrun.record.run_dir import RunDir
+from stabrun.record.schema import Row
 from stabrun.verdict.judge import STRICTNESS, Judge
 
 CORPUS = Path(__file__).parent.parent / "tests" / "data" / "curves.npz.xz"
-NEAR, FAR = (
-    0.05,
-    0.3,
-)  # nats: an end this near to the best of its kind is healthy, one this far above its own lowest not
+HEALTHY, LOST = 0.05, 0.3  # nats; see HEAD
 
 
 HEAD = """# The verdict on every run of the corpus
 
 Written by `python scripts/judge_curves.py > docs/curves.md`; the runs by `scripts/make_curves.py`. Losses are means
-of the last 20 steps, in nats. *Healthy* is an end within 0.05 of the best loss of the same variant, size, steps and
-schedule; *lost* is a whole last half more than 0.3 above the run's own lowest.
+over the last 20 steps, in nats. *Healthy*: the run ends within 0.05 of the best run of the same variant, size, steps
+and schedule. *Lost*: the whole second half is more than 0.3 above the run's own lowest loss.
 
 | strictness | healthy, called diverged | at most (95 %) | lost, not called diverged | at most (95 %) |
 |---|---|---|---|---|"""
@@ -40,15 +38,15 @@ schedule; *lost* is a whole last half more than 0.3 above the run's own lowest.
 
 @dataclass
 class Run:
-    """A packed run: its facts, its rows, its losses, and its loss at the end and at its lowest over 20 steps."""
+    """A packed run: its facts, rows and losses."""
 
     facts: dict[str, Any]
     rows: list[dict[str, Any]]
     losses: np.ndarray
 
     @property
-    def kind(self) -> tuple[Any, ...]:
-        """What is compared with what: variant, size, steps and schedule."""
+    def group(self) -> tuple[Any, ...]:
+        """Runs of the same variant, size, steps and schedule are compared with each other."""
         return tuple(self.facts[key] for key in ("variant", "d_model", "steps", "schedule"))
 
     @property
@@ -57,8 +55,8 @@ class Run:
 
     @property
     def lost(self) -> bool:
-        """Whether it lay above its own lowest by more than FAR for the whole last half."""
-        return bool((self.means[-(len(self.losses) // 2) :] > self.means.min() + FAR).all())
+        """Whether the whole second half is more than LOST above the run's own lowest loss."""
+        return bool((self.means[-(len(self.losses) // 2) :] > self.means.min() + LOST).all())
 
 
 def corpus(path: Path = CORPUS) -> Iterator[Run]:
@@ -73,18 +71,18 @@ def corpus(path: Path = CORPUS) -> Iterator[Run]:
             yield Run(facts, rows, np.array(columns["train/loss"]))
 
 
-def judged(run: Run) -> Judge:
+def judged(rows: Iterable[Row]) -> Judge:
     judge = Judge()
-    for row in run.rows:
+    for row in rows:
         judge.add(row)
     return judge
 
 
-def without_certainty(judge: Judge) -> bool:
-    """Whether the run is diverged as it ends, whatever was certain before."""
-    kept, judge.certain = judge.certain, None
+def diverged_at_the_end(judge: Judge) -> bool:
+    """Whether the verdict at the end is `diverged`, without regard to certainty."""
+    certain, judge.certain = judge.certain, None
     diverged = judge.verdict().verdict == "diverged"
-    judge.certain = kept
+    judge.certain = certain
     return diverged
 
 
@@ -95,30 +93,63 @@ def bound(events: int, trials: int) -> float:
     return float(beta.ppf(0.95, events + 1, trials - events)) if trials > events else 1.0
 
 
-def tell_signals(folder: Path) -> None:
-    """Print, by signal, the alarms in converged runs below `folder`, and those in diverged ones with their leads."""
+def print_signals(folder: Path) -> None:
+    """Print the alarms of each signal in converged runs below `folder`, and those in diverged runs with their leads."""
     alarms: Counter[str] = Counter()
     leads: dict[str, list[int]] = {name: [] for name in signals()}
-    ended: Counter[str] = Counter()
-    named: Counter[str] = Counter()
+    verdicts: Counter[str] = Counter()
+    sites: Counter[str] = Counter()
     for file in sorted(folder.glob("*/metrics.jsonl")):
-        judge = Judge()
-        for row in RunDir(file.parent).rows():
-            judge.add(row)
-        verdict = judge.conclude()
-        ended[verdict.verdict] += 1
+        verdict = judged(RunDir(file.parent).rows()).conclude()
+        verdicts[verdict.verdict] += 1
         if verdict.verdict == "converged":
             alarms.update(verdict.signals.keys())
         if verdict.verdict == "diverged":
-            named[(verdict.first_bad_site or "none").rpartition("/")[2]] += 1
+            sites[(verdict.first_bad_site or "none").rpartition("/")[2]] += 1
             for name, signal in verdict.signals.items():
                 leads[name].append(signal["lead"])
-    print(f"{dict(ended)}; site of the diverged: {dict(named)}\n")
+    print(f"{dict(verdicts)}; site of the diverged: {dict(sites)}\n")
     print("| signal | alarms, converged | alarms, diverged | of these before the loss | median lead |")
     print("|---|---|---|---|---|")
-    for name, found in leads.items():
-        median = f"{np.median(found):.0f}" if found else ""
-        print(f"| {name} | {alarms[name]} | {len(found)} | {sum(lead > 0 for lead in found)} | {median} |")
+    for name, steps in leads.items():
+        median = f"{np.median(steps):.0f}" if steps else ""
+        print(f"| {name} | {alarms[name]} | {len(steps)} | {sum(lead > 0 for lead in steps)} | {median} |")
+
+
+def page(runs: list[Run], judges: list[Judge]) -> Iterator[str]:
+    """The lines of `docs/curves.md`; `judges` have taken the rows of `runs`."""
+    best: dict[tuple[Any, ...], float] = {}
+    for run in runs:
+        best[run.group] = min(best.get(run.group, np.inf), run.means[-1])
+    healthy = [i for i, run in enumerate(runs) if run.means[-1] <= best[run.group] + HEALTHY]
+    lost = [i for i, run in enumerate(runs) if run.lost]
+    verdicts = [{name: judge.verdict(name) for name in STRICTNESS} for judge in judges]
+    yield HEAD
+    for name in STRICTNESS:
+        false = sum(verdicts[i][name].verdict == "diverged" for i in healthy)
+        missed = sum(verdicts[i][name].verdict != "diverged" for i in lost)
+        yield (
+            f"| {name} | {false} of {len(healthy)} | {bound(false, len(healthy)):.1%} "
+            f"| {missed} of {len(lost)} | {bound(missed, len(lost)):.1%} |"
+        )
+    certain = [i for i, judge in enumerate(judges) if judge.certain is not None]
+    back = sum(not diverged_at_the_end(judges[i]) for i in certain)
+    early = np.median([(judges[i].certain or 0) / len(runs[i].losses) for i in certain])
+    yield f"\n{len(certain)} runs were certainly diverged before their end, half of them by {early:.0%} of their steps."
+    yield f"Of these, {back} do not look diverged at their end (at most {bound(back, len(certain)):.1%}).\n"
+    yield "| run | lowest | end | healthy, lost | lenient | standard | strict | first bad step | certain at |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for index, (run, judge) in enumerate(zip(runs, judges, strict=True)):
+        state = "healthy" if index in healthy else "lost" if index in lost else ""
+        words = " ".join(word for word in run.facts["words"] if "warmup" not in word)
+        cells = " | ".join(f"{v.verdict} ({v.reason})" for v in verdicts[index].values())
+        step = verdicts[index]["standard"].first_bad_step
+        yield (
+            f"| `{words}` | {run.means.min():.2f} | {run.means[-1]:.2f} | {state} | {cells} "
+            f"| {'' if step is None else step} | {'' if judge.certain is None else judge.certain} |"
+        )
+    counts = Counter(verdict["standard"].verdict for verdict in verdicts)
+    yield f"\nTotal, standard: {', '.join(f'{number} {verdict}' for verdict, number in sorted(counts.items()))}."
 
 
 def main() -> None:
@@ -126,49 +157,10 @@ def main() -> None:
     parser.add_argument("--signals", type=Path, metavar="RUNS")
     folder = parser.parse_args().signals
     if folder:
-        tell_signals(folder)
+        print_signals(folder)
     else:
-        list_curves()
-
-
-def list_curves() -> None:
-    runs = list(corpus())
-    judges = [judged(run) for run in runs]
-    best: dict[tuple[Any, ...], float] = {}
-    for run in runs:
-        best[run.kind] = min(best.get(run.kind, np.inf), run.means[-1])
-    near = [i for i, run in enumerate(runs) if run.means[-1] <= best[run.kind] + NEAR]
-    lost = [i for i, run in enumerate(runs) if run.lost]
-    print(HEAD)
-    for name in STRICTNESS:
-        false = sum(judges[i].verdict(name).verdict == "diverged" for i in near)
-        missed = sum(judges[i].verdict(name).verdict != "diverged" for i in lost)
-        print(
-            f"| {name} | {false} of {len(near)} | {bound(false, len(near)):.1%} "
-            f"| {missed} of {len(lost)} | {bound(missed, len(lost)):.1%} |"
-        )
-    certain = [i for i, judge in enumerate(judges) if judge.certain is not None]
-    back = sum(not without_certainty(judges[i]) for i in certain)
-    early = np.median([(judges[i].certain or 0) / len(runs[i].losses) for i in certain])
-    print(f"\nCertain before the end: {len(certain)} runs, half of them by {early:.0%} of their steps;")
-    print(
-        f"{back} of them would not be called diverged by their ends alone (at most {bound(back, len(certain)):.1%}).\n"
-    )
-    print("| run | lowest | end | healthy, lost | lenient | standard | strict | first bad step | certain at |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    count: Counter[str] = Counter()
-    for index, (run, judge) in enumerate(zip(runs, judges, strict=True)):
-        said = {name: judge.verdict(name) for name in STRICTNESS}
-        count[said["standard"].verdict] += 1
-        state = "healthy" if index in near else "lost" if index in lost else ""
-        words = " ".join(word for word in run.facts["words"] if "warmup" not in word)
-        verdicts = " | ".join(f"{v.verdict} ({v.reason})" for v in said.values())
-        step = said["standard"].first_bad_step
-        print(
-            f"| `{words}` | {run.means.min():.2f} | {run.means[-1]:.2f} | {state} | {verdicts} "
-            f"| {'' if step is None else step} | {'' if judge.certain is None else judge.certain} |"
-        )
-    print(f"\nStandard, in all: {', '.join(f'{number} {verdict}' for verdict, number in sorted(count.items()))}.")
+        runs = list(corpus())
+        print("\n".join(page(runs, [judged(run.rows) for run in runs])))
 
 
 if __name__ == "__main__":

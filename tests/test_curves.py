@@ -1,8 +1,7 @@
-"""The verdict on own runs: the corpus of losses, and records with a fault planted in one layer."""
+"""The verdict on recorded runs: the corpus of losses, and records with a fault injected into one layer."""
 
 import json
 import lzma
-import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import asdict
@@ -11,33 +10,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import run, tiny
+from losses import folded
 from omegaconf import OmegaConf
 
 from stabrun.record.jsonl import dumps, jsonable
 from stabrun.record.run_dir import RunDir, RunWriter
-from stabrun.verdict.judge import STRICTNESS, Judge
+from stabrun.verdict.judge import STRICTNESS
 
 DATA = Path(__file__).parent / "data"
+ROOT = DATA.parent.parent
 
 
-def judged(rows):
-    judge = Judge()
-    for row in rows:
-        judge.add(row)
-    return judge
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def curves():
     """(facts, rows, means of 20 losses) of each run of the corpus."""
-    found = []
+    runs = []
     with lzma.open(DATA / "curves.npz.xz") as file:
         arrays = np.load(file)
         for index, facts in enumerate(json.loads(str(arrays["facts"]))):
             columns = {key: arrays[f"{index:03d}/{key}"].tolist() for key in ("train/loss", "grad/norm", "train/lr")}
             rows = [{"step": i} | {key: values[i] for key, values in columns.items()} for i in range(facts["steps"])]
-            found.append((facts, rows, np.convolve(columns["train/loss"], np.ones(20) / 20, "valid")))
-    return found
+            runs.append((facts, rows, np.convolve(columns["train/loss"], np.ones(20) / 20, "valid")))
+    return runs
+
+
+@pytest.fixture(scope="session")
+def judges(curves):
+    """The judge of each run, which has taken all of its rows."""
+    return [folded(rows) for _, rows, _ in curves]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def faults():
         return [json.loads(line) for line in file]
 
 
-def test_corpus_spans_what_it_should(curves):
+def test_corpus_spans_variants_sizes_schedules_and_lengths(curves):
     assert len(curves) >= 300
     seen = {key: {facts[key] for facts, _, _ in curves} for key in ("variant", "d_model", "schedule", "steps")}
     assert len(seen["variant"]) == 11
@@ -56,16 +56,16 @@ def test_corpus_spans_what_it_should(curves):
 
 
 @pytest.mark.parametrize("strictness", STRICTNESS)
-def test_no_false_alarm_and_no_miss(curves, strictness):
+def test_no_false_alarm_and_no_miss(curves, judges, strictness):
     best = defaultdict(lambda: np.inf)
     for facts, _, means in curves:
-        kind = facts["variant"], facts["d_model"], facts["steps"], facts["schedule"]
-        best[kind] = min(best[kind], means[-1])
+        group = facts["variant"], facts["d_model"], facts["steps"], facts["schedule"]
+        best[group] = min(best[group], means[-1])
     healthy = lost = 0
-    for facts, rows, means in curves:
-        kind = facts["variant"], facts["d_model"], facts["steps"], facts["schedule"]
-        verdict = judged(rows).verdict(strictness).verdict
-        if means[-1] <= best[kind] + 0.05:
+    for (facts, rows, means), judge in zip(curves, judges, strict=True):
+        group = facts["variant"], facts["d_model"], facts["steps"], facts["schedule"]
+        verdict = judge.verdict(strictness).verdict
+        if means[-1] <= best[group] + 0.05:
             healthy += 1
             assert verdict != "diverged", facts["words"]
         if (means[-(len(rows) // 2) :] > means.min() + 0.3).all():
@@ -75,16 +75,18 @@ def test_no_false_alarm_and_no_miss(curves, strictness):
     assert lost >= 30
 
 
-def test_list_of_the_corpus_is_up_to_date():
-    script = Path(__file__).parent.parent / "scripts" / "judge_curves.py"
-    said = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
-    assert said == (script.parent.parent / "docs" / "curves.md").read_text()
+def test_page_of_the_corpus_is_up_to_date(judges, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+    import judge_curves
+
+    page = "\n".join(judge_curves.page(list(judge_curves.corpus()), judges))
+    assert page + "\n" == (ROOT / "docs" / "curves.md").read_text(), "run `python scripts/judge_curves.py`"
 
 
 def test_the_layer_at_fault_is_named(faults):
     named = {}
     for fault in faults:
-        verdict = judged(fault["rows"]).conclude()
+        verdict = folded(fault["rows"]).conclude()
         if fault["name"].startswith("h"):  # healthy, or a fault that does no harm
             assert (verdict.verdict, verdict.first_bad_site) == ("converged", None), fault["name"]
         else:
@@ -94,21 +96,26 @@ def test_the_layer_at_fault_is_named(faults):
     assert sum(named.values()) >= 18, named
 
 
-def test_live_resumed_and_judged_afterwards_are_the_same_bytes(curves, faults, tmp_path, capsys):
+def same_bytes(rows, directory, cut, capsys):
+    """Judge a run live, after a resume at row `cut`, and from its record."""
+    directory.mkdir()
+    config = tiny(f"train.steps={len(rows)}")
+    (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    text = "".join(dumps(row) + "\n" for row in rows)
+    (directory / "metrics.jsonl").write_text(text)
+    live = folded(rows).conclude(len(rows))
+    kept, _ = RunWriter(RunDir(directory)).cut(cut)
+    resumed = folded(kept + rows[len(kept) :]).conclude(len(rows))
+    (directory / "metrics.jsonl").write_text(text)
+    afterwards = json.loads(run(capsys, "judge", directory, "--json")[1])
+    del afterwards["path"], afterwards["notes"]
+    return json.dumps(afterwards) == json.dumps(jsonable(asdict(live))) == json.dumps(jsonable(asdict(resumed)))
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_live_resumed_and_recorded_runs_have_the_same_verdict(curves, faults, tmp_path, capsys, count):
     records = [fault["rows"] for fault in faults[:30]] + [rows for _, rows, _ in curves[:300:15]]
     assert len(records) == 50
-    config = tiny()
-    for index, rows in enumerate(records):
-        directory = tmp_path / str(index)
-        directory.mkdir()
-        config.train.steps = len(rows)
-        (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        text = "".join(dumps(row) + "\n" for row in rows)
-        (directory / "metrics.jsonl").write_text(text)
-        live = judged(rows).conclude(len(rows))
-        half, _ = RunWriter(RunDir(directory)).cut(len(rows) * index // 50)
-        resumed = judged(half + rows[len(half) :]).conclude(len(rows))
-        (directory / "metrics.jsonl").write_text(text)
-        afterwards = json.loads(run(capsys, "judge", directory, "--json")[1])
-        del afterwards["path"], afterwards["notes"]
-        assert json.dumps(afterwards) == json.dumps(jsonable(asdict(live))) == json.dumps(jsonable(asdict(resumed)))
+    for index in range(0, 50, 50 // count):
+        rows = records[index]
+        assert same_bytes(rows, tmp_path / str(index), len(rows) * index // 50, capsys), index
