@@ -179,7 +179,7 @@ def by_site(row: Row, prefix: str) -> dict[str, float]:
     }
 
 
-def flatten(row: dict[str, Any], lists: bool = True) -> dict[str, float]:
+def flatten(row: Row, lists: bool = True) -> dict[str, float]:
     """A row as numbers. Lists over layers become `key/layer_03`, or `key` for the head; `lists=False` omits them."""
     flat: dict[str, float] = {}
     for key, value in row.items():
