@@ -84,10 +84,10 @@ def test_no_findings_for_sound_configurations(variant):
 
 BARE = "model.norm.kind=none", "model.residual=false", "model.n_layer=8", "model.mlp.activation=gelu"
 PROBLEMS = {
-    "zero": (("model.init=zero",), ["All gradients are zero", "put out zeros"]),
+    "zero": (("model.init=zero",), ["All gradients are zero", "output zeros"]),
     "large logits": (("model.init=kaiming",), ["the logits are too large"]),
     "fades": (("model.init=fan_in", *BARE), ["The gradient fades", "The signal fades with depth"]),
-    "lost": (("model.init=gpt2", *BARE), ["All gradients are zero", "put out zeros"]),
+    "lost": (("model.init=gpt2", *BARE), ["All gradients are zero", "output zeros"]),
     "grows": (("model.init=kaiming", *BARE), ["logits are too large", "gradient grows", "signal grows with depth"]),
     "not finite": (("model.init=kaiming", *BARE[:3]), ["not finite"]),
 }
@@ -147,5 +147,5 @@ def test_a_run_reports_findings_at_its_first_step(capsys, tmp_path):
     events = [event for event in RunDir(tmp_path / "run").events() if event["event"] == "init"]
     assert [event["finding"].split(":")[0] for event in events] == [
         "All gradients are zero",
-        "The blocks put out zeros",
+        "The blocks output zeros",
     ]
