@@ -72,11 +72,9 @@ def group(cls: type) -> Any:
 @dataclass
 class NormConfig:
     kind: str = key(
-        "layernorm",
-        RESULT,
-        "kind of every norm in the model; layernorm1p stores its gain minus one",
+        "layernorm", RESULT, "kind of every norm in the model; layernorm1p stores its gain minus one",
         allowed=("layernorm", "rmsnorm", "layernorm1p", "none"),
-    )
+    )  # fmt: skip
     eps: float = key(1e-5, RESULT, "added to the variance", above=0)
     affine: bool = key(True, RESULT, "whether norms learn a gain (and a bias if model.bias is set)")
 
@@ -104,11 +102,9 @@ class MlpConfig:
     post_norm: bool = key(False, RESULT, "norm after the residual add")
     width: int | None = key(None, RESULT, "hidden width; null for 4 × d_model", at_least=1)
     activation: str = key(
-        "relu2",
-        RESULT,
-        "relu2 is the squared ReLU; swiglu and geglu are gated: FC1 has twice the width",
+        "relu2", RESULT, "relu2 is the squared ReLU; swiglu and geglu are gated: FC1 has twice the width",
         allowed=("gelu", "gelu_tanh", "relu2", "swiglu", "geglu"),
-    )
+    )  # fmt: skip
 
 
 @dataclass
@@ -130,26 +126,20 @@ class ModelConfig:
     position: PositionConfig = group(PositionConfig)
     layer_scale: float | None = key(None, RESULT, "initial value of a learned scale on each branch; null for none")
     sigma_reparam: str = key(
-        "none",
-        RESULT,
-        "W ← (γ/σ(W))·W in the linear layers of the blocks, γ initialized to 1 or to σ(W₀)",
+        "none", RESULT, "W ← (γ/σ(W))·W in the linear layers of the blocks, γ initialized to 1 or to σ(W₀)",
         allowed=("none", "one", "sigma"),
-    )
+    )  # fmt: skip
     bias: bool = key(False, RESULT, "whether the norms and the linear layers of the blocks have biases")
     tied: bool = key(False, RESULT, "whether the output layer shares the weights of the embedding")
     dropout: float = key(0.0, RESULT, "dropout on embeddings, attention weights and branches", at_least=0, below=1)
     init: str = key(
-        "fan_in",
-        RESULT,
-        "initialization scheme; see stabrun/model/init.py",
+        "fan_in", RESULT, "initialization scheme; see stabrun/model/init.py",
         allowed=("fan_in", "trunc_fan_in", "gpt2", "xavier", "kaiming", "small", "zero_out", "zero"),
-    )
+    )  # fmt: skip
     embedding: str = key(
-        "plain",
-        RESULT,
-        "token embeddings: unchanged, multiplied by √d_model, or normalized",
+        "plain", RESULT, "token embeddings: unchanged, multiplied by √d_model, or normalized",
         allowed=("plain", "scaled", "norm"),
-    )
+    )  # fmt: skip
     residual: bool = key(True, RESULT, "whether blocks have residual connections")
 
 
@@ -186,16 +176,13 @@ class OptimConfig:
     eps: float = key(1e-8, RESULT, "Adam's ε", above=0)
     weight_decay: float = key(0.1, RESULT, "weight decay λ, of matrices only", at_least=0)
     decay: str = key(
-        "decoupled",
-        RESULT,
-        "decoupled: AdamW; l2: λ·w is added to the gradient after clipping, before Adam",
+        "decoupled", RESULT, "decoupled: AdamW; l2: λ·w is added to the gradient after clipping, before Adam",
         allowed=("decoupled", "l2"),
-    )
+    )  # fmt: skip
     decay_independent: bool = key(
-        False,
-        RESULT,
+        False, RESULT,
         "decoupled decay that follows the schedule but not the peak learning rate; typical weight_decay: 1e-4",
-    )
+    )  # fmt: skip
     clip: float | None = key(1.0, RESULT, "gradient clipping threshold; null for none", above=0)
     clip_by: str = key("norm", RESULT, "clip by global norm, or each value", allowed=("norm", "value"))
     z_loss: float = key(0.0, RESULT, "coefficient of the z-loss (log Z)²; 1e-4 in PaLM", at_least=0)
@@ -204,11 +191,9 @@ class OptimConfig:
 @dataclass
 class ScheduleConfig:
     kind: str = key(
-        "cosine",
-        RESULT,
-        "shape after warmup; wsd: warmup, stable, decay",
+        "cosine", RESULT, "shape after warmup; wsd: warmup, stable, decay",
         allowed=("constant", "cosine", "linear", "inverse_sqrt", "wsd"),
-    )
+    )  # fmt: skip
     warmup_steps: int = key(75, RESULT, "steps of linear warmup", at_least=0)
     warmup_share: float | None = key(
         None, RESULT, "warmup as a share of train.steps; null: use warmup_steps", at_least=0, at_most=1
@@ -293,11 +278,9 @@ class Config:
     )
     variant: str = key("baseline", VIEW, "name of the variant; set by +variant=NAME")
     check: str = key(
-        "none",
-        VIEW,
-        "set by +check=init: `stabrun model` also checks one pass at initialization",
+        "none", VIEW, "set by +check=init: `stabrun model` also checks one pass at initialization",
         allowed=("none", "init"),
-    )
+    )  # fmt: skip
     run_dir: str | None = key(None, RESOURCE, "run directory; null for runs/<run_id>")
     study_dir: str | None = key(None, RESOURCE, "study directory; null for studies/<name>-<hash>")
 
@@ -460,65 +443,41 @@ def differences(*pairs: tuple[dict[str, Any], dict[str, Any]]) -> str:
 
 def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
     model, data, train = config.model, config.data, config.train
-    yield (
-        model.d_model % model.n_head != 0,
-        f"model.n_head={model.n_head}: must divide model.d_model={model.d_model}.",
-    )
-    yield (
-        model.position.kind == "rope" and rotated(model) < 2,
-        f"model.position.rope_fraction={model.position.rope_fraction}: must rotate at least one pair "
-        f"of the {model.d_model // model.n_head} channels of a head.",
-    )
-    yield (
-        model.embedding == "norm" and model.norm.kind == "none",
-        "model.embedding=norm: not possible with model.norm.kind=none.",
-    )
-    yield (
-        model.sigma_reparam != "none" and model.init in ("zero", "zero_out"),
-        f"model.init={model.init}: model.sigma_reparam={model.sigma_reparam} divides by the spectral norm, which is 0.",
-    )
+    # fmt: off
+    yield (model.d_model % model.n_head != 0,
+           f"model.n_head={model.n_head}: must divide model.d_model={model.d_model}.")
+    yield (model.position.kind == "rope" and rotated(model) < 2,
+           f"model.position.rope_fraction={model.position.rope_fraction}: must rotate at least one pair "
+           f"of the {model.d_model // model.n_head} channels of a head.")
+    yield (model.embedding == "norm" and model.norm.kind == "none",
+           "model.embedding=norm: not possible with model.norm.kind=none.")
+    yield (model.sigma_reparam != "none" and model.init in ("zero", "zero_out"),
+           f"model.init={model.init}: model.sigma_reparam={model.sigma_reparam} divides by the spectral norm, here 0.")
     micro = train.micro_batch_size or train.batch_size
-    yield (
-        train.batch_size % micro != 0,
-        f"train.micro_batch_size={micro}: must divide train.batch_size={train.batch_size}.",
-    )
-    yield (
-        config.schedule.min_lr > config.optim.lr,
-        f"schedule.min_lr={config.schedule.min_lr}: must be at most optim.lr={config.optim.lr}.",
-    )
+    yield (train.batch_size % micro != 0,
+           f"train.micro_batch_size={micro}: must divide train.batch_size={train.batch_size}.")
+    yield (config.schedule.min_lr > config.optim.lr,
+           f"schedule.min_lr={config.schedule.min_lr}: must be at most optim.lr={config.optim.lr}.")
     optim = config.optim
-    yield (
-        optim.decay == "l2" and optim.decay_independent,
-        "optim.decay_independent=true: requires optim.decay=decoupled, not l2.",
-    )
+    yield (optim.decay == "l2" and optim.decay_independent,
+           "optim.decay_independent=true: requires optim.decay=decoupled, not l2.")
     decay = optim.weight_decay * (1 if optim.decay_independent else optim.lr)
-    yield (
-        optim.decay == "decoupled" and decay >= 1,
-        f"optim.weight_decay={optim.weight_decay}: "
-        + ("" if optim.decay_independent else f"its product with optim.lr={optim.lr}, {decay:g}, ")
-        + "must be below 1, or each step would erase the weights.",
-    )
-    yield (
-        data.name == "local" and not data.path,
-        "data.path=null: data=local requires data.path, a text, JSON lines or Parquet file, or a directory of them.",
-    )
-    yield (
-        data.name == "hub" and not data.path,
-        "data.path=null: data=hub requires data.path, the name of a dataset such as org/name.",
-    )
+    yield (optim.decay == "decoupled" and decay >= 1,
+           f"optim.weight_decay={optim.weight_decay}: "
+           + ("" if optim.decay_independent else f"its product with optim.lr={optim.lr}, {decay:g}, ")
+           + "must be below 1, or each step would erase the weights.")
+    yield (data.name == "local" and not data.path,
+           "data.path=null: data=local requires data.path, a text, JSON lines or Parquet file, or a directory of them.")
+    yield (data.name == "hub" and not data.path,
+           "data.path=null: data=hub requires data.path, the name of a dataset such as org/name.")
     foreign = [k for k in ("config", "revision") if getattr(data, k) is not None] + ["split"] * (data.split != "train")
-    yield (
-        data.name != "hub" and bool(foreign),
-        f"data.{''.join(foreign[:1])}: only used with data=hub, not with data={data.name}.",
-    )
-    yield (
-        data.separator == "",
-        "data.separator='': must have at least one character; use null for no separator.",
-    )
-    yield (
-        data.name == "embedded" and data.path is not None,
-        f"data.path={data.path}: data=embedded has its own text; add data=local.",
-    )
+    yield (data.name != "hub" and bool(foreign),
+           f"data.{''.join(foreign[:1])}: only used with data=hub, not with data={data.name}.")
+    yield (data.separator == "",
+           "data.separator='': must have at least one character; use null for no separator.")
+    yield (data.name == "embedded" and data.path is not None,
+           f"data.path={data.path}: data=embedded has its own text; add data=local.")
+    # fmt: on
 
 
 def rotated(model: ModelConfig) -> int:

@@ -4,7 +4,7 @@ import resource
 import subprocess
 
 import pytest
-from helpers import TINY, VARIANTS, run, stabrun, tiny
+from helpers import PRESETS, TINY, VARIANTS, run, stabrun, tiny
 
 import stabrun as package
 from stabrun.training.run import train
@@ -15,8 +15,8 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-MISTAKES = [
-    # what is typed, and what the sentence must name: the key, what was given, what is allowed
+USER_ERRORS = [
+    # words, and parts of the message: the key, the value given, the values allowed
     (["frobnicate"], ["frobnicate", "train"]),
     (["train", "+variant=nope"], ["variant=nope", "qk_norm_cap"]),
     (["train", "+variant=[nope,qk_norm]"], ["variant=nope"]),
@@ -90,8 +90,8 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("words", "named"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else None)
-def test_a_mistake_is_a_sentence_and_status_2(capsys, words, named):
+@pytest.mark.parametrize(("words", "named"), USER_ERRORS, ids=lambda v: " ".join(v) if isinstance(v, list) else None)
+def test_user_errors_are_one_line_and_status_2(capsys, words, named):
     if "train.device=cuda" in words and __import__("torch").cuda.is_available():
         pytest.skip("there is a CUDA device")
     status, out, err = run(capsys, *words)
@@ -107,16 +107,16 @@ def test_a_mistake_is_a_sentence_and_status_2(capsys, words, named):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"", "no text"), (b"\x89PNG\r\n\x1a\n\xff", "UTF-8"), (b"too short", "data.seq_len=64")]
+    ("content", "named"), [(b"", "no text"), (b"\x89PNG\r\n\x1a\n\xff", "UTF-8"), (b"too short", "data.seq_len=64")]
 )
-def test_texts_that_cannot_be_trained_on(capsys, tmp_path, content, said):
+def test_unusable_texts_are_refused(capsys, tmp_path, content, named):
     (tmp_path / "text.txt").write_bytes(content)
     status, _, err = run(capsys, "train", "data=local", f"data.path={tmp_path}/text.txt", "run_dir=run")
     assert status == 2
-    assert said in err
+    assert named in err
 
 
-def test_another_experiments_directory_is_left_alone(capsys, tmp_path):
+def test_the_directory_of_another_experiment_is_unchanged(capsys, tmp_path):
     train(tiny(f"run_dir={tmp_path / 'run'}", "train.steps=3"))
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     status, _, err = run(capsys, "train", *TINY, "train.steps=3", "optim.lr=0.5", "run_dir=run")
@@ -141,7 +141,7 @@ def test_a_damaged_configuration_is_refused(capsys, tmp_path, content, command):
 
 
 @pytest.mark.parametrize("content", ["", "junk\n", '{"step": 0}\n', '{"step": 0, "train/loss": "abc"}\n'])
-def test_a_record_that_is_none_is_refused_by_judge(capsys, content, tmp_path):
+def test_judge_refuses_a_file_without_rows(capsys, content, tmp_path):
     train(tiny("run_dir=run", "train.steps=3"))
     (tmp_path / "run" / "metrics.jsonl").write_text(content)
     capsys.readouterr()
@@ -150,7 +150,7 @@ def test_a_record_that_is_none_is_refused_by_judge(capsys, content, tmp_path):
     assert "metrics.jsonl" in err
 
 
-def test_jobs_of_a_multirun_are_refused_before_the_first_is_trained_and_run_on_after_one(capsys, tmp_path):
+def test_a_refused_job_of_a_multirun_does_not_stop_the_others(capsys, tmp_path):
     train(tiny("run_dir=runs/2", "train.steps=3", "optim.lr=0.5"))
     capsys.readouterr()
     status, _, err = run(capsys, "train", "-m", *TINY, "train.steps=3", "run_dir=runs/1,runs/2,runs/3")
@@ -161,7 +161,7 @@ def test_jobs_of_a_multirun_are_refused_before_the_first_is_trained_and_run_on_a
 
 
 @pytest.mark.parametrize("redirect", [">&-", ">/dev/full"])
-def test_output_that_cannot_be_written(redirect):
+def test_standard_output_closed_or_full(redirect):
     call = f"{__import__('sys').executable} -m stabrun variants {redirect}"
     done = subprocess.run(["bash", "-c", call], capture_output=True, text=True)
     assert done.returncode == (0 if "-" in redirect else 1)
@@ -169,7 +169,7 @@ def test_output_that_cannot_be_written(redirect):
     assert len(done.stderr.splitlines()) <= 1
 
 
-def test_sigterm_while_a_text_is_prepared_loses_nothing(tmp_path):
+def test_sigterm_during_preparation_is_resumable(tmp_path):
     (tmp_path / "text.txt").write_text("in the beginning was the word " * 200_000)
     words = ["data", "prepare", "data=local", "data.path=text.txt", "data.tokenizer=bpe", "model.vocab_size=4096"]
     command = [__import__("sys").executable, "-m", "stabrun", *words, "data.cache_dir=cache"]
@@ -184,7 +184,7 @@ def test_sigterm_while_a_text_is_prepared_loses_nothing(tmp_path):
     assert not list(tmp_path.glob("cache/*.part"))
 
 
-def test_a_folder_of_other_things_is_left_alone(capsys, tmp_path):
+def test_a_directory_of_other_files_is_unchanged(capsys, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("words")
     status, _, err = run(capsys, "train", *TINY, "run_dir=thesis")
@@ -193,7 +193,7 @@ def test_a_folder_of_other_things_is_left_alone(capsys, tmp_path):
     assert os.listdir("thesis") == ["chapter.tex"]
 
 
-def test_a_yaml_that_names_code_is_refused(capsys, tmp_path):
+def test_a_file_that_names_code_is_refused(capsys, tmp_path):
     (tmp_path / "variant").mkdir()
     sly = "# @package _global_\nhydra: {callbacks: {x: {_target_: builtins.print}}}\n"
     (tmp_path / "variant" / "sly.yaml").write_text(sly)
@@ -202,7 +202,7 @@ def test_a_yaml_that_names_code_is_refused(capsys, tmp_path):
     assert "hydra.callbacks" in err
 
 
-def test_a_broken_yaml_is_a_sentence(capsys, tmp_path):
+def test_invalid_yaml_is_one_line(capsys, tmp_path):
     (tmp_path / "variant").mkdir()
     (tmp_path / "variant" / "bad.yaml").write_text("model: {attn: [\n")
     status, _, err = run(capsys, "train", "--config-dir", tmp_path, "+variant=bad")
@@ -215,8 +215,8 @@ def limited():
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
 
-def test_a_full_disk_is_a_fault_and_nothing_is_lost():
-    """A limit on the size of files stands in for a disk that fills up while the record grows."""
+def test_a_full_disk_is_status_1_and_resumable():
+    """A file size limit takes the place of a disk that fills up while the record grows."""
     words = ["train", *TINY, "train.checkpoint_every=0", "run_dir=run"]
     assert stabrun("data", "prepare", cwd=".").returncode == 0
     stopped = stabrun(*words, cwd=".", preexec_fn=limited)
@@ -231,12 +231,12 @@ def test_a_full_disk_is_a_fault_and_nothing_is_lost():
     assert "complete" in (open("run/summary.json").read())
 
 
-def test_a_disk_that_is_really_full(tmp_path):
+def test_a_file_system_that_is_full(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no right to mount a file system here")
+        pytest.skip("mounting a file system is not permitted")
     try:
         stopped = stabrun("train", *TINY, f"run_dir={disk}/run", cwd=tmp_path)
         assert stopped.returncode == 1, stopped.stderr
@@ -257,9 +257,36 @@ def test_variants_are_listed_with_their_source(capsys):
 
 def test_help_and_version(capsys):
     assert run(capsys, "--help")[0] == 0
-    assert "Exit status: " in run(capsys, "train", "--help")[1]
     assert run(capsys, "--version")[1] == f"stabrun {package.__version__}\n"
     assert run(capsys)[0] == 2
+
+
+COMMANDS = {
+    "train": ("--multirun", "--cfg", "-cd, --config-dir", "-cn, --config-name", "--hydra-help", "optim.lr"),
+    "sweep": ("--dry-run", "--cfg", "--info", "study.lrs"),
+    "status": ("--json",),
+    "rerun": ("--cfg",),
+    "judge": ("--follow", "--against", "--step", "--loss", "--json"),
+    "report": ("[OTHER]",),
+    "upload": ("--dry-run",),
+    "dashboard": ("[STUDY_DIR]", "--dry-run"),
+    "model": ("--trace", "--json", "--config-dir"),
+    "variants": ("--config-dir",),
+    "data prepare": ("--config-dir", "data.workers"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(capsys, command):
+    status, out, err = run(capsys, *command.split(), "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith(f"Usage: stabrun {command} [OPTIONS]")
+    for part in ("Examples:", f"stabrun {command}", "Exit status: ", *COMMANDS[command]):
+        assert part in out
+    if command in ("train", "sweep", "model"):
+        for name in (*VARIANTS, *PRESETS, "quickstart", "inverse_sqrt"):
+            assert re.search(rf"\b{name}\b", out)
+    assert out in run(capsys, *command.split(), "-h")[1]
 
 
 def test_help_and_variants_import_nothing_heavy(tmp_path):
@@ -285,7 +312,7 @@ def test_model_as_json(capsys):
     assert facts["flops_per_token"] > 6 * 302e6
 
 
-def test_judge_says_what_the_run_said(capsys, tmp_path):
+def test_judge_repeats_the_verdict_of_the_run(capsys, tmp_path):
     import json
 
     summary = train(tiny("run_dir=run", "train.steps=60"))
@@ -295,7 +322,7 @@ def test_judge_says_what_the_run_said(capsys, tmp_path):
     assert summary["verdict"] in run(capsys, "judge", "run")[1]
 
 
-def test_data_prepare_tells_where(capsys, tmp_path):
+def test_data_prepare_prints_the_directory(capsys, tmp_path):
     status, out, _ = run(capsys, "data", "prepare", f"data.cache_dir={tmp_path / 'c'}")
     assert status == 0
     assert "3,941,242 training" in out

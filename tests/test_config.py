@@ -14,7 +14,7 @@ from stabrun.config import RESULT, Config, UserError, check, conf_dir, keys, mar
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_key_is_marked_and_explained():
+def test_every_key_has_a_mark_and_a_description():
     for key in keys():
         assert key.mark in ("result", "resource", "view")
         assert key.doc
@@ -28,7 +28,7 @@ def test_run_id_hashes_the_result_keys_alone():
     assert len({run_id(here), *(run_id(tiny(word)) for word in changed)}) == 1 + len(changed)
 
 
-def test_two_spellings_of_one_experiment_are_one_run():
+def test_the_same_result_keys_are_the_same_run():
     assert run_id(tiny("+variant=soft_cap")) == run_id(tiny("model.attn.soft_cap=50"))
 
 
@@ -111,16 +111,16 @@ def test_multirun_trains_each_job(tmp_path):
     assert {(s["variant"], s["seed"]) for s in summaries} == {(v, s) for v in ("baseline", "qk_norm") for s in (0, 1)}
 
 
-def test_own_variant_from_a_folder(tmp_path):
+def test_a_variant_of_the_user(tmp_path):
     (tmp_path / "mine" / "variant").mkdir(parents=True)
     (tmp_path / "mine" / "variant" / "calm.yaml").write_text("# @package _global_\nmodel: {attn: {soft_cap: 10.0}}\n")
-    done = stabrun("train", "--cfg", "--config-dir", tmp_path / "mine", "+variant=calm", cwd=tmp_path)
+    done = stabrun("train", "--cfg", "job", "--config-dir", tmp_path / "mine", "+variant=calm", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "soft_cap: 10.0" in done.stdout
     assert "variant: calm" in done.stdout
 
 
-def test_wheel_installed_elsewhere_carries_its_configuration(tmp_path):
+def test_an_installed_wheel_contains_its_configuration(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     venv.create(tmp_path / "venv", with_pip=False)
