@@ -21,8 +21,11 @@ from typing import Any
 import yaml
 
 from stabrun.record.jsonl import dumps
-from stabrun.study.plan import Cell, Plan, planned
+from stabrun.record.study_dir import StudyDir
+from stabrun.study.plan import Cell, Plan
+from stabrun.study.question import planned
 from stabrun.study.results import write
+from stabrun.study.snapshot import SnapshotReader
 from stabrun.verdict.judge import Judge
 
 VARIANTS = ["baseline", "qk_norm", "qk_norm_cap", "qkv_norm", "qk_fc_norm"]
@@ -48,7 +51,7 @@ def a_study(directory: Path, runs: int, steps: int) -> None:
     records = {lost: record(steps, lost) for lost in (False, True)}
     for cell in plan.cells.values():
         a_run(directory / "runs" / cell.id, plan, cell, *records[cell.lr > 0.1 * (1 + VARIANTS.index(cell.arm))])
-    write(plan, directory)
+    write(plan, SnapshotReader(directory).read(plan).rows, StudyDir(directory))
 
 
 def record(steps: int, lost: bool) -> tuple[str, dict[str, Any]]:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.record.study_dir import StudyDir
-from stabrun.study.plan import planned
-from stabrun.study.pool import threads_each
+from stabrun.study.pool import threads_per_worker
+from stabrun.study.question import planned
 
 STUDY = (
     "schedule=constant",
@@ -62,7 +62,7 @@ def overhead(words: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         plan.save(Path(scratch))
         command = [sys.executable, __file__, "worker", scratch, str(time.time())]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads_each(workers))}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads_per_worker(workers))}
         processes = [
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(workers)
         ]

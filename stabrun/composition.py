@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigLoadError, ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ValueType
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -232,7 +232,7 @@ def multirun(overrides: list[str], sources: Sources, job: Callable[[Config], flo
         whole = composed(application, sources, overrides, RunMode.MULTIRUN, own)
         basic = whole.hydra.sweeper._target_ == BASIC_SWEEPER
         if basic:
-            refuse_unlisted(overrides, globs=True)
+            parsed(overrides, globs=True)
             launcher = ("hydra/launcher", "hydra.launcher")
             with as_user_error(overrides):
                 each(checked, [word for word in [*overrides, *own] if not word.lstrip("+~").startswith(launcher)])
@@ -241,14 +241,19 @@ def multirun(overrides: list[str], sources: Sources, job: Callable[[Config], flo
             print(results.read_text(), end="")
 
 
-def refuse_unlisted(overrides: list[str], globs: bool) -> None:
-    """UserError at a sweep over an interval, or over a pattern of names unless `globs`: neither lists its values."""
-    for word in OverridesParser.create().parse_overrides(overrides):
+def parsed(overrides: list[str], globs: bool) -> list[Override]:
+    """The overrides as Hydra parses them; it has no public function for this.
+
+    Raises UserError at a sweep over an interval or, unless `globs`, over a pattern of names: neither lists its values.
+    """
+    words = OverridesParser.create().parse_overrides(overrides)
+    for word in words:
         if word.is_interval_sweep() or (word.value_type == ValueType.GLOB_CHOICE_SWEEP and not globs):
             raise UserError(
                 f"{word.input_line}: list the values, separated by commas; to search for the highest "
                 "stable learning rate, use `stabrun sweep` with study.strategy=frontier."
             )
+    return words
 
 
 @contextmanager

@@ -11,8 +11,7 @@ import hypothesis
 import pytest
 import torch
 
-# SIGINT is ignored in tests that are started in the background, and so in their children. With a handler here, children
-# start with the default.
+# A shell starts background jobs with SIGINT ignored, and child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, database=None)
@@ -38,26 +37,17 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def undisturbed_rows(tmp_path_factory):
-    """The rows of the study in `clusters`."""
-    from clusters import QUESTION
-    from studies import rows_alone
+def undisturbed(tmp_path_factory):
+    """The study of `studies.QUESTION`, each cell trained by itself."""
+    from studies import QUESTION, trained_alone
 
-    return rows_alone(tmp_path_factory.mktemp("undisturbed"), *QUESTION)
-
-
-@pytest.fixture(scope="session")
-def alone(tmp_path_factory):
-    """The rows of the study in `studies`, each cell trained alone."""
-    from studies import QUESTION, rows_alone
-
-    return rows_alone(tmp_path_factory.mktemp("alone"), *QUESTION)
+    return trained_alone(tmp_path_factory.mktemp("undisturbed"), *QUESTION)
 
 
 @pytest.fixture(scope="session")
-def long_rows(tmp_path_factory):
-    """The rows of the same study, of longer runs."""
-    from clusters import LONG, QUESTION
-    from studies import rows_alone
+def undisturbed_long(tmp_path_factory):
+    """The same study with the longer runs of `clusters.LONG`."""
+    from clusters import LONG
+    from studies import QUESTION, trained_alone
 
-    return rows_alone(tmp_path_factory.mktemp("long"), *QUESTION, *LONG)
+    return trained_alone(tmp_path_factory.mktemp("undisturbed"), *QUESTION, *LONG)

@@ -52,7 +52,7 @@ def stabrun(*words, cwd, env=(), **options):
         env=os.environ | dict(env),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         **options,
     )
 

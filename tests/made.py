@@ -1,4 +1,4 @@
-"""Studies from made-up records: what `stabrun sweep` would have left, in a moment and with numbers that are known."""
+"""Studies with made-up records, as `stabrun sweep` would have left them, with known numbers."""
 
 import csv
 import json
@@ -7,10 +7,9 @@ from dataclasses import asdict
 
 import yaml
 from helpers import TINY
+from studies import asked, write_results
 
 from stabrun.record.jsonl import dumps
-from stabrun.study.plan import planned
-from stabrun.study.results import write
 from stabrun.verdict.judge import STRICTNESS, Judge
 
 SITES = "qkv", "proj", "fc1", "fc2"
@@ -23,8 +22,8 @@ def a_study(
     directory, *words, variants=("baseline", "qk_norm"), lrs=(1e-2, 1e-1, 1.0), seeds=2, steps=120, skip=0, edges=EDGES
 ):
     """A grid study whose runs above an arm's edge diverge; the last `skip` cells are not finished."""
-    asked = f"study.variants=[{','.join(variants)}]", f"study.lrs=[{','.join(map(str, lrs))}]", f"study.seeds={seeds}"
-    plan, _, _ = planned([*TINY, f"train.steps={steps}", *asked, *words])
+    grid = f"study.variants=[{','.join(variants)}]", f"study.lrs=[{','.join(map(str, lrs))}]", f"study.seeds={seeds}"
+    plan = asked(*TINY, f"train.steps={steps}", *grid, *words)
     for folder in ("runs", "ledger"):
         (directory / folder).mkdir(parents=True)
     plan.save(directory)
@@ -32,7 +31,7 @@ def a_study(
     for cell in cells[: len(cells) - skip]:
         edge = edges.get(cell.arm.split(" ")[0], 0.3)
         a_run(directory / "runs" / cell.id, plan.config(cell), cell, cell.lr > edge)
-    write(plan, directory)
+    write_results(plan, directory)
     return plan
 
 
@@ -58,7 +57,7 @@ def a_run(folder, config, cell, lost):
 
 
 def a_row(step, steps, layers, cell, lost):
-    """A row whose loss falls, and rises again where the run is lost; its norms follow."""
+    """A row whose loss falls and, if the run is lost, rises again with its norms."""
     done = step / steps
     wave = 0.02 * math.sin(12.9898 * step + 7.3 * cell.seed + cell.lr)
     loss = 6 * math.exp(-4 * done) + 1.5 + wave - 0.1 * (cell.arm != "baseline") + 0.3 * abs(math.log10(cell.lr / 0.03))
@@ -83,9 +82,9 @@ RATES = (1e-2, 1e-1, 1.0)
 
 
 def summaries(directory, arms=("baseline", "qk_norm"), seeds=2, missing=()):
-    """A plan, and the summaries of all of its runs but the `missing` ones: (arm, rate, seed)."""
+    """`results.csv` and `study.json` of a study with all of its runs but the `missing` ones: (arm, rate, seed)."""
     words = f"study.variants=[{','.join(arms)}]", f"study.lrs=[{','.join(map(str, RATES))}]", f"study.seeds={seeds}"
-    plan, _, _ = planned([*TINY, *words])
+    plan = asked(*TINY, *words)
     for cell in plan.cells.values():
         if (cell.arm, cell.lr, cell.seed) in missing:
             continue
@@ -100,7 +99,7 @@ def summaries(directory, arms=("baseline", "qk_norm"), seeds=2, missing=()):
         }  # fmt: skip
         (directory / "runs" / cell.id).mkdir(parents=True)
         (directory / "runs" / cell.id / "summary.json").write_text(json.dumps(facts))
-    write(plan, directory)
+    write_results(plan, directory)
     with open(directory / "results.csv", newline="") as file:
         return list(csv.DictReader(file)), json.loads((directory / "study.json").read_text())
 

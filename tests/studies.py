@@ -1,49 +1,153 @@
-"""Real studies of tiny runs: what `stabrun sweep` left of them, and what each cell gives when it is trained alone."""
+"""Studies of tiny runs: by `stabrun sweep`, and with each cell trained by itself."""
 
 import csv
+import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
-from helpers import TINY, stabrun
+from helpers import TINY, run, stabrun
 
-from stabrun.study import results
-from stabrun.study.plan import planned
+from stabrun.record.study_dir import StudyDir
+from stabrun.study import results, sweep
+from stabrun.study.plan import Plan
+from stabrun.study.pool import WorkerPool
+from stabrun.study.question import planned
+from stabrun.study.snapshot import SnapshotReader
+from stabrun.study.worker import work
 from stabrun.training.run import train
 
 TIMINGS = ("seconds", "tokens_per_second")
-
-
-def rows(folder):
-    """`study/results.csv`, timings aside."""
-    with open(folder / "study" / "results.csv", newline="") as file:
-        return [{key: value for key, value in row.items() if key not in TIMINGS} for row in csv.DictReader(file)]
-
-
-def rows_alone(folder, *words):
-    """The rows of a study whose cells this process trains one after the other: no sweep, no ledger, no worker."""
-    plan, _, _ = planned(list(words))
-    (folder / "study").mkdir()
-    plan.save(folder / "study")
-    for cell in plan.cells.values():
-        train(plan.config(cell), folder / "study" / "runs" / cell.id)
-    results.write(plan, folder / "study")
-    return rows(folder)
-
-
 QUESTION = (
     *TINY,
     "study.variants=[baseline,qk_norm]",
     "study.lrs=[1e-2,1e-1]",
     "study.seeds=2",
+    "study.workers=2",
+    "study_dir=study",
     "train.checkpoint_every=5",
 )
+ENDLESS = ("train.steps=100000", "train.checkpoint_every=0")  # for runs that a test always interrupts
 
 
-def started(folder, *words):
-    """A sweep in a session of its own, so that all of it can be killed."""
-    command = [sys.executable, "-m", "stabrun", "sweep", *QUESTION, "study.workers=2", "study_dir=study", *words]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+def asked(*overrides):
+    """The plan of a study of these overrides alone."""
+    return planned(list(overrides))[0]
 
 
-def swept(folder, *words):
-    return stabrun("sweep", *QUESTION, "study.workers=2", "study_dir=study", *words, cwd=folder)
+def points(plan):
+    """(arm, learning rate, seed) of each cell."""
+    return sorted((cell.arm, cell.lr, cell.seed) for cell in plan.cells.values())
+
+
+def a_plan(directory, *overrides):
+    """The plan of a study of these overrides, saved in `directory`."""
+    plan = asked(*TINY, *overrides)
+    plan.save(directory)
+    return plan
+
+
+def write_results(plan, directory):
+    """Write `results.csv` and `study.json` of a study directory. Returns the finished runs and the latter."""
+    finished = SnapshotReader(directory).read(plan).rows
+    return finished, results.write(plan, finished, StudyDir(directory))
+
+
+def rows(directory):
+    """The rows of `study/results.csv` without timings."""
+    with open(directory / "study" / "results.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key not in TIMINGS} for row in csv.DictReader(file)]
+
+
+@dataclass
+class Undisturbed:
+    """A study whose cells this process trained one after another, without sweep, ledger or worker."""
+
+    directory: Path
+    plan: Plan
+
+    @property
+    def rows(self):
+        return rows(self.directory)
+
+    def record(self, cell):
+        return StudyDir(self.directory / "study").run(cell).metrics.read_bytes()
+
+
+def trained_alone(directory, *overrides):
+    study = StudyDir(directory / "study")
+    study.path.mkdir()
+    plan = a_plan(study.path, *overrides)
+    for cell in plan.cells.values():
+        train(plan.config(cell), study.run(cell.id).path)
+    write_results(plan, study.path)
+    return Undisturbed(directory, plan)
+
+
+class InProcess(WorkerPool):
+    """A pool whose only worker is this process."""
+
+    def alive(self):
+        return 0
+
+    def start(self, count):
+        work(self.directory)
+
+    def end(self, interrupt):
+        pass
+
+
+def sweep_here(monkeypatch, capsys, directory, *overrides):
+    """Exit status, stdout and stderr of a sweep of QUESTION in this process, with one worker."""
+    monkeypatch.setattr(sweep, "worker_pool", lambda overrides, sources, study, count: InProcess(study, 1))
+    monkeypatch.chdir(directory)
+    return run(capsys, "sweep", *QUESTION, *overrides)
+
+
+def swept(directory, *overrides, env=()):
+    """What a sweep of QUESTION printed. It must succeed."""
+    done = stabrun("sweep", *QUESTION, *overrides, cwd=directory, env=env)
+    log = StudyDir(directory / "study").worker_log
+    assert done.returncode == 0, done.stderr + (log.read_text() if log.exists() else "")
+    return done.stdout
+
+
+@contextmanager
+def sweeping(directory, *overrides, env=()):
+    """A running sweep of QUESTION in a session of its own. What is left of it is killed at the end."""
+    command = [sys.executable, "-m", "stabrun", "sweep", *QUESTION, *overrides]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(
+        command, cwd=directory, env=os.environ | dict(env), text=True, start_new_session=True, **pipes
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def ended(process):
+    """Exit status and output of a sweep that is about to end."""
+    out, err = process.communicate(timeout=300)
+    assert "Traceback" not in err
+    return process.returncode, out + err
+
+
+def wait_for(condition):
+    """Wait until `condition()` is true. Returns its value."""
+    deadline = time.monotonic() + 120
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return value
+
+
+def recorded(study):
+    """The records of attempts that have begun to train."""
+    return list(StudyDir(study).attempts.glob("*/metrics.jsonl"))

@@ -17,7 +17,7 @@ from stabrun.cli import commands
 from stabrun.config import UserError
 from stabrun.record import metrics
 from stabrun.record.metrics import METRICS, SCALAR, flatten
-from stabrun.study.plan import in_group, planned
+from stabrun.study.question import in_group, planned
 
 pytest.importorskip("wandb_workspaces")
 from stabrun.publish import dashboard as module

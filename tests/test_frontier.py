@@ -1,4 +1,4 @@
-"""The frontier's search on simulated outcomes, against an oracle, and by formula."""
+"""The search for the frontier on simulated outcomes, against questplus, and by formula."""
 
 import itertools
 import math
@@ -8,57 +8,68 @@ import pytest
 import questplus
 from scipy.stats import norm
 
-from stabrun.study.frontier import LEVEL, Frontier, Grid, Interval, ratio
+from stabrun.study.frontier import LEVEL, Frontier, Interval, ParameterGrid, ratio
 
 LOW, OCTAVES = 2.0**-12, 10
-GRID = Grid(LOW, LOW * 2**OCTAVES)
+GRID = ParameterGrid(LOW, LOW * 2**OCTAVES)
 MIDDLE = -12 + OCTAVES / 2
 
 
-def searched(threshold, spread, random, runs=12, lapse=0.0):
-    """A search of `runs` runs for `threshold` (log₂ of a rate); the frontier it ends with."""
-    frontier = Frontier(GRID)
+NEXT_RATES = {}  # outcomes so far → next rate: most searches begin alike
+
+
+def searched(threshold, spread, random, runs=12):
+    """The posterior after a search of `runs` runs for `threshold` (log₂ of a rate)."""
+    frontier, outcomes = Frontier(GRID), ()
     for _ in range(runs):
-        rate, _ = frontier.next_rate()
-        chance = lapse / 2 + (1 - lapse) * norm.cdf((math.log2(rate) - threshold) / spread)
-        frontier = frontier.after(rate, random.random() < chance)
+        if outcomes not in NEXT_RATES:
+            NEXT_RATES[outcomes] = frontier.next_rate()[0]
+        rate = NEXT_RATES[outcomes]
+        diverged = bool(random.random() < norm.cdf((math.log2(rate) - threshold) / spread))
+        frontier, outcomes = frontier.after(rate, diverged), (*outcomes, diverged)
     return frontier
 
 
-def simulated(spread, away=0.0, repetitions=200, lapse=0.0):
-    """(RMSE in octaves, coverage of the interval): thresholds as the prior has them, or `away` from its middle."""
-    errors, held = [], 0
+def simulated(spread, shift, repetitions):
+    """(RMSE in octaves, coverage of the interval), for thresholds from the prior or `shift` octaves from its mean."""
+    errors, covered = [], 0
     for seed in range(repetitions):
         random = np.random.default_rng(seed)
-        truth = MIDDLE + away + (0.0 if away else float(np.clip(random.normal(0, 2), -4.5, 4.5)))
-        found = searched(truth, spread, random, lapse=lapse).rate_at(0.5)
+        truth = MIDDLE + shift + (0.0 if shift else float(np.clip(random.normal(0, 2), -4.5, 4.5)))
+        found = searched(truth, spread, random).rate_at(0.5)
         errors.append(math.log2(found.median) - truth)
         low, high = (math.log2(end) if end else end for end in (found.low, found.high))
-        held += (low is None or low <= truth) and (high is None or truth <= high)
-    return float(np.sqrt(np.mean(np.square(errors)))), held / repetitions
+        covered += (low is None or low <= truth) and (high is None or truth <= high)
+    return float(np.sqrt(np.mean(np.square(errors)))), covered / repetitions
 
 
-@pytest.mark.parametrize(("spread", "most"), [(0.3, 0.16), (0.6, 0.26)])
-def test_twelve_runs_find_the_frontier_and_know_how_well(spread, most):
-    error, coverage = simulated(spread)
-    assert error <= most
+SIMULATIONS = [
+    (0.3, 0.0, 0.16),
+    (0.6, 0.0, 0.26),
+    (0.3, 3.0, 0.2),
+    (0.6, 3.0, 0.32),
+    (0.6, -3.0, 0.32),
+    (1.2, 0.0, 0.6),
+]
+
+
+@pytest.mark.parametrize(("spread", "shift", "most"), SIMULATIONS)
+@pytest.mark.parametrize(("repetitions", "slack"), [(30, 1.2), pytest.param(200, 1.0, marks=pytest.mark.slow)])
+def test_error_and_coverage_of_twelve_runs(spread, shift, most, repetitions, slack):
+    """For thresholds from the prior, and for a prior whose mean or spread is wrong.
+
+    The RMSE of 30 errors has a standard deviation of 13 %: hence the slack.
+    """
+    error, coverage = simulated(spread, shift, repetitions)
+    print(f"spread {spread}, {shift} octaves from the prior's mean: RMSE {error:.3f}, coverage {coverage:.3f}")
     assert coverage >= 0.92
+    assert error <= slack * most
 
 
-@pytest.mark.parametrize(
-    ("spread", "away", "most"), [(0.3, 3.0, 0.2), (0.6, 3.0, 0.32), (0.6, -3.0, 0.32), (1.2, 0.0, 0.6)]
-)
-def test_a_wrong_prior_costs_precision_and_is_owned_up_to(spread, away, most):
-    error, coverage = simulated(spread, away)
-    print(f"spread {spread}, {away} octaves away: RMSE {error:.3f}, coverage {coverage:.3f}")
-    assert coverage >= 0.92
-    assert error <= most
-
-
-def test_the_search_is_that_of_questplus_where_both_do_the_same():
-    """One spread and one lapse, so that the threshold is all there is to learn; rates, posterior and choices."""
+def test_rates_and_posterior_equal_those_of_questplus():
+    """With one spread and one lapse, so that the threshold is the only unknown."""
     spread, lapse = 0.4, 0.02
-    grid = Grid(2.0**-6, 2.0**-2, spreads=(spread,), lapses=(lapse,))
+    grid = ParameterGrid(2.0**-6, 2.0**-2, spreads=(spread,), lapses=(lapse,))
     oracle = questplus.QuestPlus(
         stim_domain={"intensity": grid.rates},
         param_domain={
@@ -82,44 +93,44 @@ def test_the_search_is_that_of_questplus_where_both_do_the_same():
         np.testing.assert_allclose(ours.threshold(), np.asarray(oracle.posterior).ravel(), atol=1e-10)
 
 
-def test_posterior_is_bayes_whatever_the_order():
+def test_posterior_is_bayes_in_any_order():
     runs = [(2.0**-5, True), (2.0**-8, False), (2.0**-6, True), (2.0**-7, False)]
     weights = GRID.prior.copy()
-    for (rate, diverged), cell in itertools.product(runs, range(0, len(weights), 997)):
-        threshold, spread, lapse = (float(axis[cell]) for axis in GRID.cells)
+    for (rate, diverged), point in itertools.product(runs, range(0, len(weights), 997)):
+        threshold, spread, lapse = (float(axis[point]) for axis in GRID.points)
         p = lapse / 2 + (1 - lapse) * norm.cdf((math.log2(rate) - threshold) / spread)
-        weights[cell] *= p if diverged else 1 - p
+        weights[point] *= p if diverged else 1 - p
     one, other = Frontier.of(GRID, runs).posterior, Frontier.of(GRID, runs[::-1]).posterior
     np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-300)
     picked = weights[::997]
     np.testing.assert_allclose(one[::997] / one[::997].sum(), picked / picked.sum(), rtol=1e-9, atol=1e-300)
 
 
-def test_expected_entropy_is_that_of_both_outcomes_written_out():
+def test_expected_entropy_is_the_mean_over_both_outcomes():
     frontier = Frontier.of(GRID, [(2.0**-6, True), (2.0**-9, False)])
     for index in (0, 40, 75):
         rate = 2.0 ** GRID.rates[index]
         expected = 0.0
         for diverged in (True, False):
-            p = frontier.chances()[index] if diverged else 1 - frontier.chances()[index]
-            left = frontier.after(rate, diverged).threshold()
-            expected -= p * sum(w * math.log(w) for w in left if w > 0)
-        assert frontier.entropies()[index] == pytest.approx(expected, rel=1e-9)
+            p = frontier.divergence_probability()[index] if diverged else 1 - frontier.divergence_probability()[index]
+            after = frontier.after(rate, diverged).threshold()
+            expected -= p * sum(w * math.log(w) for w in after if w > 0)
+        assert frontier.expected_entropy()[index] == pytest.approx(expected, rel=1e-9)
 
 
-def test_rates_at_a_chance_are_those_of_the_curve():
-    """With the truth all but known, lr50 and lr10 are where Φ is a half and a tenth."""
-    grid = Grid(2.0**-12, 2.0**-2, spreads=(0.3,), lapses=(0.0,))
-    sure = Frontier.of(grid, [(2.0 ** (-6 + step / 10), step > 0) for step in range(-9, 10) for _ in range(20)])
-    assert math.log2(sure.rate_at(0.5).median) == pytest.approx(-5.95, abs=0.06)
-    gap = math.log2(sure.rate_at(0.5).median / sure.rate_at(0.1).median)
+def test_rate_at_a_probability_follows_the_psychometric_function():
+    """After many runs, lr50 and lr10 are where Φ is a half and a tenth."""
+    grid = ParameterGrid(2.0**-12, 2.0**-2, spreads=(0.3,), lapses=(0.0,))
+    known = Frontier.of(grid, [(2.0 ** (-6 + step / 10), step > 0) for step in range(-9, 10) for _ in range(20)])
+    assert math.log2(known.rate_at(0.5).median) == pytest.approx(-5.95, abs=0.06)
+    gap = math.log2(known.rate_at(0.5).median / known.rate_at(0.1).median)
     assert gap == pytest.approx(-0.3 * norm.ppf(0.1), abs=0.06)
 
 
 @pytest.mark.parametrize(
     ("diverged", "bound"), [(False, Interval(None, GRID.high, None)), (True, Interval(None, None, GRID.low))]
 )
-def test_a_frontier_outside_of_the_range_is_a_bound_and_known_to_be_one(diverged, bound):
+def test_a_frontier_outside_the_range_is_a_bound(diverged, bound):
     frontier, runs = Frontier(GRID), 0
     while not frontier.known_to(0.25):
         frontier, runs = frontier.after(frontier.next_rate()[0], diverged), runs + 1
@@ -128,7 +139,7 @@ def test_a_frontier_outside_of_the_range_is_a_bound_and_known_to_be_one(diverged
 
 
 @pytest.mark.parametrize("diverged", [True, False])
-def test_where_all_runs_end_alike_there_is_but_one_bound(diverged):
+def test_equal_outcomes_give_one_bound(diverged):
     middle = 2.0**MIDDLE
     found = Frontier.of(GRID, [(middle, diverged)] * 2).rate_at(0.5)
     assert found.median is None
@@ -145,70 +156,70 @@ def test_a_frontier_at_the_end_of_the_range_has_one_end():
 
 
 @pytest.mark.parametrize("spread", [0.1, 0.3])
-def test_a_search_to_a_width_holds_it(spread):
-    """Until lr50 is known to ± 0.25 octaves: the interval is as narrow as asked, and holds the truth."""
-    held, counts = 0, []
-    for seed in range(40):
+@pytest.mark.parametrize("searches", [15, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_search_ends_with_an_interval_of_the_width_asked(spread, searches):
+    """± 0.25 octaves; and the intervals cover the truth."""
+    covered, counts = 0, []
+    for seed in range(searches):
         random = np.random.default_rng(seed)
         truth = MIDDLE + float(np.clip(random.normal(0, 2), -4, 4))
         frontier, count = Frontier(GRID), 0
         while not frontier.known_to(0.25) and count < 60:
             rate, _ = frontier.next_rate(diverged_cost=0.5)
-            chance = norm.cdf((math.log2(rate) - truth) / spread)
-            frontier, count = frontier.after(rate, random.random() < chance), count + 1
+            probability = norm.cdf((math.log2(rate) - truth) / spread)
+            frontier, count = frontier.after(rate, random.random() < probability), count + 1
         found = frontier.rate_at(0.5)
         assert math.log2(found.high / found.low) <= 0.5 + 1e-9
-        held += math.log2(found.low) <= truth <= math.log2(found.high)
+        covered += math.log2(found.low) <= truth <= math.log2(found.high)
         counts.append(count)
-    assert held >= 0.92 * 40
-    assert np.median(counts) < 33  # eleven rates × three seeds, which cannot tell as much
+    assert covered >= 0.92 * searches
+    assert np.median(counts) < 33  # a grid of eleven rates × three seeds, which is less precise
 
 
-def test_a_cheap_divergence_is_sought_sooner():
+def test_cheap_divergences_raise_the_next_rate():
     frontier = Frontier.of(GRID, [(2.0**-7, False), (2.0**-6, True)])
     rates = [frontier.next_rate(diverged_cost=cost)[0] for cost in (1.0, 0.2)]
     assert rates[1] > rates[0]
 
 
-def test_pending_runs_send_the_next_one_elsewhere():
+def test_runs_in_progress_change_the_next_rate():
     frontier = Frontier.of(GRID, [(2.0**-7, False), (2.0**-6, True)])
     first, gain = frontier.next_rate()
-    second, less = frontier.expecting([first]).next_rate()
+    second, smaller = frontier.expecting([first]).next_rate()
     assert second != first
-    assert 0 < less < gain
+    assert 0 < smaller < gain
 
 
-def test_what_a_run_tells_is_the_expected_loss_of_entropy():
+def test_information_is_the_expected_decrease_of_entropy():
     frontier = Frontier.of(GRID, [(2.0**-7, False)])
     rate, gain = frontier.next_rate()
     index = int(np.argmin(abs(GRID.rates - math.log2(rate))))
-    left = frontier.threshold()
-    now = -sum(weight * math.log(weight) for weight in left if weight > 0)
-    assert gain == pytest.approx(now - frontier.entropies()[index])
-    assert gain == pytest.approx(max(now - frontier.entropies()))
+    now = -sum(weight * math.log(weight) for weight in frontier.threshold() if weight > 0)
+    assert gain == pytest.approx(now - frontier.expected_entropy()[index])
+    assert gain == pytest.approx(max(now - frontier.expected_entropy()))
 
 
 def test_ratio_of_two_frontiers():
-    grid = Grid(2.0**-12, 2.0**-2, spreads=(0.3,), lapses=(0.0,))
+    grid = ParameterGrid(2.0**-12, 2.0**-2, spreads=(0.3,), lapses=(0.0,))
 
     def known(octave):
         runs = [(2.0 ** (octave + step / 10), step > 0) for step in range(-9, 10) for _ in range(20)]
         return Frontier.of(grid, runs)
 
-    told = ratio(known(-5.0), known(-7.0))
-    assert told.low < told.median < told.high
-    assert told.median == pytest.approx(4.0, rel=0.03)
-    # Two independent normal errors: their variances add.
+    found = ratio(known(-5.0), known(-7.0))
+    assert found.low < found.median < found.high
+    assert found.median == pytest.approx(4.0, rel=0.03)
+    # The variances of two independent normal errors add.
     one = known(-5.0).rate_at(0.5)
-    assert math.log2(told.high / told.low) == pytest.approx(math.log2(one.high / one.low) * math.sqrt(2), rel=0.35)
+    assert math.log2(found.high / found.low) == pytest.approx(math.log2(one.high / one.low) * math.sqrt(2), rel=0.35)
     assert LEVEL == 0.95
 
 
 def test_ratio_to_a_frontier_beyond_the_range_is_a_bound():
     known = Frontier.of(GRID, [(2.0 ** (-6 + step / 10), step > 0) for step in range(-9, 10) for _ in range(5)])
     beyond = Frontier.of(GRID, [(GRID.high, False)] * 12)
-    told = ratio(beyond, known)
-    assert (told.median, told.high) == (None, None)
-    assert told.low == pytest.approx(GRID.high / known.rate_at(0.5).high, rel=0.05)
-    assert ratio(known, beyond) == Interval(None, None, pytest.approx(1 / told.low, rel=0.05))
+    found = ratio(beyond, known)
+    assert (found.median, found.high) == (None, None)
+    assert found.low == pytest.approx(GRID.high / known.rate_at(0.5).high, rel=0.05)
+    assert ratio(known, beyond) == Interval(None, None, pytest.approx(1 / found.low, rel=0.05))
     assert ratio(beyond, beyond) == Interval(None, None, None)

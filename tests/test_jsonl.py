@@ -2,10 +2,12 @@
 
 import json
 import math
+import random
+import re
 
 import pytest
 
-from stabrun.record.jsonl import append_line, dumps, number, read_lines, write_atomic
+from stabrun.record.jsonl import append_line, dumps, number, read_last, read_lines, write_atomic
 
 
 def test_numbers_that_are_not_finite_become_strings():
@@ -38,3 +40,16 @@ def test_a_file_is_replaced_in_one_step(tmp_path):
         write_atomic(file, "new \ud800")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_last_line_is_read_from_the_end(tmp_path):
+    """It is the one that a complete reading finds, for incomplete files and rows longer than the piece read first."""
+    dice, file = random.Random(0), tmp_path / "metrics.jsonl"
+    assert read_last(file) is None
+    rows = [{"step": step, "pad": "x" * dice.choice([0, 100, 70_000, 300_000])} for step in range(12)]
+    whole = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    ends = [match.end() for match in re.finditer(rb"\n", whole)]
+    for cut in [0, 1, *(end + shift for end in ends for shift in (-1, 0, 1)), *dice.sample(range(len(whole)), 20)]:
+        file.write_bytes(whole[:cut])
+        whole_lines = [line.value for line in read_lines(file) if line.terminated]
+        assert read_last(file) == (whole_lines or [None])[-1]

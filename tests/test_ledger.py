@@ -1,4 +1,4 @@
-"""The ledger against real processes: killed, stopped past their lease, and many at once."""
+"""The ledger with real processes: killed, stopped past their lease, and many at once."""
 
 import itertools
 import os
@@ -24,7 +24,7 @@ for cell in cells:
     if claim := ledger.claim(cell, entry):
         claim.directory.mkdir()
         (claim.directory / "by").write_text(name)
-        claim.beat(1)
+        claim.heartbeat(1)
         assert claim.finish()
         print(cell, flush=True)
 """
@@ -42,7 +42,7 @@ step = 0
 print("held", flush=True)
 while True:
     step += 1
-    mine = claim.beat(step)
+    mine = claim.heartbeat(step)
     if (Path(sys.argv[1]) / "end").exists():
         print(mine, claim.finish(), flush=True)
         break
@@ -68,12 +68,12 @@ def finished(claim, by):
     return claim.finish()
 
 
-def test_many_at_once_take_each_cell_once(tmp_path):
+def test_concurrent_workers_claim_each_cell_once(tmp_path):
     workers = [process(WORKER, tmp_path, name, *CELLS) for name in range(4)]
-    told = [worker.communicate(timeout=60)[0].split() for worker in workers]
+    claimed = [worker.communicate(timeout=60)[0].split() for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 4
-    assert sorted(itertools.chain(*told)) == CELLS
-    for name, cells in enumerate(told):
+    assert sorted(itertools.chain(*claimed)) == CELLS
+    for name, cells in enumerate(claimed):
         assert all((tmp_path / "runs" / cell / "by").read_text() == str(name) for cell in cells)
     assert {entry.status for entry in Ledger(tmp_path).entries(CELLS).values()} == {DONE}
 
@@ -87,13 +87,13 @@ def test_a_killed_owner_is_dead_at_once(tmp_path):
     holder.wait()
     claim = claimed(ledger)
     assert claim.attempt == 2
-    assert claim.before() == tmp_path / "attempts" / f"{CELLS[0]}.0001"
+    assert claim.previous() == tmp_path / "attempts" / f"{CELLS[0]}.0001"
     assert status(ledger) == RUNNING
     assert finished(claim, "the second")
     assert status(ledger) == DONE
 
 
-def test_a_killed_owner_is_dead_before_its_parent_takes_note(tmp_path):
+def test_a_killed_owner_is_dead_before_its_parent_waits_for_it(tmp_path):
     holder, ledger = process(HOLDER, tmp_path, CELLS[0]), Ledger(tmp_path)
     holder.stdout.readline()
     assert claimed(ledger) is None
@@ -106,13 +106,13 @@ def test_a_killed_owner_is_dead_before_its_parent_takes_note(tmp_path):
     holder.wait()
 
 
-def test_looking_makes_nothing(tmp_path):
+def test_reading_creates_nothing(tmp_path):
     assert Ledger(tmp_path / "study").entries(CELLS)[CELLS[0]].status == PLANNED
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_paused_owner_loses_its_cell_and_its_late_result_is_refused(tmp_path):
-    """SIGSTOP past the lease, then SIGCONT: the first comes back when the second is at work, or has finished."""
+    """SIGSTOP past the lease, then SIGCONT while the second owner works, or after it has finished."""
     for cell, early in zip(CELLS, (True, False), strict=False):
         (tmp_path / "end").unlink(missing_ok=True)
         holder, ledger = process(HOLDER, tmp_path, cell), Ledger(tmp_path, lease=0.3)
@@ -136,57 +136,57 @@ def test_a_paused_owner_loses_its_cell_and_its_late_result_is_refused(tmp_path):
         assert (tmp_path / "runs" / cell / "by").read_text() == "the second"
 
 
-def test_a_living_owner_that_beats_is_left_alone(tmp_path):
+def test_an_owner_with_heartbeats_keeps_its_cell(tmp_path):
     clock = [0.0]
     holder, ledger = process(HOLDER, tmp_path, CELLS[0]), Ledger(tmp_path, lease=0.5, clock=lambda: clock[0])
     try:
         holder.stdout.readline()
         before = None
         for _ in range(5):
-            while (now := ledger.progress(CELLS[0], 1)) == before or not now:
+            while (now := ledger.heartbeat(CELLS[0], 1)) == before or not now:
                 time.sleep(0.01)
-            assert ledger.alive(CELLS[0], 1)
+            assert ledger.is_alive(CELLS[0], 1)
             before = now
             clock[0] += 100.0
     finally:
         holder.kill()
 
 
-def test_a_cell_that_fails_twice_is_given_up_and_may_be_asked_for_again(tmp_path):
+def test_a_cell_that_fails_twice_is_given_up_and_can_be_retried(tmp_path):
     ledger = Ledger(tmp_path)
     for attempt in (1, 2):
         assert status(ledger) == PLANNED
         claim = claimed(ledger)
         assert claim.attempt == attempt
-        claim.fail("it does not fit")
+        claim.end("failed", "it does not fit")
     assert status(ledger) == FAILED
     assert claimed(ledger) is None
     assert ledger.reason(CELLS[0], 2) == "it does not fit"
-    ledger.forgive(CELLS)
+    ledger.retry_failed(CELLS)
     assert status(ledger) == PLANNED
     assert claimed(ledger).attempt == 3
 
 
 @pytest.mark.parametrize(("steps", "expected"), [((0, 0), FAILED), ((10, 10, 10), FAILED), ((10, 20), PLANNED)])
-def test_deaths_count_where_nothing_was_gained(tmp_path, steps, expected):
+def test_deaths_without_progress_count_as_failures(tmp_path, steps, expected):
     ledger = Ledger(tmp_path)
     for step in steps:
         other = Ledger(tmp_path)
-        other.owner |= {"born": "0"}  # as of a process that is gone
+        other.owner |= {"born": "0"}  # as of a process that has ended
         claim = claimed(other)
         if step:
-            claim.beat(step)
+            claim.heartbeat(step)
     claim = claimed(ledger)
     assert (claim is None) == (expected == FAILED)
     assert status(ledger) == (FAILED if expected == FAILED else RUNNING)
 
 
-def test_what_is_given_back_is_taken_again_without_a_count(tmp_path):
+def test_giving_a_cell_back_is_not_a_failure(tmp_path):
     ledger = Ledger(tmp_path)
     for attempt in range(1, 6):
         claim = claimed(ledger)
         assert claim.attempt == attempt
-        claim.leave("Ctrl-C")
+        claim.end("left", "Ctrl-C")
     assert status(ledger) == PLANNED
 
 
@@ -198,4 +198,4 @@ def test_two_thousand_cells_are_listed_quickly(tmp_path):
     entries = ledger.entries(cells)
     print(f"{time.monotonic() - began:.3f} s")
     assert sum(entry.status == RUNNING for entry in entries.values()) == 300
-    assert not [name for name in os.listdir(ledger.folder) if name.startswith(".")]
+    assert not [name for name in os.listdir(ledger.study.ledger) if name.startswith(".")]

@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import configured, run
+from studies import write_results
 
 from stabrun.config import IN_EVERY_RECORD, RESULT, Config, ModelConfig, UserError, key, keys, run_id
 from stabrun.record.run_dir import RunDir
 from stabrun.record.study_dir import StudyDir
 from stabrun.report import sentences
 from stabrun.report.source import opened
-from stabrun.study import results, worker
+from stabrun.study import worker
 from stabrun.study.ledger import DONE, PLANNED, Ledger
-from stabrun.study.plan import extended, load, planned
+from stabrun.study.plan import extended, load
+from stabrun.study.question import planned
 from stabrun.study.worker import work
 
 RECORDS = Path(__file__).parent / "data" / "records_0.1.0.tar.xz"
@@ -128,7 +130,7 @@ def test_a_study_is_read(version, capsys):
     assert [row["run_id"] for row in source.rows] == list(FINISHED)
     assert [*sentences.state(source), *sentences.answers(source)]
     before = {file.name: file.read_bytes() for file in Path("study").glob("*.*")}
-    results.write(load(Path("study")), Path("study"))
+    write_results(load(Path("study")), Path("study"))
     assert before == {file.name: file.read_bytes() for file in Path("study").glob("*.*")}
 
 
@@ -241,6 +243,6 @@ def test_summaries_of_another_version_are_read(capsys, lacking):
     for place in ("study", f"study/runs/{FINISHED[0]}"):
         source = opened(Path(place))
         assert [*sentences.state(source), *sentences.answers(source)]
-    told = results.write(load(Path("study")), Path("study"))
+    _, told = write_results(load(Path("study")), Path("study"))
     assert told["runs"] == 2
     assert run(capsys, "upload", "study", "--dry-run")[0] == 0

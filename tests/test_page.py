@@ -11,10 +11,10 @@ import pytest
 import yaml
 from chromium import Browser
 from made import a_study
+from studies import write_results
 
 from stabrun.report.report import write_report
 from stabrun.study.plan import load
-from stabrun.study.results import write
 
 EVIL = "<script>alert(1)</script>"
 CHROMIUM = shutil.which("chromium")
@@ -42,7 +42,7 @@ def evil(tmp_path_factory):
     for file in directory.glob("runs/*/*.json"):
         file.write_text(file.read_text().replace('"qk_norm"', json.dumps(EVIL)).replace('"fell"', json.dumps(EVIL)))
         file.write_text(file.read_text().replace('"2.13.0"', json.dumps(EVIL)))
-    write(load(directory), directory)
+    write_results(load(directory), directory)
     for record in directory.glob("runs/*/metrics.jsonl"):
         record.write_text(record.read_text()[:-30])
     reported(directory)

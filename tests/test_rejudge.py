@@ -1,21 +1,19 @@
-"""A changed rule: what was judged by another one is judged anew, and a stop that no longer stands is undone."""
+"""A changed rule: runs judged by another one are judged again, and early stops that are no longer valid are undone."""
 
 import json
 
 import pytest
-from helpers import TINY
+from studies import a_plan
 
 from stabrun.study.ledger import DONE, PLANNED, Ledger
-from stabrun.study.plan import planned
-from stabrun.study.rejudge import renew
+from stabrun.study.rejudge import rejudge
 from stabrun.study.worker import work
 from stabrun.verdict.judge import RULE
 
 
 @pytest.fixture
 def study(tmp_path):
-    plan, _, _ = planned([*TINY, "study.lrs=[1e-2,1e-1]", "study.seeds=1", "train.checkpoint_every=10"])
-    plan.save(tmp_path)
+    plan = a_plan(tmp_path, "study.lrs=[1e-2,1e-1]", "study.seeds=1", "train.checkpoint_every=10")
     work(tmp_path)
     return plan, tmp_path
 
@@ -31,19 +29,19 @@ def statuses(plan, directory):
     return [entry.status for entry in Ledger(directory).entries(plan.cells).values()]
 
 
-def test_a_verdict_of_another_rule_is_given_anew(study):
+def test_a_verdict_by_another_rule_is_replaced(study):
     plan, directory = study
     one, other = plan.cells
     before = changed(directory, one, rule=RULE - 1, verdict="diverged", by_strictness={}, scar=7.0)
     changed(directory, other, verdict="diverged")
-    renew(plan, directory, Ledger(directory))
+    rejudge(plan, directory, Ledger(directory))
     now, same = (json.loads((directory / "runs" / cell / "summary.json").read_text()) for cell in (one, other))
     assert now == before
-    assert same["verdict"] == "diverged", "what this rule has judged is left alone"
+    assert same["verdict"] == "diverged", "a verdict by this rule is not touched"
     assert statuses(plan, directory) == [DONE, DONE]
 
 
-def test_a_stop_that_no_longer_stands_goes_on_to_the_same_record(study):
+def test_a_run_that_should_not_have_been_stopped_is_resumed_to_the_same_record(study):
     plan, directory = study
     one, _ = plan.cells
     run = directory / "runs" / one
@@ -56,7 +54,7 @@ def test_a_stop_that_no_longer_stands_goes_on_to_the_same_record(study):
             folder.rmdir()
     (run / "metrics.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:13]))
     changed(directory, one, rule=RULE - 1, status="stopped", verdict="diverged")
-    renew(plan, directory, Ledger(directory))
+    rejudge(plan, directory, Ledger(directory))
     assert statuses(plan, directory) == [PLANNED, DONE]
     work(directory)
     assert statuses(plan, directory) == [DONE, DONE]

@@ -23,7 +23,7 @@ from stabrun.report.report import write_report
 from stabrun.report.run_curves import LAYERED, POINTS, trace, traced
 from stabrun.report.selection import chosen, pair
 from stabrun.report.source import opened, read_results, read_rows
-from stabrun.study.plan import planned
+from stabrun.study.question import planned
 
 FIGURES = {
     "loss_by_lr", "divergence_map", "clipped_share", "lead_times", "training_curves", "norms_out", "norms_in",

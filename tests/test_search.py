@@ -1,4 +1,4 @@
-"""Which run a search plans next, on made-up outcomes; whole searches with two runs under way at a time."""
+"""The next run of a search for made-up outcomes, and whole searches with two runs in progress at a time."""
 
 import math
 import random
@@ -11,9 +11,9 @@ from scipy.stats import norm
 
 from stabrun.config import UserError
 from stabrun.study.frontier import Frontier
-from stabrun.study.plan import planned
-from stabrun.study.search import diverged_cost, frontier, grid_of, next_run, outcome
-from stabrun.study.summary import answer
+from stabrun.study.question import planned
+from stabrun.study.search import diverged_cost, frontier, next_run, outcome, parameter_grid
+from stabrun.study.summary import study_summary
 
 RANGE = (3e-3, 3.0)
 
@@ -34,7 +34,7 @@ def ended(cell, diverged, steps=30):
 
 
 @pytest.mark.parametrize(
-    ("verdict", "reason", "final", "said"),
+    ("verdict", "reason", "final", "expected"),
     [
         ("diverged", "runaway", 3.0, True),
         ("converged", "fell", 2.0, False),
@@ -46,37 +46,37 @@ def ended(cell, diverged, steps=30):
         ("undecided", "no_learning", "nan", None),
     ],
 )
-def test_what_an_end_says(verdict, reason, final, said):
-    row = {"reason": reason, "by_strictness": {"strict": verdict}, "init_loss": 5.5, "final_loss": final}
-    assert outcome(row, "strict") is said
+def test_outcome_of_a_run(verdict, reason, final, expected):
+    row = {"verdict": "", "reason": reason, "by_strictness": {"strict": verdict}, "init_loss": 5.5, "final_loss": final}
+    assert outcome(row, "strict") is expected
 
 
-def test_the_first_run_of_each_arm_is_the_same_and_the_seeds_too():
-    plan, places = a_plan(), []
+def test_all_arms_begin_with_the_same_rate_and_seeds():
+    plan, runs = a_plan(), []
     for _ in range(4):
-        places.append(next_run(plan, [], ended=()))
-        plan.add(*places[-1])
-    assert places[0][1:] == places[1][1:]
-    assert {place[0] for place in places[:2]} == {"baseline", "qk_norm"}
-    assert [place[2] for place in places] == [0, 0, 1, 1]
-    assert places[2][1] != places[0][1], "two runs of an arm at once are not sent to the same rate"
+        runs.append(next_run(plan, [], ended=()))
+        plan.add(*runs[-1])
+    assert runs[0][1:] == runs[1][1:]
+    assert {run[0] for run in runs[:2]} == {"baseline", "qk_norm"}
+    assert [run[2] for run in runs] == [0, 0, 1, 1]
+    assert runs[2][1] != runs[0][1], "two concurrent runs of an arm have different rates"
 
 
-def test_the_next_run_is_that_of_the_formula():
-    """Of one arm: the posterior of what ended, the expected end of what has not, and the cost seen so far."""
-    plan, grid = a_plan(arms=("baseline",)), grid_of(a_plan())
-    high, low, open_ = plan.add("baseline", 0.5, 0), plan.add("baseline", 0.02, 1), plan.add("baseline", 0.1, 2)
+def test_the_next_run_follows_the_formula():
+    """For one arm: the posterior of ended runs, the expected outcomes of others, and the mean cost so far."""
+    plan, grid = a_plan(arms=("baseline",)), parameter_grid(a_plan())
+    high, low, running = plan.add("baseline", 0.5, 0), plan.add("baseline", 0.02, 1), plan.add("baseline", 0.1, 2)
     rows = [ended(high, True, steps=6), ended(low, False)]
     cost = (0.5 + 6 / 30) / 2
     assert diverged_cost(plan, "baseline", rows) == pytest.approx(cost)
     seen = Frontier.of(grid, [(0.5, True), (0.02, False)])
-    chance = float(grid.diverges(np.array([math.log2(0.1)]))[0] @ seen.posterior)
-    likely = seen.after(0.1, chance > 0.5)
+    p = float(grid.divergence_probability(np.array([math.log2(0.1)]))[0] @ seen.posterior)
+    likely = seen.after(0.1, p > 0.5)
     assert next_run(plan, rows, {high.id, low.id}) == ("baseline", likely.next_rate(cost)[0], 3)
-    assert open_.id not in {row["run_id"] for row in rows}
+    assert running.id not in {row["run_id"] for row in rows}
 
 
-def test_a_grid_needs_no_search_and_a_spent_budget_ends_one():
+def test_a_grid_is_not_searched_and_a_spent_budget_ends_a_search():
     grid, _, _ = planned([*TINY, "study.lrs=[1e-2,1e-1]"])
     assert next_run(grid, [], ()) is None
     plan = a_plan("study.max_runs=2", arms=("baseline",))
@@ -85,52 +85,52 @@ def test_a_grid_needs_no_search_and_a_spent_budget_ends_one():
     assert next_run(plan, [], ()) is None
 
 
-def test_a_run_that_tells_nothing_is_not_tried_again_at_once():
+def test_the_rate_of_an_undecided_run_is_not_repeated_at_once():
     plan = a_plan(arms=("baseline",))
     cell = plan.add(*next_run(plan, [], ()))
     row = ended(cell, False) | {"reason": "rising", "by_strictness": dict.fromkeys(("standard",), "undecided")}
     _, rate, _ = next_run(plan, [row], {cell.id})
     assert rate != cell.lr
-    assert (frontier(grid_of(plan), [row]).posterior == grid_of(plan).prior).all()
+    assert (frontier(parameter_grid(plan), [row]).posterior == parameter_grid(plan).prior).all()
 
 
-def test_a_whole_search_with_two_runs_under_way():
-    """Five arms whose edges lie octaves apart, one of them beyond the range: known, with few runs, and as asked."""
-    edges = {"baseline": -6.0, "qk_norm": -3.0, "qkv_norm": 0.5, "qk_norm_cap": -4.5, "fc_norm": 4.0}
+def test_a_whole_search_with_two_runs_in_progress():
+    """Three arms whose edges are octaves apart, one of them beyond the range: all are found with few runs."""
+    edges = {"baseline": -6.0, "qk_norm": -3.0, "fc_norm": 4.0}
     plan, dice = a_plan(arms=edges), random.Random(0)
-    rows, going = [], []
+    rows, running = [], []
     while True:
-        while len(going) < 2 and (run := next_run(plan, rows, {row["run_id"] for row in rows})):
-            going.append(plan.add(*run))
-        if not going:
+        while len(running) < 2 and (run := next_run(plan, rows, {row["run_id"] for row in rows})):
+            running.append(plan.add(*run))
+        if not running:
             break
-        cell = going.pop(0)
+        cell = running.pop(0)
         chance = norm.cdf((math.log2(cell.lr) - edges[cell.arm]) / 0.2)
         rows.append(ended(cell, dice.random() < chance))
-    told = answer(plan, rows)
+    summary = study_summary(plan, rows)
     for arm, edge in edges.items():
-        lr50 = told["variants"][arm]["frontier"]["standard"]["lr50"]
-        assert told["variants"][arm]["enough"]
+        lr50 = summary["variants"][arm]["frontier"]["standard"]["lr50"]
+        assert summary["variants"][arm]["enough"]
         if arm == "fc_norm":
             assert lr50 == {"median": None, "low": 3.0, "high": None}
         else:
             assert math.log2(lr50["low"]) <= edge <= math.log2(lr50["high"])
             assert math.log2(lr50["high"] / lr50["low"]) <= 0.5 + 1e-9
-    over = told["variants"]["qk_norm"]["frontier"]["standard"]["over"]["baseline"]
+    over = summary["variants"]["qk_norm"]["frontier"]["standard"]["over"]["baseline"]
     assert over["low"] < 8 < over["high"]
-    assert set(told["variants"]["baseline"]["frontier"]["standard"]["over"]) == {"qk_norm"}
+    assert set(summary["variants"]["baseline"]["frontier"]["standard"]["over"]) == {"qk_norm"}
     counts = Counter(row["arm"] for row in rows)
     assert all(count < 40 for count in counts.values())
     for arm in edges:
         seeds = sorted(cell.seed for cell in plan.cells.values() if cell.arm == arm)
         assert seeds == list(range(counts[arm])), "the k-th run has the k-th seed"
-    like = told["grid"]
-    assert (like["rates"], like["seeds"], like["runs"]) == (21, 3, 21 * 3 * 5)
-    assert like["tokens"] == like["runs"] * 30 * 4 * 16
-    assert told["tokens"] == sum(row["tokens"] for row in rows)
+    grid = summary["grid"]
+    assert (grid["rates"], grid["seeds"], grid["runs"]) == (21, 3, 21 * 3 * 3)
+    assert grid["tokens"] == grid["runs"] * 30 * 4 * 16
+    assert summary["tokens"] == sum(row["tokens"] for row in rows)
 
 
-def test_the_plan_of_a_search_holds_its_rate_and_may_stop_early():
+def test_a_search_has_constant_rates_and_stops_early():
     plan = a_plan()
     assert {config.schedule.kind for config in plan.arms.values()} == {"constant"}
     assert all(config.train.stop_early for config in plan.arms.values())
@@ -139,15 +139,15 @@ def test_the_plan_of_a_search_holds_its_rate_and_may_stop_early():
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
-        ("schedule=cosine", "schedule=cosine: a search holds"),
-        ("schedule.kind=constant,linear", "schedule.kind=constant,linear: a search holds"),
+        ("schedule=cosine", "schedule=cosine: a search keeps"),
+        ("schedule.kind=constant,linear", "schedule.kind=constant,linear: a search keeps"),
         ("study.lr_range=[1,0.1]", "the lower first"),
-        ("study.lr_range=[]", "it must be two learning rates"),
+        ("study.lr_range=[]", "must be two learning rates"),
         ("study.lrs=[0.1]", "a search chooses its own"),
     ],
 )
-def test_searches_that_cannot_be_asked(word, said):
-    with pytest.raises(UserError, match=said.replace("[", r"\[")):
+def test_invalid_searches(word, message):
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
         a_plan(word)

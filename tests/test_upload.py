@@ -11,6 +11,7 @@ import helpers
 import pytest
 import wandb
 from helpers import TINY, tiny
+from studies import write_results
 from wandb_files import Inspected, assert_holds
 
 from stabrun.config import UserError
@@ -19,8 +20,9 @@ from stabrun.publish.upload import upload
 from stabrun.record.jsonl import jsonable
 from stabrun.record.run_dir import RunDir
 from stabrun.study import results
-from stabrun.study.plan import extended, load, planned
-from stabrun.study.summary import answer
+from stabrun.study.plan import extended, load
+from stabrun.study.question import planned
+from stabrun.study.summary import study_summary
 from stabrun.study.tracking import leaves, track_study
 from stabrun.training.run import train
 
@@ -103,12 +105,12 @@ def test_a_study_equals_its_records(study, capsys):
         assert started["config"]["update"]["optim"]["lr"] == 0.01
         lowest = min(row["train/loss"] for row in records(directory))
         assert found.summary["train/loss"] == {"min": pytest.approx(lowest)}
-    rows = list(results.finished(plan, study))
+    rows, _ = write_results(plan, study)
     (folder,) = offline(study)
     (file,) = (folder / "files" / "media" / "table").glob("results*.json")
     assert [row[0] for row in json.loads(file.read_text())["data"]] == list(plan.cells)
     found = Inspected(folder).summary
-    for key, value in leaves(jsonable(answer(plan, rows))).items():
+    for key, value in leaves(jsonable(study_summary(plan, rows))).items():
         assert found[key] == (pytest.approx(value) if isinstance(value, float) else value), key
     assert "3 W&B runs written offline" in capsys.readouterr().out
 
@@ -205,8 +207,8 @@ def test_what_was_tracked_is_not_sent_twice(tmp_path, capsys, monkeypatch):
 
 def test_a_study_tracked_at_its_end_is_not_sent_twice(study, capsys):
     plan = load(study)
-    facts = results.write(plan, study)
-    rows = [results.result(row) for row in results.finished(plan, study)]
+    finished, facts = write_results(plan, study)
+    rows = list(map(results.result, finished))
     for _ in range(2):
         track_study(tiny("tracker=wandb").tracker, study, rows, facts)
     assert upload(study) == 0

@@ -228,7 +228,7 @@ def trained(config: Config) -> Any:
 @hydra_options
 def sweep(overrides: list[str], dry_run: bool, **flags: Any) -> int:
     """Run a study: variants × rates × seeds. The same command resumes or extends it."""
-    from stabrun.study.plan import split_axes
+    from stabrun.study.question import split_axes
     from stabrun.study.sweep import sweep as run_study
 
     hydra = HydraFlags(**flags)

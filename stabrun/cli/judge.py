@@ -14,6 +14,7 @@ from stabrun.record.jsonl import jsonable, parse_line
 from stabrun.record.run_dir import RunDir, check_row
 from stabrun.record.schema import Row
 from stabrun.record.study_dir import StudyDir
+from stabrun.study.plan import planned_runs
 from stabrun.verdict.compare import compare
 from stabrun.verdict.judge import DIVERGED, Judge, Verdict
 from stabrun.verdict.wording import alarm_lines, details, verdict_line
@@ -67,7 +68,9 @@ def read(path: Path, request: Request) -> list[Saved]:
     if path.is_dir():
         if RunDir(path).metrics.is_file():
             return [of_directory(path)]
-        runs = [run.path for run in StudyDir(path).recorded_runs()]
+        study = StudyDir(path)
+        recorded = planned_runs(study) if study.is_study() else study.recorded_runs()
+        runs = [run.path for run in recorded]
         if not runs:
             raise UserError(f"{path}: neither a run nor a study directory: {RunDir(path).metrics.name} is missing.")
         return [of_directory(run) for run in runs]

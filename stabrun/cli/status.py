@@ -1,4 +1,4 @@
-"""`stabrun status`: what a study or a run is doing now, from another terminal; nothing is written."""
+"""`stabrun status`: the state of a study or a run, read from its files; nothing is written."""
 
 import json
 from collections.abc import Iterator
@@ -7,104 +7,92 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from stabrun.config import run_id
 from stabrun.record.jsonl import jsonable, number
 from stabrun.record.run_dir import RunDir
-from stabrun.record.schema import OVER, RUNNING
+from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, OVER, RUNNING, STOPPED
 from stabrun.record.study_dir import StudyDir, find
-from stabrun.study.ledger import DONE, FAILED, PLANNED
-from stabrun.study.live_table import LEGEND, at_work, coloured, counts, given_up
-from stabrun.study.plan import load
+from stabrun.study.live_table import LEGEND, colored_table, counts_text, failure_messages, running_lines
 from stabrun.study.snapshot import Snapshot, SnapshotReader, seconds_left
 from stabrun.text import duration_text, run_name
 from stabrun.verdict.judge import Judge
 from stabrun.verdict.wording import short, verdict_line
 
 STATES = {
-    "running": "is running",
-    "complete": "is complete",
-    "stopped": "was stopped early, for it had diverged",
-    "interrupted": "was interrupted",
-    "failed": "has failed",
+    RUNNING: "is running",
+    COMPLETE: "is complete",
+    STOPPED: "was stopped early because it diverged",
+    INTERRUPTED: "was interrupted",
+    FAILED: "failed",
 }
 
 
 def status(directory: Path, as_json: bool = False) -> None:
-    """Print what a study or a run is doing."""
+    """Print the state of the study or run in a directory."""
     found = find(directory)
     if isinstance(found, StudyDir):
-        look = SnapshotReader(directory).look(load(directory))
-        facts, lines = of_study(directory, look), told_of_study(look)
+        snapshot = SnapshotReader(found.path).read()
+        facts, lines = study_facts(found.path, snapshot), study_lines(snapshot)
     else:
-        facts = of_run(found)
-        lines = told_of_run(facts)
+        facts = run_facts(found)
+        lines = run_lines(facts)
     if as_json:
         print(json.dumps(jsonable(facts), indent=1))
         return
-    screen = Console(markup=False, emoji=False, highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     for line in lines:
-        screen.print(line, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
-def of_study(directory: Path, look: Snapshot) -> dict[str, Any]:
-    """A study as plain data."""
+def study_facts(directory: Path, snapshot: Snapshot) -> dict[str, Any]:
+    """The state of a study as plain data."""
     return {
         "path": str(directory),
-        "name": look.plan.name,
-        "strategy": look.plan.strategy,
-        "counts": {status: look.count(status) for status in (PLANNED, RUNNING, DONE, FAILED)},
-        "seconds_left": seconds_left(look),
+        "name": snapshot.plan.name,
+        "strategy": snapshot.plan.strategy,
+        "counts": snapshot.counts,
+        "seconds_left": seconds_left(snapshot),
         "cells": [
             {
                 **asdict(cell),
-                "status": look.entries[cell.id].status,
-                "attempts": len(look.entries[cell.id].claim),
-                "verdict": look.summaries.get(cell.id, {}).get("verdict"),
-                "error": look.failed.get(cell.id),
+                "status": snapshot.entries[cell.id].status,
+                "attempts": len(snapshot.entries[cell.id].claim),
+                "verdict": snapshot.summaries.get(cell.id, {}).get("verdict"),
+                "error": snapshot.failed.get(cell.id),
             }
-            for cell in look.plan.cells.values()
+            for cell in snapshot.plan.cells.values()
         ],
         "running": [
-            {
-                "id": attempt.cell.id,
-                "attempt": attempt.number,
-                "step": attempt.step,
-                "steps": attempt.steps,
-                "steps_per_second": attempt.rate,
-                "host": attempt.host,
-                "pid": attempt.pid,
-                "seconds_since_beat": attempt.beat,
-                "owner_gone": attempt.gone,
-            }
-            for attempt in look.running
+            {"id": attempt.cell.id, **{key: value for key, value in vars(attempt).items() if key != "cell"}}
+            for attempt in snapshot.running
         ],
     }
 
 
-def told_of_study(look: Snapshot) -> Iterator[Any]:
-    """Counts, table, who is at work, what was given up, and whether nobody goes on."""
-    yield f"{look.plan.name}: {counts(look)}"
-    yield from coloured(look, Console().width)
+def study_lines(snapshot: Snapshot) -> Iterator[str | Text]:
+    """Counts, table, running cells, failures, and whether no worker is active."""
+    yield f"{snapshot.plan.name}: {counts_text(snapshot)}"
+    yield from colored_table(snapshot, Console().width)
     yield LEGEND
-    yield from at_work(look)
-    yield from given_up(look)
-    if look.count(PLANNED) + look.count(RUNNING) and all(attempt.gone for attempt in look.running):
-        yield "no cell is being trained now; the same `stabrun sweep` goes on from there."
+    yield from running_lines(snapshot)
+    yield from failure_messages(snapshot)
+    if len(snapshot.ended) < len(snapshot.entries) and all(attempt.owner_gone for attempt in snapshot.running):
+        yield "no cell is being trained now; the same `stabrun sweep` resumes."
 
 
-def of_run(run: RunDir) -> dict[str, Any]:
-    """A run as plain data: its state, and the verdict, on what is recorded so far where it is not over."""
-    config, state = run.config(), run.state()
-    if summary := run.final_summary():
-        verdict, step = {**summary}, summary["steps"]
-    else:
+def run_facts(run: RunDir) -> dict[str, Any]:
+    """The state of a run as plain data, with the verdict on what is recorded so far if it is not over."""
+    config, state, summary = run.config(), run.state(), run.final_summary()
+    verdict: Any = summary
+    steps = summary["steps"] if summary else run.steps_done()
+    if verdict is None and steps:
         judge = Judge()
         for row in run.rows():
             judge.add(row)
-        step = judge.steps[-1] + 1 if judge.steps else 0
-        verdict = asdict(judge.conclude(None if state == RUNNING else config.train.steps)) if step else {}
-    rate = run.steps_per_second() if state == RUNNING else None
+        verdict = asdict(judge.conclude(None if state == RUNNING else config.train.steps))
+    speed = run.steps_per_second() if state == RUNNING else None
     return {
         "path": str(run.path),
         "run_id": run_id(config),
@@ -112,19 +100,19 @@ def of_run(run: RunDir) -> dict[str, Any]:
         "lr": config.optim.lr,
         "seed": config.seed,
         "status": state,
-        "error": run.error() if state == "failed" else None,
-        "step": step,
+        "error": run.error() if state == FAILED else None,
+        "step": steps,
         "steps": config.train.steps,
-        "steps_per_second": rate,
-        "seconds_left": (config.train.steps - step) / rate if rate else None,
+        "steps_per_second": speed,
+        "seconds_left": (config.train.steps - steps) / speed if speed else None,
         "last_loss": (run.last_row() or {}).get("train/loss"),
         "checkpoint": run.checkpoint_step(),
-        "verdict": verdict or None,
+        "verdict": verdict,
     }
 
 
-def told_of_run(facts: dict[str, Any]) -> Iterator[str]:
-    """`qk_norm lr=1e-2 s0 is running: step 225 of 500, loss 1.912, 33 steps/s, 8 s left`, and what stands below."""
+def run_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """`qk_norm lr=1e-2 s0 is running: step 225 of 500, loss 1.912, 33 steps/s, 8 s left`, verdict and checkpoint."""
     parts = [f"step {facts['step']} of {facts['steps']}"]
     if facts["last_loss"] is not None:
         parts.append(f"loss {short(number(facts['last_loss']))}")

@@ -21,9 +21,9 @@ from stabrun.record.jsonl import jsonable
 from stabrun.record.metrics import BY_SITE, METRICS, SCALAR, Metric
 from stabrun.record.schema import StudySummary
 from stabrun.record.synced import ONLINE
-from stabrun.study import results
-from stabrun.study.plan import GRID, load
-from stabrun.study.summary import GRID_COLUMNS, SEARCH_COLUMNS, answer
+from stabrun.study.facts import short_table
+from stabrun.study.snapshot import SnapshotReader
+from stabrun.study.summary import study_summary
 from stabrun.text import warn
 from stabrun.training.tracker import has_key
 
@@ -97,17 +97,16 @@ def subject(study: Path | None, changes: Sequence[str]) -> Subject:
     if study is None:
         tracker = with_tracker(Config(), changes).tracker
         return Subject(tracker.project, tracker)
-    plan = load(study)
-    summary = jsonable(answer(plan, list(results.finished(plan, study))))
-    tracker = with_tracker(next(iter(plan.arms.values())), changes).tracker
+    snapshot = SnapshotReader(study).read(attempts=False)
+    summary = jsonable(study_summary(snapshot.plan, snapshot.rows))
+    tracker = with_tracker(next(iter(snapshot.plan.arms.values())), changes).tracker
     return Subject(study.resolve().name, tracker, markdown(summary))
 
 
 def markdown(summary: StudySummary) -> str:
     """The summary of a study as a Markdown table."""
-    columns = GRID_COLUMNS if summary["strategy"] == GRID else SEARCH_COLUMNS
-    table = [["variant", *columns], ["---"] * (len(columns) + 1)]
-    table += [[arm, *(text({**facts}) for text in columns.values())] for arm, facts in summary["variants"].items()]
+    head, *rows = short_table(summary)
+    table = [head, ["---"] * len(head), *rows]
     lines = ["| " + " | ".join(html.escape(cell).replace("|", "\\|") for cell in row) + " |" for row in table]
     return "\n".join([f"{summary['runs']} of {summary['cells']} runs, rule {summary['rule']}.", "", *lines])
 

@@ -20,7 +20,8 @@ from stabrun.record.study_dir import StudyDir, find
 from stabrun.record.synced import OFFLINE, ONLINE, SyncState, digest, file_digest, file_digests
 from stabrun.study import results
 from stabrun.study.plan import Plan, load
-from stabrun.study.summary import answer
+from stabrun.study.snapshot import SnapshotReader
+from stabrun.study.summary import study_summary
 from stabrun.study.tracking import images, send_study
 from stabrun.text import run_name, warn
 from stabrun.training.tracker import has_key, log_row, open_run
@@ -233,11 +234,11 @@ def send(files: RunDir, config: Config, plan: UploadPlan, mode: str) -> None:
 
 def upload_study_summary(plan: Plan, study: StudyDir, target: Destination) -> bool:
     """Send a study's table, summary and figures. Returns False if W&B has them, or no run is finished."""
-    rows = list(results.finished(plan, study.path))
+    rows = SnapshotReader(study.path).read(plan, attempts=False).rows
     if not rows:
         return False
     tracker = target.tracker(next(iter(plan.arms.values())))
-    table, summary = [results.result(row) for row in rows], jsonable(answer(plan, rows))
+    table, summary = [results.result(row) for row in rows], jsonable(study_summary(plan, rows))
     figures, state = figure_files(study.path), SyncState.at(study.path, target.mode, tracker)
     if (state.summary, state.figures) == (digest([table, summary]), file_digests(figures)):
         return False

@@ -15,7 +15,7 @@ from stabrun.report.run_curves import Curve, Trace
 from stabrun.report.selection import pair, stable
 from stabrun.report.source import RUN, Row, Source
 from stabrun.report.tables import lead_of
-from stabrun.study.summary import estimate_told
+from stabrun.study.facts import estimate_text
 from stabrun.text import rate_text, run_name
 from stabrun.verdict.judge import CONVERGED, DIVERGED
 
@@ -123,7 +123,7 @@ def loss_by_lr(source: Source) -> Figure | None:
 
 def arm_label(source: Source, arm: str) -> str:
     found = source.variants.get(arm, {}).get("lr_sensitivity")
-    return f"{arm}, LR sensitivity {estimate_told(found)}" if found else arm
+    return f"{arm}, LR sensitivity {estimate_text(found)}" if found else arm
 
 
 def capped(row: Row, start: float) -> float:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from stabrun.model.describe import parameters
 from stabrun.report.source import Source
 from stabrun.report.tables import Cell, Column, Table, decimal, lowest_perplexity, plain, rate, rates
-from stabrun.study.plan import tokens_of
-from stabrun.study.summary import beside
+from stabrun.study.cost import tokens_per_run
+from stabrun.study.summary import counterpart
 
 # Row → last stable rate, whether that one is inferred, first diverging rate, perplexity at 3e-4. Sources disagree
 # whether qk_norm_cap diverges at 80e-3.
@@ -59,13 +59,14 @@ def beside_paper(source: Source) -> Table | None:
 def differences(source: Source) -> Iterator[str]:
     """What is not the same there and here."""
     arm = next(arm for arm in source.arms if arm.split(" ")[0] in ROWS)
-    config = source.arms.get(beside(arm, "baseline"), source.arms[arm])
+    config = source.arms.get(counterpart(arm, "baseline"), source.arms[arm])
     size = parameters(config.model, config.data.seq_len)["total"]
     step = config.train.batch_size * config.data.seq_len
     data = config.data.path or config.data.name
     yield f"the paper has {PARAMETERS} parameters, this study {size:,}"
     yield f"{TOKENS_A_STEP:,} tokens a step, here {step:,}"
-    yield f"{DIVERGENCE_STEPS} steps for divergence, here {config.train.steps:,} ({tokens_of(config):,} tokens a run)"
+    tokens = tokens_per_run(config)
+    yield f"{DIVERGENCE_STEPS} steps for divergence, here {config.train.steps:,} ({tokens:,} tokens a run)"
     yield "a subset of an unnamed 1T-token text under a vocabulary of about 256,000, here " + (
         f"{data} under one of {config.model.vocab_size:,}"
     )

@@ -17,7 +17,7 @@ from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING
 from stabrun.study.plan import FRONTIER, Plan, load
 from stabrun.study.results import COLUMNS, result
 from stabrun.study.snapshot import SnapshotReader
-from stabrun.study.summary import answer
+from stabrun.study.summary import study_summary
 from stabrun.text import run_name
 from stabrun.verdict.judge import Judge
 
@@ -81,8 +81,7 @@ def opened(directory: Path) -> Source:
 def a_study(study: StudyDir) -> Source:
     directory = study.path
     plan, notes = load(directory), list[str]()
-    look = SnapshotReader(directory).look(plan)
-    finished = [{**facts, "arm": plan.cells[run].arm} for run, facts in look.summaries.items()]
+    look = SnapshotReader(directory).read(plan)
     for run, entry in look.entries.items():
         if entry.status == DONE and run not in look.summaries:
             notes.append(f"runs/{run}/summary.json holds no summary; the run's signals and spikes are left out.")
@@ -91,13 +90,22 @@ def a_study(study: StudyDir) -> Source:
     except UserError:
         told = None
     if told is None:
-        if finished:
+        if look.summaries:
             notes.append("study.json is missing or damaged; what it would hold was worked out anew from the summaries.")
-        told = jsonable(answer(plan, finished))
+        told = jsonable(study_summary(plan, look.rows))
     rows = list(read_results(study.results_file, notes))
-    counts = {status: look.count(status) for status in (PLANNED, RUNNING, DONE, FAILED)}
     return Source(
-        directory, plan.name, plan.strategy, told, plan.arms, rows, counts, plan, look.summaries, look.failed, notes
+        directory,
+        plan.name,
+        plan.strategy,
+        told,
+        plan.arms,
+        rows,
+        look.counts,
+        plan,
+        look.summaries,
+        look.failed,
+        notes,
     )
 
 

@@ -13,8 +13,9 @@ from stabrun.record.metrics import BLOCK_SITES, signals
 from stabrun.report.run_curves import Trace
 from stabrun.report.selection import stable
 from stabrun.report.source import RUN, Row, Source
+from stabrun.study.facts import estimate_text, interval_text
 from stabrun.study.results import COLUMNS
-from stabrun.study.summary import BASELINE, QK_NORM, estimate_told, rate_told
+from stabrun.study.summary import BASELINE, QK_NORM
 from stabrun.text import rate_text, run_name
 from stabrun.verdict.judge import CONVERGED, DIVERGED, STANDARD, STRICTNESS
 
@@ -71,11 +72,11 @@ def decimal(value: Any, digits: int = 3) -> Cell:
 
 def rates(interval: Row | None) -> Cell:
     """A learning rate or a ratio with its interval, as `stabrun sweep` prints it."""
-    return Cell(rate_told(interval), three(interval, "median"))
+    return Cell(interval_text(interval), three(interval, "median"))
 
 
 def estimate(found: Row | None) -> Cell:
-    return Cell(estimate_told(found), three(found, "value"))
+    return Cell(estimate_text(found), three(found, "value"))
 
 
 def three(interval: Row | None, middle: str) -> tuple[Any, ...]:
@@ -87,7 +88,7 @@ def perplexity(loss: Row | None) -> Cell:
     if loss is None:
         return estimate(None)
     raised = {end: None if value is None else exp(number(value)) for end, value in loss.items()}
-    return Cell(estimate_told(raised).replace("inf", "∞"), three(raised, "value"))
+    return Cell(estimate_text(raised).replace("inf", "∞"), three(raised, "value"))
 
 
 def exp(loss: float) -> float:

@@ -1,24 +1,23 @@
-"""What a study would cost: the tokens, FLOPs and time of the cells that are left, by arm, before they are trained."""
+"""What a study takes: tokens, FLOPs and time per run, and those of the cells that are left, by arm."""
 
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from stabrun.config import Config
 from stabrun.model.describe import flops_per_token
-from stabrun.record.schema import Row
-from stabrun.study import results
-from stabrun.study.plan import GRID, Plan, tokens_of
-from stabrun.study.pool import threads_each
+from stabrun.record.schema import Summary
+from stabrun.study.plan import GRID, Plan
+from stabrun.study.pool import threads_per_worker
 from stabrun.text import duration_text, rate_text
 
-# Prints the FLOPs a second of float32 matrix products of 1024³, the best of three.
-SPEED = """
+# Prints the FLOP/s of float32 matrix products of size 1024, the best of three.
+BENCHMARK = """
 import time, numpy
 a, times = numpy.ones((1024, 1024), numpy.float32), []
 for _ in range(4):
@@ -30,9 +29,26 @@ print(2 * 1024**3 / min(times[1:]))
 GPU_TOOLS = ("nvidia-smi", "rocm-smi")
 
 
+def tokens_per_run(config: Config) -> int:
+    return config.train.steps * config.train.batch_size * config.data.seq_len
+
+
+def flops_per_run(config: Config) -> int:
+    return tokens_per_run(config) * flops_per_token(config.model, config.data.seq_len)
+
+
+def measured_seconds(plan: Plan, rows: list[Summary]) -> dict[str, float]:
+    """Seconds per step of each arm with finished runs: their median."""
+    seconds: dict[str, list[float]] = {arm: [] for arm in plan.arms}
+    for row in rows:
+        if row.get("steps") and row.get("seconds"):
+            seconds[row["arm"]].append(row["seconds"] / row["steps"])
+    return {arm: median(values) for arm, values in seconds.items() if values}
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What is left of an arm, of a search at most. `seconds` of a worker: by finished runs, else at least so many."""
+    """What is left of an arm; of a search, at most. `seconds` of one worker: `measured`, a lower bound, or unknown."""
 
     arm: str
     rates: list[float]
@@ -43,68 +59,62 @@ class Cost:
     measured: bool
 
 
-def costs(plan: Plan, rows: Iterable[Row], speed: float | None) -> list[Cost]:
-    """By arm, in order. `speed`: FLOPs a second of a worker, for arms without a finished run; None where unknown."""
-    rows = list(rows)
-    done = {row["run_id"] for row in rows}
+def costs(plan: Plan, rows: list[Summary], speed: float | None) -> list[Cost]:
+    """The cost of each arm. `rows`: finished runs. `speed`: FLOP/s of a worker, for arms without one, or None."""
+    done, seconds_per_step = {row["run_id"] for row in rows}, measured_seconds(plan, rows)
     found = []
     for arm, config in plan.arms.items():
-        cells = [cell for cell in plan.cells.values() if cell.arm == arm and cell.id not in done]
-        ended = sum(row["arm"] == arm for row in rows)
-        count = len(cells) if plan.strategy == GRID else max(0, plan.max_runs - ended)
-        tokens = count * tokens_of(config)
-        flops = tokens * flops_per_token(config.model, config.data.seq_len)
-        seen = [row["tokens_per_second"] for row in rows if row["arm"] == arm and row.get("tokens_per_second")]
-        seconds = tokens / median(seen) if seen else flops / speed if speed else None
+        cells = [cell for cell in plan.cells_of(arm) if cell.id not in done]
+        finished = sum(row["arm"] == arm for row in rows)
+        count = len(cells) if plan.strategy == GRID else max(0, plan.max_runs - finished)
+        flops, measured = count * flops_per_run(config), seconds_per_step.get(arm)
+        seconds = count * config.train.steps * measured if measured else flops / speed if speed else None
         rates = sorted({cell.lr for cell in cells})
-        found.append(Cost(arm, rates, count, tokens, flops, seconds, bool(seen)))
+        found.append(Cost(arm, rates, count, count * tokens_per_run(config), flops, seconds, bool(measured)))
     return found
 
 
-def described(plan: Plan, directory: Path, workers: int) -> Iterator[str]:
-    """What a study would train, in lines for people."""
-    rows = list(results.finished(plan, directory))
+def cost_lines(plan: Plan, rows: list[Summary], directory: Path, workers: int) -> Iterator[str]:
+    """What a study would train, for people."""
     unknown = plan.arms.keys() - {row["arm"] for row in rows}
     on_gpu = any(trains_on_gpu(config) for config in plan.arms.values())
-    threads = next(iter(plan.arms.values())).train.threads or threads_each(workers)
+    threads = next(iter(plan.arms.values())).train.threads or threads_per_worker(workers)
     speed = matrix_speed(threads) if unknown and not on_gpu else None
     found = costs(plan, rows, speed)
-    most = "" if plan.strategy == GRID else "up to "
+    at_most = "" if plan.strategy == GRID else "up to "
     for cost in found:
         rates = f", lr {', '.join(map(rate_text, cost.rates))}" if cost.rates else ""
-        yield f"{cost.arm}: {most}{cost.cells} cells to train, {cost.tokens:,} tokens{_time([cost], workers)}{rates}"
+        yield f"{cost.arm}: {at_most}{cost.cells} cells to train, {cost.tokens:,} tokens{_time([cost], workers)}{rates}"
     cells, tokens, flops = (sum(getattr(cost, name) for cost in found) for name in ("cells", "tokens", "flops"))
     of = f" of {len(plan.cells)}" if plan.strategy == GRID else ""
-    yield f"in all {most}{cells}{of} cells, {tokens:,} tokens, {flops:.3g} FLOPs{_time(found, workers)}"
+    yield f"total: {at_most}{cells}{of} cells, {tokens:,} tokens, {flops:.3g} FLOPs{_time(found, workers)}"
     if speed is not None:
-        yield (
-            f"the times are lower bounds, at the speed of matrix products here, {speed / 1e9:.3g} GFLOP/s a worker"
-            + ("; where a variant has a finished run they are measured" if rows else "")
-        )
+        measured = "; times of variants with a finished run are measured" if rows else ""
+        yield f"times are lower bounds, at {speed / 1e9:.3g} GFLOP/s per worker in matrix products{measured}"
     elif unknown:
-        yield "how many hours is not known until a run of each variant is finished, for they train on a GPU"
+        yield "times are unknown until a run of each variant is finished, because they train on a GPU"
     yield f"study: {directory}"
 
 
 def _time(costs: list[Cost], workers: int) -> str:
-    """`, at least 4 min by 2 workers`; nothing where it is not known."""
+    """`, at least 4 min with 2 workers`; empty if it is unknown."""
     left = [cost for cost in costs if cost.cells]
     if not left or any(cost.seconds is None for cost in left):
         return ""
     text = duration_text(sum(cost.seconds or 0.0 for cost in left) / workers)
     bound = "" if all(cost.measured for cost in left) else "at least "
-    return f", {bound}{text} by {workers} worker{'s' * (workers != 1)}"
+    return f", {bound}{text} with {workers} worker{'s' * (workers != 1)}"
 
 
 def trains_on_gpu(config: Config) -> bool:
-    """Whether a run of this configuration would train on a GPU here; told without torch, which takes seconds."""
+    """Whether a run would train on a GPU of this machine. Determined without torch, whose import takes seconds."""
     if config.train.device != "auto":
         return config.train.device != "cpu"
     return sys.platform == "darwin" or any(map(shutil.which, GPU_TOOLS))
 
 
 def matrix_speed(threads: int) -> float:
-    """FLOPs a second of a large matrix product with so many threads, which must be set before numpy is imported."""
+    """FLOP/s of a large matrix product. In a process of its own: numpy reads the number of threads when imported."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, "-c", SPEED], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", BENCHMARK], env=env, capture_output=True, text=True, check=True)
     return float(done.stdout)

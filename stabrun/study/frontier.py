@@ -1,9 +1,10 @@
-"""The stability frontier: at which learning rate do half of the seeds diverge? A Bayesian adaptive search; no torch.
+"""The stability frontier: the learning rate at which half of the seeds diverge, by Bayesian adaptive search; no torch.
 
-A run at rate η diverges with probability λ/2 + (1 − λ)·Φ((log₂ η − μ)/s): μ is the threshold, s its spread over seeds,
-both in octaves, and λ the lapse, the share of runs whose fate has nothing to do with the rate. The posterior over
-(μ, s, λ) lies on a grid; the next run is where the entropy of μ is expected to fall most for each step of training
-(QUEST+, Watson 2017, doi 10.1167/17.3.10, takes the entropy of all parameters: the same where s and λ are known).
+A run at learning rate η diverges with probability λ/2 + (1 − λ)·Φ((log₂ η − μ)/s). μ is the threshold and s its spread
+over seeds, both in octaves; the lapse λ is the share of runs whose outcome does not depend on the learning rate. The
+posterior over (μ, s, λ) is computed on a grid of parameters. The next run is the one with the largest expected decrease
+of the entropy of μ per training step. QUEST+ (Watson 2017, doi 10.1167/17.3.10) uses the entropy of all parameters,
+which is the same if s and λ are known.
 """
 
 from collections.abc import Iterable
@@ -16,14 +17,14 @@ from scipy.special import ndtr, ndtri, xlogy
 
 Floats = NDArray[np.float64]
 
-STEP = 0.05  # octaves between thresholds on the grid
-RATE_STEP = 0.1  # octaves between the rates that may be tried
-MARGIN = 3.0  # octaves beyond the range in which a threshold is still thought possible
-CENTRAL = 0.2  # of the range: standard deviation of the threshold about its middle, for a range is chosen around it
+STEP = 0.05  # octaves between thresholds of the parameter grid
+RATE_STEP = 0.1  # octaves between candidate learning rates
+MARGIN = 3.0  # octaves beyond the range in which thresholds have prior probability
+CENTRAL = 0.2  # prior standard deviation of the threshold about the middle of the range, as a share of its width
 SPREADS = np.geomspace(0.1, 3.0, 10)
-# Octaves, and the standard deviation of its logarithm: chosen on simulations, so that the interval holds what it says
-# for true spreads from 0.3 to 1.2, and twelve runs are as precise as can be.
-USUAL_SPREAD, DOUBT = 0.8, 1.0
+# Median of the prior of s, in octaves, and standard deviation of log s: chosen on simulations, such that intervals have
+# their nominal coverage for true spreads from 0.3 to 1.2 and twelve runs give the smallest error.
+PRIOR_SPREAD, PRIOR_SPREAD_SD = 0.8, 1.0
 LAPSES, LAPSE_WEIGHTS = np.array([0.0, 0.05]), np.array([0.7, 0.3])
 LEVEL = 0.95  # of every interval
 TAIL = (1 - LEVEL) / 2
@@ -32,11 +33,11 @@ DRAWS = 20_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A learning rate, or another number: the posterior's median, and the ends that hold it with LEVEL.
+    """Posterior median of a learning rate (or another number) and the ends of its credible interval of LEVEL.
 
-    What rests on the prior alone is None: what lies beyond the range searched, and, where no run diverged or none did
-    not, all but one end. Where all of it lies beyond, the end of the range is the bound that is known: (None, high end,
-    None) above, (None, None, low end) below.
+    What would depend on the prior alone is None: whatever lies beyond the range searched and, unless both outcomes were
+    observed, the median and the end on the side without observations. If the whole interval lies beyond the range, the
+    end of the range is the bound: (None, high, None) above it, (None, None, low) below it.
     """
 
     median: float | None
@@ -45,8 +46,8 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What is thought possible over the range of rates [low, high], and which rates may be tried."""
+class ParameterGrid:
+    """The parameters (μ, s, λ) considered for the range of learning rates [low, high], and the candidate rates."""
 
     low: float
     high: float
@@ -55,123 +56,127 @@ class Grid:
 
     @cached_property
     def rates(self) -> Floats:
-        """log₂ of the rates that may be tried, `[rates]`."""
+        """log₂ of the candidate learning rates, `[rates]`."""
         return _steps(np.log2(self.low), np.log2(self.high), RATE_STEP)
 
     @cached_property
     def thresholds(self) -> Floats:
-        """μ, `[thresholds]`, in octaves."""
+        """μ in octaves, `[thresholds]`."""
         return _steps(np.log2(self.low) - MARGIN, np.log2(self.high) + MARGIN, STEP)
 
     @cached_property
-    def cells(self) -> tuple[Floats, Floats, Floats]:
-        """(μ, s, λ) of each cell of the grid, `[cells]` each."""
+    def points(self) -> tuple[Floats, Floats, Floats]:
+        """(μ, s, λ) of each point of the grid, `[points]` each."""
         mesh = np.meshgrid(self.thresholds, self.spreads, self.lapses, indexing="ij")
         thresholds, spreads, lapses = (axis.ravel() for axis in mesh)
         return thresholds, spreads, lapses
 
     @cached_property
     def prior(self) -> Floats:
-        """Normal in the threshold about the range's middle, log-normal in the spread: `[cells]`."""
-        thresholds, spreads, lapses = self.cells
+        """Normal in the threshold about the middle of the range, log-normal in the spread: `[points]`."""
+        thresholds, spreads, lapses = self.points
         middle, width = np.log2(self.low * self.high) / 2, np.log2(self.high / self.low)
-        distance = ((thresholds - middle) / (CENTRAL * width)) ** 2 + (np.log(spreads / USUAL_SPREAD) / DOUBT) ** 2
-        weights = np.exp(-distance / 2) * np.interp(lapses, LAPSES, LAPSE_WEIGHTS)
+        z_threshold = (thresholds - middle) / (CENTRAL * width)
+        z_spread = np.log(spreads / PRIOR_SPREAD) / PRIOR_SPREAD_SD
+        weights = np.exp(-(z_threshold**2 + z_spread**2) / 2) * np.interp(lapses, LAPSES, LAPSE_WEIGHTS)
         return weights / weights.sum()
 
-    def diverges(self, rates: Floats) -> Floats:
-        """Probability that a run at log₂ rates `[n]` diverges, were a cell the truth: `[n, cells]`."""
-        thresholds, spreads, lapses = self.cells
+    def divergence_probability(self, rates: Floats) -> Floats:
+        """Probability that a run at log₂ rates `[n]` diverges, given each point: `[n, points]`."""
+        thresholds, spreads, lapses = self.points
         return lapses / 2 + (1 - lapses) * ndtr((rates[:, None] - thresholds) / spreads)
 
     @cached_property
-    def outcomes(self) -> Floats:
-        """Probability of a divergence at each rate that may be tried, `[rates, cells]`."""
-        return self.diverges(self.rates)
+    def candidates(self) -> Floats:
+        """Probability that a run at each candidate rate diverges, given each point: `[rates, points]`."""
+        return self.divergence_probability(self.rates)
 
 
 class Frontier:
-    """The posterior of one variant after some runs. Immutable: `after` gives the next."""
+    """The posterior of one variant. Immutable: `after` returns the posterior after one more run."""
 
-    def __init__(self, grid: Grid, posterior: Floats | None = None, ends: frozenset[bool] = frozenset()) -> None:
+    def __init__(
+        self, grid: ParameterGrid, posterior: Floats | None = None, outcomes: frozenset[bool] = frozenset()
+    ) -> None:
         self.grid = grid
         self.posterior = grid.prior if posterior is None else posterior
-        self.ends = ends  # the outcomes that were seen
+        self.outcomes = outcomes  # those observed
 
     @staticmethod
-    def of(grid: Grid, runs: Iterable[tuple[float, bool]]) -> "Frontier":
-        """After runs of (learning rate, whether it diverged), in any order."""
-        seen = Frontier(grid)
+    def of(grid: ParameterGrid, runs: Iterable[tuple[float, bool]]) -> "Frontier":
+        """The posterior after runs of (learning rate, whether it diverged), in any order."""
+        frontier = Frontier(grid)
         for rate, diverged in runs:
-            seen = seen.after(rate, diverged)
-        return seen
+            frontier = frontier.after(rate, diverged)
+        return frontier
 
     def after(self, rate: float, diverged: bool) -> "Frontier":
-        p = self.grid.diverges(np.array([np.log2(rate)]))[0]
+        p = self.grid.divergence_probability(np.array([np.log2(rate)]))[0]
         weights = self.posterior * (p if diverged else 1 - p)
-        return Frontier(self.grid, weights / weights.sum(), self.ends | {diverged})
+        return Frontier(self.grid, weights / weights.sum(), self.outcomes | {diverged})
 
-    def chances(self) -> Floats:
-        """Probability that the next run diverges, at each rate that may be tried, `[rates]`."""
-        return self.grid.outcomes @ self.posterior
+    def divergence_probability(self) -> Floats:
+        """Probability that the next run diverges, at each candidate rate, `[rates]`."""
+        return self.grid.candidates @ self.posterior
 
     def threshold(self) -> Floats:
-        """The posterior of μ alone, `[thresholds]`."""
+        """The marginal posterior of μ, `[thresholds]`."""
         return self.posterior.reshape(len(self.grid.thresholds), -1).sum(axis=1)
 
-    def entropies(self) -> Floats:
-        """Expected entropy of μ after one more run, in nats, at each rate that may be tried, `[rates]`.
+    def expected_entropy(self) -> Floats:
+        """Expected entropy of μ after one more run, in nats, at each candidate rate, `[rates]`.
 
-        With j the joint probability of an outcome and each μ, and P = Σ j that of the outcome, what is left of the
-        entropy is −Σ j·log(j/P), summed over both outcomes.
+        With j the joint probability of an outcome and each μ, and P = Σ j that of the outcome, it is −Σ j·log(j/P),
+        summed over both outcomes.
         """
         shape = len(self.grid.rates), len(self.grid.thresholds), -1
-        diverged = (self.grid.outcomes * self.posterior).reshape(shape).sum(axis=2)
-        left = np.zeros(len(self.grid.rates))
+        diverged = (self.grid.candidates * self.posterior).reshape(shape).sum(axis=2)
+        entropy = np.zeros(len(self.grid.rates))
         for joint in (diverged, np.maximum(0.0, self.threshold() - diverged)):
-            whole = joint.sum(axis=1)
-            left += xlogy(whole, whole) - xlogy(joint, joint).sum(axis=1)
-        return left
+            total = joint.sum(axis=1)
+            entropy += xlogy(total, total) - xlogy(joint, joint).sum(axis=1)
+        return entropy
 
     def next_rate(self, diverged_cost: float = 1.0) -> tuple[float, float]:
-        """The rate whose run tells most for each step it is expected to take, and how much, in nats a whole run.
+        """The candidate rate with the largest expected information per training step, and that information.
 
-        `diverged_cost`: steps of a run that diverges, of those of a whole one.
+        The information is in nats per complete run. `diverged_cost`: steps of a run that diverges, relative to those of
+        a complete run.
         """
         now = -float(xlogy(self.threshold(), self.threshold()).sum())
-        chance = self.chances()
-        gains = (now - self.entropies()) / (chance * diverged_cost + (1 - chance))
+        p = self.divergence_probability()
+        gains = (now - self.expected_entropy()) / (p * diverged_cost + (1 - p))
         best = int(np.argmax(gains))
         return float(2.0 ** self.grid.rates[best]), float(gains[best])
 
     def expecting(self, pending: Iterable[float]) -> "Frontier":
-        """As if the runs at these rates, which still go on, had ended as is more likely."""
-        seen = self
+        """The posterior as if each run in progress at these rates had its more probable outcome."""
+        frontier = self
         for rate in pending:
-            chance = float(self.grid.diverges(np.array([np.log2(rate)]))[0] @ seen.posterior)
-            seen = seen.after(rate, chance > 0.5)
-        return seen
+            p = float(self.grid.divergence_probability(np.array([np.log2(rate)]))[0] @ frontier.posterior)
+            frontier = frontier.after(rate, p > 0.5)
+        return frontier
 
-    def octaves_at(self, chance: float) -> Floats:
-        """log₂ of the rate at which `chance` of the seeds diverge, were a cell the truth: `[cells]`."""
-        thresholds, spreads, lapses = self.grid.cells
-        share = np.clip((chance - lapses / 2) / (1 - lapses), 1e-3, 1 - 1e-3)  # a lapse may be more than the chance
+    def octaves_at(self, probability: float) -> Floats:
+        """log₂ of the rate at which this share of the seeds diverges, given each point: `[points]`."""
+        thresholds, spreads, lapses = self.grid.points
+        share = np.clip((probability - lapses / 2) / (1 - lapses), 1e-3, 1 - 1e-3)  # λ/2 may exceed the probability
         return thresholds + spreads * ndtri(share)
 
     def quantiles(self, values: Floats) -> Floats:
-        """Median, lower and upper end of the posterior of what has these values over the grid's cells, `[3]`."""
+        """Median, lower and upper end of the posterior of a quantity with these values at the points: `[3]`."""
         order = np.argsort(values)
         mass = np.cumsum(self.posterior[order])
-        places = np.searchsorted(mass, [0.5, TAIL, 1 - TAIL])
-        return values[order][np.minimum(places, len(order) - 1)]
+        indices = np.searchsorted(mass, [0.5, TAIL, 1 - TAIL])
+        return values[order][np.minimum(indices, len(order) - 1)]
 
     def spread(self) -> Interval:
         """s, in octaves."""
-        return Interval(*map(float, self.quantiles(self.grid.cells[1])))
+        return Interval(*map(float, self.quantiles(self.grid.points[1])))
 
-    def rate_at(self, chance: float) -> Interval:
-        """The learning rate at which `chance` of the seeds diverge: lr50, lr10."""
-        return self._within_range(self.quantiles(self.octaves_at(chance)))
+    def rate_at(self, probability: float) -> Interval:
+        """The learning rate at which this share of the seeds diverges: 0.5 for lr50, 0.1 for lr10."""
+        return self._within_range(self.quantiles(self.octaves_at(probability)))
 
     def _within_range(self, octaves: Floats) -> Interval:
         low, high = np.log2(self.grid.low), np.log2(self.grid.high)
@@ -179,44 +184,43 @@ class Frontier:
             return Interval(None, self.grid.high, None)
         if octaves[2] <= low:
             return Interval(None, None, self.grid.low)
-        median, least, most = (float(2.0**end) if low <= end <= high else None for end in octaves)
-        bounded_below, bounded_above = False in self.ends, True in self.ends
+        median, lower, upper = (float(2.0**end) if low <= end <= high else None for end in octaves)
+        bounded_below, bounded_above = False in self.outcomes, True in self.outcomes
         return Interval(
             median if bounded_below and bounded_above else None,
-            least if bounded_below else None,
-            most if bounded_above else None,
+            lower if bounded_below else None,
+            upper if bounded_above else None,
         )
 
     def known_to(self, width: float) -> bool:
-        """Whether lr50 is known to ± `width` octaves, or to lie beyond the range."""
+        """Whether lr50 is known to ± `width` octaves, or known to lie beyond the range."""
         _, low, high = self.quantiles(self.octaves_at(0.5))
         beyond = low >= np.log2(self.grid.high) or high <= np.log2(self.grid.low)
         return bool(beyond or high - low <= 2 * width)
 
 
-def ratio(one: Frontier, other: Frontier, chance: float = 0.5) -> Interval:
-    """The ratio of two variants' rates at `chance`, from independent draws of both posteriors.
+def ratio(one: Frontier, other: Frontier, probability: float = 0.5) -> Interval:
+    """The ratio of two variants' rates at `probability`, from independent draws of both posteriors.
 
-    What would rest on a rate beyond its range is None. Where all of one lies beyond, the bound is that of the range's
-    end against the other's.
+    Ends that depend on a rate beyond its range are None. If one rate is only bounded, so is the ratio.
     """
     random = np.random.default_rng(0)
-    drawn, rates = [], []
+    draws, rates = [], []
     for frontier in (one, other):
-        cells = random.choice(len(frontier.posterior), DRAWS, p=frontier.posterior)
+        points = random.choice(len(frontier.posterior), DRAWS, p=frontier.posterior)
         jitter = random.uniform(-STEP / 2, STEP / 2, DRAWS)
         low, high = np.log2(frontier.grid.low), np.log2(frontier.grid.high)
-        drawn.append(np.clip(frontier.octaves_at(chance)[cells] + jitter, low, high))
-        rates.append(frontier.rate_at(chance))
-    median, least, most = 2.0 ** np.quantile(drawn[0] - drawn[1], [0.5, TAIL, 1 - TAIL])
-    above, below = rates
+        draws.append(np.clip(frontier.octaves_at(probability)[points] + jitter, low, high))
+        rates.append(frontier.rate_at(probability))
+    median, lower, upper = 2.0 ** np.quantile(draws[0] - draws[1], [0.5, TAIL, 1 - TAIL])
+    numerator, denominator = rates
     return Interval(
-        float(median) if above.median and below.median else None,
-        float(least) if above.low and below.high else None,
-        float(most) if above.high and below.low else None,
+        float(median) if numerator.median and denominator.median else None,
+        float(lower) if numerator.low and denominator.high else None,
+        float(upper) if numerator.high and denominator.low else None,
     )
 
 
 def _steps(low: float, high: float, step: float) -> Floats:
-    """Even steps from low to high, both included, of at most `step`."""
+    """Equally spaced values from low to high inclusive, at most `step` apart."""
     return np.linspace(low, high, int(np.ceil((high - low) / step)) + 1)

@@ -1,7 +1,8 @@
-"""Workers by Hydra's launchers: it starts jobs and waits.
+"""Workers started by Hydra's launchers.
 
-`python -m stabrun.study.launch DIR CREW FIRST JOBS CONFIG_DIR CONFIG_NAME OVERRIDE…`; CONFIG_DIR may be empty.
-A job is one worker. Only a batch of jobs is the launcher's; what becomes of the cells stands in the ledger.
+`python -m stabrun.study.launch DIR POOL FIRST JOBS CONFIG_DIR CONFIG_NAME OVERRIDE…` starts jobs; CONFIG_DIR may be "".
+A job is one worker of the pool POOL. The process waits until all of its jobs have ended. The state of cells is in the
+ledger alone.
 """
 
 import os
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# A launcher's context has required callbacks, and Hydra has no public constructor for them.
 from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -23,119 +25,115 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from stabrun.composition import Sources, composed, hydra, plainly
 from stabrun.config import UserError
 from stabrun.study.ledger import Ledger
-from stabrun.study.plan import split_axes
-from stabrun.study.pool import LauncherPool, LocalPool, WorkerPool, stop_file, those_of, threads_each
+from stabrun.study.pool import LauncherPool, LocalPool, WorkerPool, job_numbers, stop_file, threads_per_worker
+from stabrun.study.question import split_axes
 
-POLL = 0.5  # seconds between two looks whether the sweep is over
-BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+POLL = 0.5  # seconds between two checks whether the sweep is over
 
 
-def crew_of(overrides: list[str], sources: Sources, directory: Path, count: int) -> WorkerPool:
-    """The crew that a sweep's overrides ask for. UserError where the launcher cannot be had; nothing is made yet."""
-    words, axes = split_axes(overrides)
+def worker_pool(overrides: list[str], sources: Sources, directory: Path, count: int) -> WorkerPool:
+    """The pool that a sweep's overrides ask for; creates nothing yet. UserError if the launcher is not available."""
+    fixed, axes = split_axes(overrides)
     if swept := [key for key in axes if key.startswith("hydra")]:
-        raise UserError(f"{swept[0]}={','.join(axes[swept[0]])}: all workers of a sweep are launched alike; give one.")
+        raise UserError(f"{swept[0]}={','.join(axes[swept[0]])}: all workers use one launcher; give one value.")
     with plainly(), hydra(sources) as application:
-        launcher = with_launcher(application, sources, words, directory).hydra.launcher
-    if launcher._target_ == BASIC:
+        launcher = with_launcher(application, sources, fixed, directory).hydra.launcher
+    if launcher._target_.endswith(".BasicLauncher"):
         return LocalPool(directory, count)
     for key in ("nodes", "tasks_per_node"):
         if launcher.get(key, 1) != 1:
-            raise UserError(f"hydra.launcher.{key}={launcher[key]}: a job is one worker; study.workers counts them.")
-    return LauncherPool(directory, count, [str(sources.config_dir or ""), sources.config_name, *words])
+            raise UserError(f"hydra.launcher.{key}={launcher[key]}: must be 1: a job is one worker. See study.workers.")
+    return LauncherPool(directory, count, [str(sources.config_dir or ""), sources.config_name, *fixed])
 
 
-def with_launcher(application: Any, sources: Sources, words: list[str], folder: Path) -> DictConfig:
-    """The whole configuration, Hydra's own part included; what its launcher writes goes to `folder`."""
-    quoted = str(folder.absolute()).replace("\\", r"\\").replace("'", r"\'")
+def with_launcher(application: Any, sources: Sources, overrides: list[str], output: Path) -> DictConfig:
+    """The whole configuration including Hydra's own part, whose launcher writes to `output`."""
+    quoted = str(output.absolute()).replace("\\", r"\\").replace("'", r"\'")
     own = [f"hydra.sweep.dir='{quoted}'", "hydra.mode=MULTIRUN"]
-    whole = composed(application, sources, words, RunMode.MULTIRUN, own)
-    join_ray(whole.hydra.launcher)
-    return whole
-
-
-def join_ray(launcher: DictConfig) -> None:
-    """Let Ray's launcher join a cluster: by itself it names a size of memory, which only a new cluster may be given."""
-    init = OmegaConf.select(launcher, "ray.init")
+    whole = composed(application, sources, overrides, RunMode.MULTIRUN, own)
+    # Ray's launcher sets a size of memory, which Ray refuses when it joins an existing cluster.
+    init = OmegaConf.select(whole, "hydra.launcher.ray.init")
     if init is not None and (init.get("address") or os.environ.get("RAY_ADDRESS")):
         with open_dict(init):
             init.setdefault("object_store_memory", None)
+    return whole
 
 
-def launch(directory: Path, crew: str, first: int, jobs: int, sources: Sources, words: list[str]) -> None:
-    """Launch so many workers of a crew, numbered from `first` on, and wait for them. Raises what one of them raised."""
-    folder = directory / "launcher" / crew
-    threading.Thread(target=end_with_the_sweep, args=(directory, crew, folder), daemon=True).start()
-    work = partial(at_work, str(directory), crew, os.getcwd(), jobs)
+def launch(directory: Path, pool: str, first: int, jobs: int, sources: Sources, overrides: list[str]) -> None:
+    """Launch workers of a pool, numbered from `first` on, and wait for them. Raises what one of them raised."""
+    output = directory / "launcher" / pool
+    threading.Thread(target=end_with_sweep, args=(directory, pool, output), daemon=True).start()
+    task = partial(run_job, str(directory), pool, os.getcwd(), jobs)
     with hydra(sources) as application:
-        whole = with_launcher(application, sources, words, folder)
+        whole = with_launcher(application, sources, overrides, output)
         context = HydraContext(config_loader=application.config_loader, callbacks=Callbacks())
-        launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=work, config=whole)
+        launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=whole)
         try:
-            done = launcher.launch([[]] * jobs, initial_job_idx=first)
+            results = launcher.launch([[]] * jobs, initial_job_idx=first)
         finally:
-            cancel_queued(folder)
-    for job in done:
-        _ = job.return_value  # raises what the job raised
+            cancel_queued(output)
+    for result in results:
+        _ = result.return_value  # raises what the job raised
 
 
-def end_with_the_sweep(directory: Path, crew: str, folder: Path) -> None:
-    """Wait until the sweep is over and its last worker has left, then end this process, whatever it waits for.
+def end_with_sweep(directory: Path, pool: str, output: Path) -> None:
+    """Wait until the sweep is over and its last worker has ended, then end this process.
 
-    No signal does that, for Ray's client would end with its workers at once; nor does submitit: where Slurm keeps no
-    accounts, it waits for ever for a job that was taken out of the queue.
+    A signal to this process would not do: Ray's client would end with its workers at once, and submitit, without Slurm
+    accounting, waits forever for a job that was removed from the queue.
     """
-    while not stop_file(directory, crew).exists():
+    while not stop_file(directory, pool).exists():
         time.sleep(POLL)
-    cancel_queued(folder)
+    cancel_queued(output)
     ledger = Ledger(directory)
-    while those_of(ledger, crew)[1]:
+    while job_numbers(ledger, pool)[1]:
         time.sleep(POLL)
     os._exit(0)
 
 
-def cancel_queued(folder: Path) -> None:
-    """Take Slurm's jobs that wait out of its queue; those at work are told by their stop file."""
-    ids = {file.name.removesuffix("_submission.sh") for file in folder.glob(".submitit/*/*_submission.sh")}
+def cancel_queued(output: Path) -> None:
+    """Remove waiting jobs from Slurm's queue. Running ones stop because of the stop file."""
+    ids = {file.name.removesuffix("_submission.sh") for file in output.glob(".submitit/*/*_submission.sh")}
     if ids:
         subprocess.run(["scancel", "--state=PENDING", *sorted(ids)])
 
 
-def at_work(directory: str, crew: str, here: str, jobs: int, config: Any) -> None:
-    """What a job does, wherever it runs: one worker, from the sweep's own folder, until it is told to stop.
+def run_job(directory: str, pool: str, working_directory: str, jobs: int, config: Any) -> None:
+    """One worker, on whatever machine the job runs, in the working directory of the sweep.
 
-    Told by the stop file, by Slurm before it ends the job (SIGUSR2, for submitit asks for it), or by `scancel`.
+    It stops after its step because of the stop file, SIGUSR2 (which submitit asks Slurm for before the time limit) or
+    `scancel`.
     """
-    os.chdir(here)
-    os.environ.setdefault("OMP_NUM_THREADS", threads(jobs))
-    from stabrun.study.worker import enrolled, work
+    os.chdir(working_directory)
+    os.environ.setdefault("OMP_NUM_THREADS", threads_per_job(jobs))
+    from stabrun.study.worker import registered, work
 
     handlers = {
         signal.SIGTERM: signal.default_int_handler,
         signal.SIGUSR2: lambda *_: signal.raise_signal(signal.SIGTERM),
     }
-    before = {which: signal.signal(which, handler) for which, handler in handlers.items()}
+    previous = {which: signal.signal(which, handler) for which, handler in handlers.items()}
     try:
-        with enrolled(Ledger(Path(directory)), crew, HydraConfig.get().job.num) as stop:
+        with registered(Ledger(Path(directory)), pool, HydraConfig.get().job.num) as stop:
             work(Path(directory), stop=stop)
     except KeyboardInterrupt:
-        print("interrupted; another worker goes on from there.")
+        print("interrupted; another worker resumes the cell.")
     finally:
-        for which, handler in before.items():
+        for which, handler in previous.items():
             signal.signal(which, handler)
 
 
-def threads(jobs: int) -> str:
-    """CPU threads of a job: what Slurm gave to it, or its part of this machine."""
-    given = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
-    return given or str(threads_each(jobs))
+def threads_per_job(jobs: int) -> str:
+    """CPU threads of a job: those that Slurm allocated, or its share of this machine."""
+    allocated = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
+    return allocated or str(threads_per_worker(jobs))
 
 
 if __name__ == "__main__":
     # Ctrl-C in a terminal reaches the sweep as well, which ends its workers.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    from stabrun.study import launch as module  # jobs are pickled by their module's name
+    from stabrun.study import launch as module  # jobs are pickled by the name of their module
 
-    folder, crew, first, jobs, config_dir, config_name, *words = sys.argv[1:]
+    study, pool, first, jobs, config_dir, config_name, *words = sys.argv[1:]
     sources = Sources(Path(config_dir) if config_dir else None, config_name)
-    module.launch(Path(folder), crew, int(first), int(jobs), sources, words)
+    module.launch(Path(study), pool, int(first), int(jobs), sources, words)

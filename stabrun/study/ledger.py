@@ -1,14 +1,14 @@
-"""Who trains which cell: leases on a shared POSIX disk, taken over from the dead, with fences against the late.
+"""Which worker trains which cell: leases on a shared POSIX disk, with takeover from dead owners and fencing.
 
-Below a study's folder:
-- `ledger/<cell>.<attempt>.claim`: an attempt and its owner. It appears by a hard link, so that one of two who want it
-  gets it, on NFS too. The owner writes its step and the time into `….beat` now and then.
-- `ledger/<cell>.<attempt>.failed`: why an attempt failed; `….left` where it ended without fault of its own.
-- `runs/<cell>`: the finished run. An attempt trains in `attempts/<cell>.<attempt>` and is renamed to it: the rename is
-  what makes a result count, and it can be done once.
+Files below a study directory:
+- `ledger/<cell>.<attempt>.claim`: an attempt and its owner. It is created by a hard link, so that only one of several
+  claimants succeeds, on NFS too. The owner writes its heartbeat (step and time) to `….beat`.
+- `ledger/<cell>.<attempt>.failed`: why an attempt failed. `….left`: the attempt ended without a fault of its own.
+- `runs/<cell>`: the finished run. An attempt trains in `attempts/<cell>.<attempt>` and is renamed to `runs/<cell>` when
+  it is finished. The rename makes the result count, and succeeds only once.
 
-An owner is dead when its process is gone from this machine, or its beat has not changed for a lease by the watcher's
-own clock: clocks of several machines are never compared.
+An owner is dead if its process no longer exists on this machine, or if its heartbeat has not changed for the length of
+a lease, measured by the observer's clock. Clocks of different machines are never compared.
 """
 
 import json
@@ -22,18 +22,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stabrun.record.jsonl import write_atomic
+from stabrun.config import UserError
+from stabrun.record.jsonl import read_json, write_atomic
 from stabrun.record.study_dir import StudyDir
 
 PLANNED, RUNNING, DONE, FAILED = "planned", "running", "done", "failed"
-ATTEMPTS = 2  # a cell that fails, or kills its worker, so often in a row without getting further is given up
-LEASE = 60.0  # seconds without a beat
+ATTEMPTS = 2  # consecutive failures, or deaths without progress, after which a cell is given up
+LEASE = 60.0  # seconds without a heartbeat
 NAME = re.compile(r"([0-9a-f]+)\.(\d+)\.(claim|failed|left)")
 
 
 @dataclass
 class Entry:
-    """What the ledger knows of a cell: which attempts were claimed, which of them failed, which were left."""
+    """The state of a cell: the numbers of attempts that were claimed, that failed, and that were left."""
 
     claim: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
@@ -54,78 +55,89 @@ class Entry:
 
 
 def this_process() -> dict[str, Any]:
-    """Names a process beyond the reuse of its number."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "id": uuid.uuid4().hex[:8]}
+    """Identifies this process, even if its process id is reused later."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "born": _start_time(pid), "id": uuid.uuid4().hex[:8]}
 
 
-def gone(owner: dict[str, Any]) -> bool:
-    """Whether an owner's process has ended, as far as this machine knows: False for those of another one."""
-    return owner.get("host") == socket.gethostname() and owner.get("born") not in (None, _born(int(owner["pid"])))
+def has_ended(owner: dict[str, Any]) -> bool:
+    """Whether an owner's process is known to have ended. False for owners on other machines."""
+    if owner.get("host") != socket.gethostname() or owner.get("born") is None:
+        return False
+    return bool(owner["born"] != _start_time(int(owner["pid"])))
 
 
-def _born(pid: int) -> str | None:
-    """When a process of this machine started, in clock ticks since the boot; None where there is none or no /proc.
+def _start_time(pid: int) -> str | None:
+    """When a process of this machine started, in clock ticks since boot. None if it has ended, or without /proc.
 
-    One that has ended and that its parent has not yet taken note of is none.
+    A zombie process has ended.
     """
     try:
-        state, *facts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return None if state in "ZX" else facts[18]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return None if state in "ZX" else fields[18]
     except (OSError, ValueError, IndexError):
         return None
 
 
-def _names(folder: Path) -> list[str]:
-    """What a folder holds; nothing where there is none yet."""
+def _names(directory: Path) -> list[str]:
+    """The names in a directory; empty if it does not exist."""
     try:
-        return os.listdir(folder)
-    except FileNotFoundError:
+        return os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is missing or damaged."""
+    try:
+        return read_json(path)
+    except (OSError, UserError):
+        return {}
+
+
 class Ledger:
-    """One process's view of a study's ledger. Its folders are made by the first claim: looking writes nothing."""
+    """One process's view of a study's ledger. Its directories are made by the first claim: reading writes nothing."""
 
     def __init__(self, directory: Path, lease: float = LEASE, clock: Callable[[], float] = time.monotonic) -> None:
-        self.study = study = StudyDir(directory)
-        self.folder, self.runs, self.attempts = study.ledger, study.runs, study.attempts
+        self.study = StudyDir(directory)
         self.lease, self.clock, self.owner = lease, clock, this_process()
-        self.seen: dict[tuple[str, int], tuple[str, float]] = {}  # the last beat of an attempt, and since when
+        self.heartbeats: dict[
+            tuple[str, int], tuple[Any, float]
+        ] = {}  # (cell, attempt) → the last one, when first seen
 
     def make(self) -> None:
-        """Make the ledger's folders, if they are not there."""
-        for folder in (self.folder, self.runs, self.attempts):
+        """Make the directories of the ledger if they do not exist."""
+        for folder in (self.study.ledger, self.study.runs, self.study.attempts):
             folder.mkdir(parents=True, exist_ok=True)
 
     def entries(self, cells: Iterable[str]) -> dict[str, Entry]:
-        """What is known of each cell now, from two lists of names."""
-        known = {cell: Entry() for cell in cells}
-        for name in _names(self.folder):
-            found = NAME.fullmatch(name)
-            if found and found[1] in known:
-                entry = known[found[1]]
-                getattr(entry, found[3]).add(int(found[2]))
-        for cell in _names(self.runs):
-            if cell in known:
-                known[cell].done = True
-        return known
+        """The current state of each cell, from two directory listings."""
+        entries = {cell: Entry() for cell in cells}
+        for name in _names(self.study.ledger):
+            match = NAME.fullmatch(name)
+            if match and match[1] in entries:
+                getattr(entries[match[1]], match[3]).add(int(match[2]))
+        for cell in _names(self.study.runs):
+            if cell in entries:
+                entries[cell].done = True
+        return entries
 
     def claim(self, cell: str, entry: Entry) -> "Claim | None":
-        """The next attempt at a cell that is planned, or whose owner is dead; None where it is not to be had.
+        """The next attempt at a cell that is planned or whose owner is dead; None if another process has it.
 
-        A death counts as a failure where the attempt got no further than the one before it.
+        A death counts as a failure if the attempt got no further than the previous one.
         """
         if entry.status == RUNNING:
-            if self.alive(cell, entry.attempt):
+            if self.is_alive(cell, entry.attempt):
                 return None
-            further = self._step(cell, entry.attempt) > self._step(cell, entry.attempt - 1)
-            self.end(cell, entry.attempt, "left" if further else "failed", "its owner died")
-            (entry.left if further else entry.failed).add(entry.attempt)
+            progressed = self._step(cell, entry.attempt) > self._step(cell, entry.attempt - 1)
+            self.end(cell, entry.attempt, "left" if progressed else "failed", "its owner died")
+            (entry.left if progressed else entry.failed).add(entry.attempt)
         if entry.status != PLANNED:
             return None
         attempt = entry.attempt + 1
         self.make()
-        scratch = self.folder / f".{self.owner['id']}"
+        scratch = self.study.ledger / f".{self.owner['id']}"
         scratch.write_text(json.dumps(self.owner) + "\n")
         try:
             os.link(scratch, self.path(cell, attempt, "claim"))
@@ -135,65 +147,54 @@ class Ledger:
             scratch.unlink()
         return Claim(self, cell, attempt)
 
-    def alive(self, cell: str, attempt: int) -> bool:
-        """Whether the owner of an attempt still works at it, as far as can be known."""
-        if gone(self.owner_of(cell, attempt)):
+    def is_alive(self, cell: str, attempt: int) -> bool:
+        """Whether the owner of an attempt still works on it, as far as can be known."""
+        if has_ended(self.owner_of(cell, attempt)):
             return False
-        beat, now = self._beat(cell, attempt), self.clock()
-        last, since = self.seen.setdefault((cell, attempt), (beat, now))
-        if beat != last:
-            self.seen[cell, attempt] = (beat, now)
+        heartbeat, now = self.heartbeat(cell, attempt), self.clock()
+        last, since = self.heartbeats.setdefault((cell, attempt), (heartbeat, now))
+        if heartbeat != last:
+            self.heartbeats[cell, attempt] = (heartbeat, now)
             return True
         return now - since < self.lease
 
     def owner_of(self, cell: str, attempt: int) -> dict[str, Any]:
-        owner: dict[str, Any] = json.loads(self.path(cell, attempt, "claim").read_text())
-        return owner
+        """The process that claimed an attempt; empty if unknown."""
+        return _object(self.path(cell, attempt, "claim"))
 
-    def progress(self, cell: str, attempt: int) -> dict[str, Any]:
-        """What the owner of an attempt last said of it; empty where it has said nothing."""
-        beat = self._beat(cell, attempt)
-        return json.loads(beat) if beat else {}
-
-    def end(self, cell: str, attempt: int, kind: str, reason: str) -> None:
-        """Enter that an attempt failed, or was left."""
-        write_atomic(self.path(cell, attempt, kind), json.dumps({"reason": reason}) + "\n")
+    def heartbeat(self, cell: str, attempt: int) -> dict[str, Any]:
+        """The last heartbeat of an attempt, with its `step`; empty if there is none."""
+        return _object(self.path(cell, attempt, "beat"))
 
     def reason(self, cell: str, attempt: int) -> str:
         """Why an attempt failed."""
-        return str(json.loads(self.path(cell, attempt, "failed").read_text())["reason"])
+        return str(_object(self.path(cell, attempt, "failed")).get("reason", "the reason is lost"))
 
-    def forgive(self, cells: Iterable[str]) -> None:
-        """Plan cells again that were given up, because somebody asks for them anew."""
+    def end(self, cell: str, attempt: int, kind: str, reason: str) -> None:
+        """Record that an attempt ended: `kind` is `failed` or `left`."""
+        write_atomic(self.path(cell, attempt, kind), json.dumps({"reason": reason}) + "\n")
+
+    def retry_failed(self, cells: Iterable[str]) -> None:
+        """Plan the cells again that were given up."""
         for cell, entry in self.entries(cells).items():
             if entry.status == FAILED:
                 self.path(cell, entry.attempt, "failed").rename(self.path(cell, entry.attempt, "left"))
 
     def reopen(self, cell: str, attempt: int) -> None:
-        """Make a finished run an attempt that was left, which the next one goes on from."""
-        self.end(cell, attempt, "left", "its end no longer stands")
-        os.rename(self.runs / cell, self.place(cell, attempt))
+        """Turn a finished run back into an attempt that was left, from which the next attempt resumes."""
+        self.end(cell, attempt, "left", "its end is no longer valid")
+        os.rename(self.study.run(cell).path, self.study.attempt(cell, attempt).path)
 
     def _step(self, cell: str, attempt: int) -> int:
-        return int(self.progress(cell, attempt).get("step", 0))
-
-    def _beat(self, cell: str, attempt: int) -> str:
-        try:
-            return self.path(cell, attempt, "beat").read_text()
-        except FileNotFoundError:
-            return ""
+        return int(self.heartbeat(cell, attempt).get("step", 0))
 
     def path(self, cell: str, attempt: int, kind: str) -> Path:
-        return self.folder / f"{cell}.{attempt:04d}.{kind}"
-
-    def place(self, cell: str, attempt: int) -> Path:
-        """Where an attempt trains."""
-        return self.study.attempt(cell, attempt).path
+        return self.study.ledger / f"{cell}.{attempt:04d}.{kind}"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """An attempt at a cell that this process owns, as long as nobody took it over."""
+    """An attempt at a cell that this process owns until another process takes the cell over."""
 
     ledger: Ledger
     cell: str
@@ -201,37 +202,37 @@ class Claim:
 
     @property
     def directory(self) -> Path:
-        return self.ledger.place(self.cell, self.attempt)
+        """Where the attempt trains."""
+        return self.ledger.study.attempt(self.cell, self.attempt).path
 
-    def beat(self, step: int) -> bool:
-        """Say that this attempt is alive and has done `step` updates. False where another owner has taken it over."""
-        write_atomic(self.ledger.path(self.cell, self.attempt, "beat"), json.dumps({"step": step, "beat": time.time()}))
-        return not self.stale()
+    def heartbeat(self, step: int) -> bool:
+        """Record that this attempt is alive and has done `step` updates. False if the cell has been taken over."""
+        facts = {"step": step, "beat": time.time()}
+        write_atomic(self.ledger.path(self.cell, self.attempt, "beat"), json.dumps(facts))
+        return not self.is_lost()
 
-    def stale(self) -> bool:
+    def is_lost(self) -> bool:
         """Whether a later attempt was claimed."""
         return self.ledger.path(self.cell, self.attempt + 1, "claim").exists()
 
     def finish(self) -> bool:
-        """Make the attempt's directory the cell's run. False where another attempt has done so before, or may now."""
-        if self.stale():
+        """Make the attempt's directory the cell's run. False if the cell was taken over or is finished already."""
+        if self.is_lost():
             return False
+        run = self.ledger.study.run(self.cell).path
         try:
-            os.rename(self.directory, self.ledger.runs / self.cell)
-        except OSError:  # it is there already, and not empty
-            if not (self.ledger.runs / self.cell).is_dir():
+            os.rename(self.directory, run)
+        except OSError:  # the target exists and is not empty
+            if not run.is_dir():
                 raise
             return False
         return True
 
-    def fail(self, reason: str) -> None:
-        self.ledger.end(self.cell, self.attempt, "failed", reason)
+    def end(self, kind: str, reason: str) -> None:
+        """Record that the attempt `failed`, or was `left`, as after Ctrl-C."""
+        self.ledger.end(self.cell, self.attempt, kind, reason)
 
-    def leave(self, reason: str) -> None:
-        """Give the cell back, as Ctrl-C does."""
-        self.ledger.end(self.cell, self.attempt, "left", reason)
-
-    def before(self) -> Path | None:
-        """The directory of the attempt that came last before this one and left anything to go on from."""
-        earlier = (self.ledger.place(self.cell, n) for n in range(self.attempt - 1, 0, -1))
+    def previous(self) -> Path | None:
+        """The directory of the latest earlier attempt that left one."""
+        earlier = (self.ledger.study.attempt(self.cell, n).path for n in range(self.attempt - 1, 0, -1))
         return next((directory for directory in earlier if directory.is_dir()), None)

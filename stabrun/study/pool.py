@@ -14,8 +14,8 @@ from pathlib import Path
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.ledger import Ledger
 
-GRACE = 60.0  # seconds that workers have to end after Ctrl-C
-SPARE = 3  # workers that may die before they have a cell, beyond one life each, until another cell is begun
+GRACE = 60.0  # seconds that workers have to stop after Ctrl-C
+SPARE = 3  # extra worker restarts allowed before any cell starts
 
 Process = subprocess.Popen[bytes]
 
@@ -25,70 +25,67 @@ class WorkerPool(ABC):
 
     def __init__(self, directory: Path, count: int) -> None:
         self.directory, self.count = directory, count
-        self.begun, self.lives = -1, 0
+        self.attempts, self.starts_left = -1, 0
 
-    def keep(self, begun: int) -> None:
-        """Start the workers that are missing. `begun`: attempts in the study so far, which show that workers work.
+    def keep(self, attempts: int) -> None:
+        """Start the workers that are missing. `attempts`: those of the whole study so far.
 
-        Raises OSError where they die before they train, for they must not be started for ever.
+        Raises OSError if workers repeatedly end without beginning an attempt.
         """
-        if begun > self.begun:
-            self.begun, self.lives = begun, self.count + SPARE
-        at_work = self.at_work()
-        missing = min(self.count - at_work, self.lives)
+        if attempts > self.attempts:
+            self.attempts, self.starts_left = attempts, self.count + SPARE
+        alive = self.alive()
+        missing = min(self.count - alive, self.starts_left)
         if missing > 0:
-            self.lives -= missing
+            self.starts_left -= missing
             self.start(missing)
-        elif at_work == 0:
-            log = StudyDir(self.directory).worker_log
-            raise ChildProcessError(errno.ECHILD, "workers die before they train", str(log))
+        elif alive == 0:
+            log = str(StudyDir(self.directory).worker_log)
+            raise ChildProcessError(errno.ECHILD, "workers end before they train", log)
 
     @abstractmethod
-    def at_work(self) -> int:
-        """How many workers there are, those that wait for their turn included."""
+    def alive(self) -> int:
+        """The number of workers, including those that wait in a queue."""
 
     @abstractmethod
-    def start(self, missing: int) -> None:
-        """Start so many."""
+    def start(self, count: int) -> None:
+        """Start this many workers."""
 
     @abstractmethod
-    def end(self, status: int) -> int:
-        """Wait for the workers, which have nothing left to do, or are to stop after their step where `status` is not 0.
+    def end(self, interrupt: bool) -> None:
+        """Wait for the workers, which have nothing left to do or, with `interrupt`, stop after their step."""
 
-        Returns `status`.
-        """
-
-    def process(self, module: str, *words: str, **environment: str) -> Process:
-        """A process of this crew, which writes into the log of workers."""
-        command = [sys.executable, "-m", module, str(self.directory.absolute()), *words]
+    def process(self, module: str, *arguments: str, **environment: str) -> Process:
+        """A process for this pool that writes to `worker.log`."""
+        command = [sys.executable, "-m", module, str(self.directory.absolute()), *arguments]
         with open(StudyDir(self.directory).worker_log, "ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
 
 
 class LocalPool(WorkerPool):
-    """Processes of this machine, which share its cores and its GPUs."""
+    """Processes of this machine, which share its cores and GPUs."""
 
     def __init__(self, directory: Path, count: int) -> None:
         super().__init__(directory, count)
-        self.seats: list[Process | None] = [None] * count
-        self.threads = os.environ.get("OMP_NUM_THREADS", str(threads_each(count)))
-        self.gpus = gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), listed_gpus())
+        self.slots: list[Process | None] = [None] * count
+        self.threads = os.environ.get("OMP_NUM_THREADS", str(threads_per_worker(count)))
+        self.gpus = gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), nvidia_smi())
 
-    def at_work(self) -> int:
-        return sum(seat is not None and seat.poll() is None for seat in self.seats)
+    def alive(self) -> int:
+        return sum(worker is not None and worker.poll() is None for worker in self.slots)
 
-    def start(self, missing: int) -> None:
-        free = [n for n, seat in enumerate(self.seats) if seat is None or seat.poll() is not None]
-        for n in free[:missing]:
+    def start(self, count: int) -> None:
+        free = [n for n, worker in enumerate(self.slots) if worker is None or worker.poll() is not None]
+        for n in free[:count]:
             gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[n % len(self.gpus)]} if self.gpus else {}
-            self.seats[n] = self.process("stabrun.study.worker", OMP_NUM_THREADS=self.threads, **gpu)
+            self.slots[n] = self.process("stabrun.study.worker", OMP_NUM_THREADS=self.threads, **gpu)
 
-    def end(self, status: int) -> int:
-        workers = [seat for seat in self.seats if seat]
-        for worker in workers:
-            if status:
+    def end(self, interrupt: bool) -> None:
+        workers = [worker for worker in self.slots if worker]
+        if interrupt:
+            for worker in workers:
                 worker.terminate()
-        return awaited(workers, status)
+        wait_or_kill(workers)
 
 
 @dataclass
@@ -97,78 +94,76 @@ class Batch:
 
     first: int
     jobs: int
-    launch: Process
+    launcher: Process
 
 
 class LauncherPool(WorkerPool):
-    """Jobs of one of Hydra's launchers. Each enrols in the ledger as an attempt at a cell that is named after the crew.
+    """Jobs of one of Hydra's launchers. Each registers in the ledger as an attempt at a cell named after the pool.
 
-    So it is known who is at work, whatever the launcher knows: submitit notices no death where Slurm keeps no accounts.
+    The ledger, unlike the launcher, reliably knows which jobs are alive: without Slurm accounting, submitit does not
+    notice a job that died.
     """
 
-    def __init__(self, directory: Path, count: int, words: list[str]) -> None:
+    def __init__(self, directory: Path, count: int, arguments: list[str]) -> None:
         super().__init__(directory, count)
-        self.words, self.id = words, uuid.uuid4().hex[:8]
+        self.arguments, self.id = arguments, uuid.uuid4().hex[:8]
         self.batches: list[Batch] = []
-        self.ledger: Ledger | None = None
+        self.ledger = Ledger(directory)
 
-    def at_work(self) -> int:
-        if not self.batches:
-            return 0
-        self.ledger = self.ledger or Ledger(self.directory)
-        enrolled, alive = those_of(self.ledger, self.id)
+    def alive(self) -> int:
+        registered, alive = job_numbers(self.ledger, self.id) if self.batches else (set(), set())
         total = 0
         for batch in self.batches:
             numbers = set(range(batch.first, batch.first + batch.jobs))
-            waiting = len(numbers - enrolled) if batch.launch.poll() is None else 0
-            total += len(alive & numbers) + waiting
+            total += len(alive & numbers)
+            if batch.launcher.poll() is None:
+                total += len(numbers - registered)  # they wait in the queue
         return total
 
-    def start(self, missing: int) -> None:
+    def start(self, count: int) -> None:
         first = sum(batch.jobs for batch in self.batches) + 1
-        launch = self.process("stabrun.study.launch", self.id, str(first), str(missing), *self.words)
-        self.batches.append(Batch(first, missing, launch))
+        launcher = self.process("stabrun.study.launch", self.id, str(first), str(count), *self.arguments)
+        self.batches.append(Batch(first, count, launcher))
 
-    def end(self, status: int) -> int:
+    def end(self, interrupt: bool) -> None:
         stop_file(self.directory, self.id).touch()
-        return awaited([batch.launch for batch in self.batches], status)
+        wait_or_kill([batch.launcher for batch in self.batches])
 
 
-def awaited(processes: list[Process], status: int) -> int:
+def wait_or_kill(processes: list[Process]) -> None:
     """Wait for processes that are about to end, and kill those that do not."""
     for process in processes:
         try:
             process.wait(GRACE)
         except subprocess.TimeoutExpired:
             process.kill()
-    return status
 
 
-def those_of(ledger: Ledger, crew: str) -> tuple[set[int], set[int]]:
-    """The numbers of a launched crew's workers that ever began, and of those that are still at work."""
-    entry = ledger.entries([crew])[crew]
-    return entry.claim, {number for number in entry.claim - entry.left if ledger.alive(crew, number)}
+def job_numbers(ledger: Ledger, pool: str) -> tuple[set[int], set[int]]:
+    """The numbers of a pool's jobs that ever registered, and of those that are alive."""
+    entry = ledger.entries([pool])[pool]
+    return entry.claim, {number for number in entry.claim - entry.left if ledger.is_alive(pool, number)}
 
 
-def stop_file(directory: Path, crew: str) -> Path:
-    """Once it is there, the workers of a launched crew stop after their step: no signal reaches another machine."""
-    return StudyDir(directory).ledger / f"{crew}.stop"
+def stop_file(directory: Path, pool: str) -> Path:
+    """Tells the workers of a launched pool to stop after their step: signals do not reach other machines."""
+    return StudyDir(directory).ledger / f"{pool}.stop"
 
 
-def threads_each(workers: int) -> int:
-    """How many threads a worker has, where all cores of this machine are shared among them."""
+def threads_per_worker(workers: int) -> int:
+    """Threads per worker if the workers share all cores of this machine."""
     return max(1, (os.cpu_count() or 1) // workers)
 
 
 def gpus(visible: str | None, listed: str) -> list[str]:
-    """The GPUs that workers share out: those that CUDA_VISIBLE_DEVICES names, or all that `nvidia-smi -L` lists."""
+    """The GPUs that workers share: those in CUDA_VISIBLE_DEVICES, or all that `nvidia-smi -L` lists."""
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip()]
     return re.findall(r"^GPU \d+: .*\(UUID: (GPU-[\w-]+)\)", listed, re.MULTILINE)
 
 
-def listed_gpus() -> str:
-    """What `nvidia-smi -L` says; nothing where it is not there."""
+def nvidia_smi() -> str:
+    """The output of `nvidia-smi -L`; empty if it is not installed."""
     if not shutil.which("nvidia-smi"):
         return ""
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout

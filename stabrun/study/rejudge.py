@@ -1,31 +1,33 @@
-"""What a changed rule makes stale: finished runs are judged anew, and reopened where their end no longer stands."""
+"""After a change of the rule: finished runs are judged again, and resumed if they should not have been stopped."""
 
 from dataclasses import asdict
 from pathlib import Path
 
 from stabrun.record.jsonl import jsonable
-from stabrun.record.schema import INTERRUPTED, STOPPED
+from stabrun.record.schema import COMPLETE, INTERRUPTED, STOPPED
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.ledger import DONE, Ledger
 from stabrun.study.plan import Plan
 from stabrun.verdict.judge import RULE, Judge
 
 
-def renew(plan: Plan, directory: Path, ledger: Ledger) -> None:
-    """Bring every finished run under the rule in force.
+def rejudge(plan: Plan, directory: Path, ledger: Ledger) -> None:
+    """Bring every finished run to the current rule.
 
-    A run that an earlier rule stopped, and this one would not, goes on from its checkpoint.
+    A run that an earlier rule stopped, and this one would not, continues from its checkpoint.
     """
     for cell, entry in ledger.entries(plan.cells).items():
         run = StudyDir(directory).run(cell)
-        summary = run.summary() if entry.status == DONE and run.metrics.is_file() else None
-        if summary and summary.get("rule") != RULE:
-            judge = Judge()
-            for row in run.rows():
-                judge.add(row)
-            reopened = summary.get("status") == STOPPED and not judge.over and judge.certain is None
-            verdict = judge.conclude(plan.config(plan.cells[cell]).train.steps)
-            renewed = {**summary, **asdict(verdict), "status": INTERRUPTED if reopened else summary.get("status")}
-            run.write_summary(jsonable(renewed))
-            if reopened:
-                ledger.reopen(cell, entry.attempt)
+        summary = run.summary() if entry.status == DONE else None
+        if summary is None or summary.get("rule") == RULE:
+            continue
+        judge = Judge()
+        for row in run.rows():
+            judge.add(row)
+        verdict = jsonable(asdict(judge.conclude(plan.config(plan.cells[cell]).train.steps)))
+        reopened = summary.get("status") == STOPPED and not judge.over and judge.certain is None
+        run.write_summary(
+            {**summary, **verdict, "status": INTERRUPTED if reopened else summary.get("status", COMPLETE)}
+        )
+        if reopened:
+            ledger.reopen(cell, entry.attempt)

@@ -1,15 +1,15 @@
-"""What the finished runs of a study say: `results.csv`, a row a run, and `study.json`, the answer by arm."""
+"""`results.csv`: the finished runs of a study, one row per run."""
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
+from typing import Any
 
 from stabrun.record.jsonl import jsonable, write_atomic
-from stabrun.record.schema import Row, StudySummary
+from stabrun.record.schema import StudySummary, Summary
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.plan import Plan
-from stabrun.study.summary import answer
+from stabrun.study.summary import study_summary
 from stabrun.verdict.judge import STRICTNESS
 
 COLUMNS = (
@@ -19,33 +19,25 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def finished(plan: Plan, directory: Path) -> Iterator[Row]:
-    """The summary of each finished run, with its `arm`, in the order of the plan."""
-    for cell in plan.cells.values():
-        if summary := StudyDir(directory).run(cell.id).summary():
-            yield {**summary, "arm": cell.arm, "lr": cell.lr, "seed": cell.seed}
+def write(plan: Plan, rows: list[Summary], study: StudyDir) -> StudySummary:
+    """Write `results.csv` and `study.json` from the finished runs, and return the latter.
 
-
-def write(plan: Plan, directory: Path) -> StudySummary:
-    """Make `results.csv` and `study.json` anew from the runs that are finished; a reader never sees half of one.
-
-    Returns what `study.json` holds.
+    Both files are replaced atomically. `rows` are the runs' summaries with their `arm`.
     """
-    study, rows = StudyDir(directory), list(finished(plan, directory))
-    told: StudySummary = jsonable(answer(plan, rows))
+    summary: StudySummary = jsonable(study_summary(plan, rows))
     write_atomic(study.results_file, as_csv(map(result, rows)))
-    study.write_summary(told)
-    return told
+    study.write_summary(summary)
+    return summary
 
 
-def result(row: Row) -> Row:
-    """A summary as a row of `results.csv`."""
-    flat = {**row, **row["by_strictness"]}
+def result(row: Summary) -> dict[str, Any]:
+    """A run's summary, with its `arm`, as a row of `results.csv`."""
+    flat: dict[str, Any] = {**row, **row["by_strictness"]}
     return {column: flat.get(column) for column in COLUMNS}
 
 
-def as_csv(rows: Iterable[Row]) -> str:
-    """What a row leaves open is an empty cell."""
+def as_csv(rows: Iterable[dict[str, Any]]) -> str:
+    """CSV; None is an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -1,22 +1,21 @@
-"""The search for the frontier: which run a study needs next, given those that ended and those under way; no torch."""
+"""Adaptive search for the frontier: the next run of a study, given those that ended and those in progress; no torch."""
 
 from collections.abc import Container, Iterable
 
 from stabrun.record.jsonl import number
-from stabrun.record.schema import Row
-from stabrun.study.frontier import Frontier, Grid
+from stabrun.record.schema import Summary
+from stabrun.study.frontier import Frontier, ParameterGrid
 from stabrun.study.plan import FRONTIER, Plan
 from stabrun.verdict.judge import DIVERGED, STANDARD, UNDECIDED
 
-USUAL_COST = 0.5  # steps of a run that diverges, of those of a whole one, before any has: counts as one run
+PRIOR_COST = 0.5  # steps of a diverged run relative to a complete one, before any was seen; weighs as much as one run
+IDLE = 0.03  # how far above its initial loss, relative to it, a run that learned nothing may end
 
-IDLE = 0.03  # of the first loss: as far above it may a run end that learned nothing and lost nothing
 
+def outcome(row: Summary, strictness: str = STANDARD) -> bool | None:
+    """Whether a run diverged. None if it is undecided, which carries no information.
 
-def outcome(row: Row, strictness: str = STANDARD) -> bool | None:
-    """Whether a run diverged; None where its end tells nothing.
-
-    That is one that is undecided, but for one that learned nothing and ended about where it began, as at a tiny rate.
+    An undecided run that learned nothing and ended near its initial loss, as at a tiny learning rate, did not diverge.
     """
     verdict = row["by_strictness"].get(strictness, row["verdict"])
     if verdict == UNDECIDED:
@@ -25,43 +24,42 @@ def outcome(row: Row, strictness: str = STANDARD) -> bool | None:
     return bool(verdict == DIVERGED)
 
 
-def grid_of(plan: Plan) -> Grid | None:
-    """What is thought possible over the rates of a study; None where it has but one."""
+def parameter_grid(plan: Plan) -> ParameterGrid | None:
+    """The parameter grid over the learning rates of a study. None if there is only one rate."""
     rates = plan.lr_range or [cell.lr for cell in plan.cells.values()]
-    return Grid(min(rates), max(rates)) if rates and min(rates) < max(rates) else None
+    return ParameterGrid(min(rates), max(rates)) if rates and min(rates) < max(rates) else None
 
 
-def frontier(grid: Grid, rows: Iterable[Row], strictness: str = STANDARD) -> Frontier:
+def frontier(grid: ParameterGrid, rows: Iterable[Summary], strictness: str = STANDARD) -> Frontier:
     """The frontier of the runs of one arm."""
-    ends = ((row["lr"], outcome(row, strictness)) for row in rows)
-    return Frontier.of(grid, ((rate, end) for rate, end in ends if end is not None))
+    outcomes = ((row["lr"], outcome(row, strictness)) for row in rows)
+    return Frontier.of(grid, ((rate, diverged) for rate, diverged in outcomes if diverged is not None))
 
 
-def diverged_cost(plan: Plan, arm: str, rows: Iterable[Row]) -> float:
-    """Steps of an arm's run that diverges, of those of a whole one, as seen so far."""
-    whole = plan.arms[arm].train.steps
-    shares = [row["steps"] / whole for row in rows if row["verdict"] == DIVERGED]
-    return float((USUAL_COST + sum(shares)) / (1 + len(shares)))
+def diverged_cost(plan: Plan, arm: str, rows: Iterable[Summary]) -> float:
+    """Mean steps of an arm's diverged runs, relative to a complete run."""
+    steps = plan.arms[arm].train.steps
+    shares = [row["steps"] / steps for row in rows if row["verdict"] == DIVERGED]
+    return float((PRIOR_COST + sum(shares)) / (1 + len(shares)))
 
 
-def next_run(plan: Plan, rows: list[Row], ended: Container[str]) -> tuple[str, float, int] | None:
-    """(arm, learning rate, seed) of the run that tells most for each step; None where no arm needs another now.
+def next_run(plan: Plan, rows: list[Summary], ended: Container[str]) -> tuple[str, float, int] | None:
+    """(arm, learning rate, seed) of the run with the largest information per step. None if no arm needs one now.
 
-    An arm needs none when its lr50 is known to the width asked, would be if the runs under way ended as is likely, or
-    its budget is spent. Its k-th run has the k-th seed, in every arm the same.
+    An arm needs none if its lr50 is known to the width asked for, if it would be after the probable outcomes of the
+    runs in progress, or if its budget is spent. The k-th run of each arm has the k-th seed.
     """
-    grid = grid_of(plan)
+    grid = parameter_grid(plan)
     if plan.strategy != FRONTIER or grid is None:
         return None
     best: tuple[float, tuple[str, float, int]] | None = None
     for arm in plan.arms:
-        planned = [cell for cell in plan.cells.values() if cell.arm == arm]
-        own = [row for row in rows if row["arm"] == arm]
-        expected = frontier(grid, own).expecting(cell.lr for cell in planned if cell.id not in ended)
-        if len(planned) >= plan.max_runs or expected.known_to(plan.width):
+        cells, own = plan.cells_of(arm), [row for row in rows if row["arm"] == arm]
+        expected = frontier(grid, own).expecting(cell.lr for cell in cells if cell.id not in ended)
+        if len(cells) >= plan.max_runs or expected.known_to(plan.width):
             continue
-        untold = [row["lr"] for row in own if outcome(row) is None]  # the next run is better sent elsewhere
-        rate, gain = expected.expecting(untold).next_rate(diverged_cost(plan, arm, own))
+        undecided = [row["lr"] for row in own if outcome(row) is None]  # avoid these rates in the next run
+        rate, gain = expected.expecting(undecided).next_rate(diverged_cost(plan, arm, own))
         if best is None or gain > best[0]:
-            best = gain, (arm, rate, plan.seeds[0] + len(planned))
+            best = gain, (arm, rate, plan.seeds[0] + len(cells))
     return best and best[1]

@@ -1,40 +1,40 @@
-"""What a study is doing at one moment, read from its files. Nothing is written, and files may vanish meanwhile."""
+"""The state of a study at one moment, read from its files. Nothing is written, and files may vanish meanwhile."""
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from stabrun.config import Config, UserError
-from stabrun.model.describe import flops_per_token
-from stabrun.record.jsonl import read_json
-from stabrun.record.schema import Row, Summary
-from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING, Entry, Ledger, gone
-from stabrun.study.plan import GRID, Cell, Plan
+from stabrun.config import UserError
+from stabrun.record.schema import Summary
+from stabrun.record.study_dir import StudyDir
+from stabrun.study.cost import flops_per_run, measured_seconds
+from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING, Entry, Ledger, has_ended
+from stabrun.study.plan import GRID, Cell, Plan, load
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A cell that is being trained: how far it is, and what is known of its owner."""
+    """A cell that is being trained: its progress, and what is known of the owner."""
 
     cell: Cell
-    number: int
+    attempt: int
     step: int
     steps: int
-    rate: float | None = None  # steps a second, since this attempt began
+    steps_per_second: float | None = None  # since this attempt began
     host: str = "?"
     pid: int | None = None
-    beat: float | None = None  # seconds since its owner last said that it is alive
-    gone: bool = False  # its owner's process has ended
+    seconds_since_beat: float | None = None
+    owner_gone: bool = False  # its process has ended
 
     @property
-    def left(self) -> int:
+    def steps_left(self) -> int:
         return max(0, self.steps - self.step)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A study at one moment: `summaries` of finished cells, `running` ones, and why `failed` ones were given up."""
+    """A study at one moment: `summaries` of finished cells, `running` attempts, and the reasons of `failed` cells."""
 
     plan: Plan
     entries: dict[str, Entry]
@@ -42,102 +42,119 @@ class Snapshot:
     running: list[Attempt]
     failed: dict[str, str]
 
-    def count(self, status: str) -> int:
-        return sum(entry.status == status for entry in self.entries.values())
+    def cells(self, status: str) -> list[Cell]:
+        return [self.plan.cells[cell] for cell, entry in self.entries.items() if entry.status == status]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Status → number of cells."""
+        return {status: len(self.cells(status)) for status in (PLANNED, RUNNING, DONE, FAILED)}
+
+    @property
+    def rows(self) -> list[Summary]:
+        """The summaries with their `arm`, in the order of the plan."""
+        cells = self.plan.cells.values()
+        return [
+            {**self.summaries[cell.id], "arm": cell.arm, "lr": cell.lr, "seed": cell.seed}
+            for cell in cells
+            if cell.id in self.summaries
+        ]
+
+    @property
+    def ended(self) -> set[str]:
+        """The cells that will not be trained any more."""
+        return {cell for cell, entry in self.entries.items() if entry.status in (DONE, FAILED)}
 
 
 class SnapshotReader:
-    """Looks at one study again and again; what cannot change any more is read once."""
+    """Reads a study repeatedly. What cannot change any more is read once."""
 
     def __init__(self, directory: Path) -> None:
-        self.ledger = Ledger(directory)
+        self.study, self.ledger = StudyDir(directory), Ledger(directory)
         self.summaries: dict[str, Summary] = {}
+        self._plan: tuple[tuple[int, int], Plan] | None = None
 
-    def look(self, plan: Plan, entries: dict[str, Entry] | None = None) -> Snapshot:
-        """The study now. `entries` are the ledger's, where they were just read."""
-        entries = self.ledger.entries(plan.cells) if entries is None else entries
+    def plan(self) -> Plan:
+        """The plan, read again if its file has changed."""
+        stat = self.study.plan_file.stat() if self.study.is_study() else None
+        stamp = (stat.st_mtime_ns, stat.st_ino) if stat else (0, 0)
+        if self._plan is None or self._plan[0] != stamp:
+            self._plan = stamp, load(self.study.path)
+        return self._plan[1]
+
+    def read(self, plan: Plan | None = None, attempts: bool = True) -> Snapshot:
+        """The study now; `plan`: the current one, if known. Without `attempts`, `running` is empty, which is faster."""
+        plan = plan or self.plan()
+        entries = self.ledger.entries(plan.cells)
         for cell, entry in entries.items():
-            if entry.status == DONE and cell not in self.summaries:
-                try:
-                    summary = self.ledger.study.run(cell).summary()
-                except (OSError, UserError):
-                    continue
-                if summary:
-                    self.summaries[cell] = summary
-        running = [self._attempt(plan, cell, entry) for cell, entry in entries.items() if entry.status == RUNNING]
-        failed = {
-            cell: str(_object(self.ledger.path(cell, entry.attempt, "failed")).get("reason", "the reason is lost"))
-            for cell, entry in entries.items()
-            if entry.status == FAILED
+            if entry.status == DONE and cell not in self.summaries and (summary := self._summary(cell)):
+                self.summaries[cell] = summary
+        summaries = {
+            cell: summary for cell, summary in self.summaries.items() if cell in entries and entries[cell].done
         }
-        return Snapshot(plan, entries, self.summaries, running, failed)
+        running = [
+            self._attempt(plan.cells[cell], plan, entry.attempt)
+            for cell, entry in entries.items()
+            if entry.status == RUNNING and attempts
+        ]
+        failed = {
+            cell: self.ledger.reason(cell, entry.attempt) for cell, entry in entries.items() if entry.status == FAILED
+        }
+        return Snapshot(plan, entries, summaries, running, failed)
 
-    def _attempt(self, plan: Plan, cell: str, entry: Entry) -> Attempt:
-        number, ledger, planned = entry.attempt, self.ledger, plan.cells[cell]
-        run = ledger.study.attempt(cell, number)
-        owner, said = (_object(ledger.path(cell, number, kind)) for kind in ("claim", "beat"))
-        beats = (_modified(ledger.path(cell, number, kind)) for kind in ("beat", "claim"))
-        last = next((beat for beat in beats if beat is not None), None)
+    def _summary(self, cell: str) -> Summary | None:
+        try:
+            return self.study.run(cell).summary()
+        except (OSError, UserError):
+            return None
+
+    def _attempt(self, cell: Cell, plan: Plan, number: int) -> Attempt:
+        ledger, run = self.ledger, self.study.attempt(cell.id, number)
+        owner, step = ledger.owner_of(cell.id, number), int(ledger.heartbeat(cell.id, number).get("step", 0))
+        modified = [at for kind in ("beat", "claim") if (at := _modified(ledger.path(cell.id, number, kind)))]
         return Attempt(
-            planned,
+            cell,
             number,
-            max(run.steps_done(), int(said.get("step", 0))),
-            plan.arms[planned.arm].train.steps,
+            max(run.steps_done(), step),
+            plan.arms[cell.arm].train.steps,
             run.steps_per_second(),
             str(owner.get("host", "?")),
             owner.get("pid"),
-            None if last is None else max(0.0, time.time() - last),
-            "pid" in owner and gone(owner),
+            max(0.0, time.time() - modified[0]) if modified else None,
+            has_ended(owner),
         )
 
 
-def seconds_left(look: Snapshot) -> float | None:
-    """Until the last cell is done, if those who are at work go on so; an early end of a run is not reckoned with.
+def seconds_left(snapshot: Snapshot) -> float | None:
+    """Time until the last cell is done, if the present workers go on at their speed. Early stops are not considered.
 
-    None while nothing is known or nobody works, and in a search, whose further cells depend on what is to come.
+    None if nothing is known, if nobody works, or in a search, whose further cells depend on what is to come.
     """
-    working = [attempt for attempt in look.running if not attempt.gone]
-    if not working or look.plan.strategy != GRID:
+    plan, working = snapshot.plan, [attempt for attempt in snapshot.running if not attempt.owner_gone]
+    pace = seconds_per_step(snapshot)
+    if not working or plan.strategy != GRID or not pace:
         return None
-    pace = seconds_a_step(look)
-    if not pace:
-        return None
-    waiting = [place for cell, place in look.plan.cells.items() if look.entries[cell].status == PLANNED]
-    total = sum(look.plan.arms[place.arm].train.steps * pace[place.arm] for place in waiting)
-    total += sum(attempt.left * pace[attempt.cell.arm] for attempt in look.running)
-    return max(total / len(working), *(attempt.left * pace[attempt.cell.arm] for attempt in working))
+    total = sum(plan.arms[cell.arm].train.steps * pace[cell.arm] for cell in snapshot.cells(PLANNED))
+    total += sum(attempt.steps_left * pace[attempt.cell.arm] for attempt in snapshot.running)
+    return max(total / len(working), *(attempt.steps_left * pace[attempt.cell.arm] for attempt in working))
 
 
-def seconds_a_step(look: Snapshot) -> dict[str, float]:
-    """Arm → seconds a step: of its finished runs, else of its running ones, else by FLOPs from the other arms.
+def seconds_per_step(snapshot: Snapshot) -> dict[str, float]:
+    """Of each arm: from its finished runs, else from its running ones, else from the other arms by FLOPs.
 
     Empty while no arm has been timed.
     """
-    done: dict[str, list[float]] = {arm: [] for arm in look.plan.arms}
-    for cell, row in look.summaries.items():
-        if cell in look.plan.cells and row.get("steps") and row.get("seconds"):
-            done[look.plan.cells[cell].arm].append(row["seconds"] / row["steps"])
-    going: dict[str, list[float]] = {arm: [] for arm in look.plan.arms}
-    for attempt in look.running:
-        if attempt.rate:
-            going[attempt.cell.arm].append(1 / attempt.rate)
-    known = {arm: median(done[arm] or going[arm]) for arm in look.plan.arms if done[arm] or going[arm]}
-    if not known:
+    plan = snapshot.plan
+    running: dict[str, list[float]] = {arm: [] for arm in plan.arms}
+    for attempt in snapshot.running:
+        if attempt.steps_per_second:
+            running[attempt.cell.arm].append(1 / attempt.steps_per_second)
+    timed = {arm: median(times) for arm, times in running.items() if times} | measured_seconds(plan, snapshot.rows)
+    if not timed:
         return {}
-    each = median(seconds / flops_a_step(look.plan.arms[arm]) for arm, seconds in known.items())
-    return {arm: known.get(arm, each * flops_a_step(config)) for arm, config in look.plan.arms.items()}
-
-
-def flops_a_step(config: Config) -> int:
-    return config.train.batch_size * config.data.seq_len * flops_per_token(config.model, config.data.seq_len)
-
-
-def _object(path: Path) -> Row:
-    """The object in a JSON file; empty where there is none, or none yet."""
-    try:
-        return read_json(path)
-    except (OSError, UserError):
-        return {}
+    flops = {arm: flops_per_run(config) / config.train.steps for arm, config in plan.arms.items()}
+    per_flop = median(seconds / flops[arm] for arm, seconds in timed.items())
+    return {arm: timed.get(arm, per_flop * flops[arm]) for arm in plan.arms}
 
 
 def _modified(path: Path) -> float | None:

@@ -1,4 +1,4 @@
-"""A worker: takes cells of a study from its ledger, trains each, and goes on until none is left."""
+"""A worker: takes cells of a study from its ledger and trains them, one after another, until none is left."""
 
 import itertools
 import json
@@ -13,17 +13,16 @@ from pathlib import Path
 from stabrun.config import UserError
 from stabrun.record.jsonl import write_atomic
 from stabrun.record.schema import INTERRUPTED, Row, Summary
-from stabrun.record.study_dir import StudyDir
-from stabrun.study.ledger import DONE, FAILED, LEASE, PLANNED, RUNNING, Claim, Ledger
+from stabrun.study.ledger import LEASE, PLANNED, RUNNING, Claim, Ledger
 from stabrun.study.plan import Plan, load
 from stabrun.study.pool import stop_file
-from stabrun.study.results import finished
 from stabrun.study.search import next_run
+from stabrun.study.snapshot import SnapshotReader
 from stabrun.training.run import Stop, Watch, train
 
-BEATS = 6  # in a lease
-POLL = 0.5  # seconds between two looks, where all cells that are left have owners
-COPIES = 5  # attempts at a copy, where the owner that lost the cell still writes
+HEARTBEATS = 6  # per lease
+POLL = 0.5  # seconds between two readings of the ledger while all cells that are left have owners
+COPIES = 5  # tries to copy an earlier attempt whose owner still writes
 
 
 class LostError(Exception):
@@ -31,31 +30,31 @@ class LostError(Exception):
 
 
 def work(directory: Path, lease: float = LEASE, stop: Stop | None = None) -> None:
-    """Train the cells of the study in `directory` until each is done or given up, or `stop` is asked for.
+    """Train the cells of the study in `directory` until each is done or given up, or until `stop` is asked for.
 
-    Raises KeyboardInterrupt when it was stopped and the cell at hand has its checkpoint and is given back.
+    Raises KeyboardInterrupt if it was stopped, after the current cell was checkpointed and given back.
     """
-    ledger, stop = Ledger(directory, lease), stop or Stop()
-    while claim := _next(ledger, directory, stop):
-        attempt(load(directory, to_train=True), claim, stop)
+    reader, stop = SnapshotReader(directory), stop or Stop()
+    reader.ledger.lease = lease
+    while claim := _next(reader, stop):
+        train_cell(load(directory, to_train=True), claim, stop)
 
 
-def _next(ledger: Ledger, directory: Path, stop: Stop) -> Claim | None:
-    """A cell for this worker, planned now where a search needs it; None where none is left.
+def _next(reader: SnapshotReader, stop: Stop) -> Claim | None:
+    """A cell for this worker, planned now if a search needs it. None if none is left.
 
-    Waits while others are at work, for one of them may die, or end in a way that asks for more.
+    Waits while others are at work, because one of them may die, or its result may require another run.
     """
-    looked_at: list[str] | None = None
+    last_seen: list[str] | None = None
     while not stop.asked:
-        plan = load(directory)
-        entries = ledger.entries(plan.cells)
+        entries = reader.ledger.entries(reader.plan().cells)
         left = [cell for cell, entry in entries.items() if entry.status in (PLANNED, RUNNING)]
         for cell in sorted(left, key=lambda cell: entries[cell].status == RUNNING):
-            if claim := ledger.claim(cell, entries[cell]):
+            if claim := reader.ledger.claim(cell, entries[cell]):
                 return claim
-        if left != looked_at:
-            looked_at = left
-            if grow(ledger, directory):
+        if left != last_seen:
+            last_seen = left
+            if plan_next(reader):
                 continue
         if not left:
             return None
@@ -63,56 +62,54 @@ def _next(ledger: Ledger, directory: Path, stop: Stop) -> Claim | None:
     return None
 
 
-def grow(ledger: Ledger, directory: Path) -> bool:
-    """Plan the run that a search needs next. False where it needs none now."""
-    with StudyDir(directory).lock():
-        plan = load(directory, to_train=True)
-        entries = ledger.entries(plan.cells)
-        ended = {cell for cell, entry in entries.items() if entry.status in (DONE, FAILED)}
-        run = next_run(plan, list(finished(plan, directory)), ended)
+def plan_next(reader: SnapshotReader) -> bool:
+    """Plan the run that a search needs next. False if it needs none now."""
+    with reader.study.lock():
+        snapshot = reader.read(load(reader.study.path, to_train=True), attempts=False)
+        run = next_run(snapshot.plan, snapshot.rows, snapshot.ended)
         if run:
-            plan.add(*run)
-            plan.save(directory)
+            snapshot.plan.add(*run)
+            snapshot.plan.save(reader.study.path)
     return run is not None
 
 
-def attempt(plan: Plan, claim: Claim, stop: Stop) -> Summary | None:
-    """Train one cell, from where an earlier attempt came to; its summary, or None where it failed or was lost.
+def train_cell(plan: Plan, claim: Claim, stop: Stop) -> Summary | None:
+    """Train one cell, from the checkpoint of an earlier attempt if there is one. None if it failed or was lost.
 
-    What goes wrong ends in the ledger, and the worker goes on.
+    An error is recorded in the ledger, and the worker continues.
     """
     config = plan.config(plan.cells[claim.cell])
     try:
-        _go_on_from_before(claim)
-        with beating(claim) as watch:
+        _copy_previous(claim)
+        with heartbeats(claim) as watch:
             summary = train(config, claim.directory, watch, stop)
     except LostError:
         return None
     except KeyboardInterrupt:
-        claim.leave("interrupted")
+        claim.end("left", "interrupted")
         raise
     except Exception as error:
         claim.directory.mkdir(exist_ok=True)
         if not isinstance(error, UserError):
             (claim.directory / "error.txt").write_text(traceback.format_exc())
-        claim.fail(f"{type(error).__name__}: {error}")
+        claim.end("failed", f"{type(error).__name__}: {error}")
         return None
     if summary["status"] == INTERRUPTED:
-        claim.leave("interrupted")
+        claim.end("left", "interrupted")
         raise KeyboardInterrupt
     counted = claim.finish()
-    for earlier in claim.ledger.attempts.glob(f"{claim.cell}.*"):
+    for earlier in claim.ledger.study.attempts.glob(f"{claim.cell}.*"):
         shutil.rmtree(earlier, ignore_errors=True)
     return summary if counted else None
 
 
 @contextmanager
-def beating(claim: Claim) -> Iterator[Watch]:
-    """Beat for the claim while the block runs; what is given watches the rows, and raises LostError once it is lost."""
+def heartbeats(claim: Claim) -> Iterator[Watch]:
+    """Write heartbeats while the block runs. Yields a watch of the rows that raises LostError if the cell is lost."""
     step, lost = 0, threading.Event()
 
-    def beat() -> None:
-        if not claim.beat(step):
+    def heartbeat() -> None:
+        if not claim.heartbeat(step):
             lost.set()
 
     def watch(row: Row) -> None:
@@ -122,37 +119,37 @@ def beating(claim: Claim) -> Iterator[Watch]:
             raise LostError
 
     try:
-        with meanwhile(beat, claim.ledger.lease / BEATS):
+        with repeatedly(heartbeat, claim.ledger.lease / HEARTBEATS):
             yield watch
     finally:
-        claim.beat(step)
+        claim.heartbeat(step)
 
 
 @contextmanager
-def enrolled(ledger: Ledger, crew: str, number: int) -> Iterator[Stop]:
-    """Beat as a launched crew's worker while the block runs; what is given is asked to stop where the crew is."""
-    place, told, stop = Claim(ledger, crew, number), stop_file(ledger.folder.parent, crew), Stop()
+def registered(ledger: Ledger, pool: str, number: int) -> Iterator[Stop]:
+    """Register as a worker of a launched pool while the block runs. Yields a stop that follows the pool's stop file."""
+    claim, file, stop = Claim(ledger, pool, number), stop_file(ledger.study.path, pool), Stop()
     ledger.make()
-    write_atomic(ledger.path(crew, number, "claim"), json.dumps(ledger.owner) + "\n")
-    stop.asked = told.exists()
+    write_atomic(ledger.path(pool, number, "claim"), json.dumps(ledger.owner) + "\n")
+    stop.asked = file.exists()
     seconds = itertools.count()
 
-    def look() -> None:
+    def check() -> None:
         second = next(seconds)
-        if second % round(ledger.lease / BEATS) == 0:
-            place.beat(second)
-        stop.asked = stop.asked or told.exists()
+        if second % round(ledger.lease / HEARTBEATS) == 0:
+            claim.heartbeat(second)
+        stop.asked = stop.asked or file.exists()
 
     try:
-        with meanwhile(look, 1.0):
+        with repeatedly(check, 1.0):
             yield stop
     finally:
-        place.leave("it ended")
+        claim.end("left", "it ended")
 
 
 @contextmanager
-def meanwhile(action: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Call `action` at once and then every so many seconds, from another thread, while the block runs."""
+def repeatedly(action: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call `action` now and at this interval, in another thread, while the block runs."""
     over = threading.Event()
 
     def repeat() -> None:
@@ -169,13 +166,13 @@ def meanwhile(action: Callable[[], None], seconds: float) -> Iterator[None]:
         thread.join()
 
 
-def _go_on_from_before(claim: Claim) -> None:
-    """Copy what the attempt before left: record and checkpoint. Its owner may still write, where it was only paused."""
-    before = claim.before()
-    for _ in range(COPIES if before else 0):
+def _copy_previous(claim: Claim) -> None:
+    """Copy record and checkpoints of the previous attempt, whose owner, if it was only paused, may still write."""
+    previous = claim.previous()
+    for _ in range(COPIES if previous else 0):
         shutil.rmtree(claim.directory, ignore_errors=True)
         try:
-            shutil.copytree(before or "", claim.directory, ignore=shutil.ignore_patterns("wandb", ".*", "error.txt"))
+            shutil.copytree(previous or "", claim.directory, ignore=shutil.ignore_patterns("wandb", ".*", "error.txt"))
             return
         except (shutil.Error, OSError):
             time.sleep(0.1)
@@ -186,8 +183,8 @@ if __name__ == "__main__":
     import signal
     import sys
 
-    # Ctrl-C in a terminal reaches the sweep as well, which ends its workers by SIGTERM: a second signal would have them
-    # stop at once, without a checkpoint.
+    # Ctrl-C in a terminal reaches the sweep as well, which ends its workers by SIGTERM: a second signal would stop them
+    # at once, without a checkpoint.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

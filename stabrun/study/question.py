@@ -1,0 +1,130 @@
+"""What a sweep's overrides ask for: the plan of a study and where it goes, in Hydra's own syntax."""
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stabrun.composition import SHIPPED, Sources, compose_each, parsed, plainly
+from stabrun.config import Config, StudyConfig, UserError, check, hashed
+from stabrun.study.plan import CELL_KEYS, FRONTIER, GRID, Plan, at
+
+
+def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Path, Config]:
+    """The plan that the overrides ask for, its directory, and the configuration that its arms have in common.
+
+    Raises UserError, before anything is created, if the overrides are invalid.
+    """
+    fixed, axes = split_axes(overrides)
+    (common,) = compose_each([fixed], sources)
+    study = common.study
+    variants = axes.pop("+variant", None) or study.variants or [common.variant]
+    rates = [_number("optim.lr", value) for value in axes.pop("optim.lr", [])] or list(study.lrs)
+    seeds = [int(_number("seed", value)) for value in axes.pop("seed", [])]
+    seeds = seeds or list(range(common.seed, common.seed + study.seeds))
+    _refuse_duplicates({"study.variants": variants, "study.lrs": rates, "seed": seeds, **axes})
+    _refuse_rates(study, rates)
+    arm_overrides = dict(_arms(fixed, variants, axes))
+    arms = dict(zip(arm_overrides, compose_each(arm_overrides.values(), sources), strict=True))
+    if study.strategy == FRONTIER:
+        _refuse_schedules(fixed, axes)
+        common, arms = for_search(common), {name: for_search(arm) for name, arm in arms.items()}
+    directory = Path(common.study_dir or f"studies/{study.name}-{identity(common, axes)}")
+    arms = {name: in_group(arm, directory.resolve().name) for name, arm in arms.items()}
+    plan = Plan(study.name, study.strategy, arms, list(study.lr_range), seeds, study.width, study.max_runs)
+    last_seed = max(seeds) if study.strategy == GRID else seeds[0] + study.max_runs - 1
+    for arm, rate in itertools.product(arms.values(), rates if study.strategy == GRID else study.lr_range):
+        for seed in {min(seeds), last_seed}:
+            check(at(arm, rate, seed))
+    if study.strategy == GRID:
+        for name, rate, seed in itertools.product(arms, rates, seeds):
+            plan.add(name, rate, seed)
+    return plan, directory, common
+
+
+def _refuse_duplicates(values_by_key: dict[str, list[Any]]) -> None:
+    for key, values in values_by_key.items():
+        if repeated := [str(value) for value, count in Counter(values).items() if count > 1]:
+            raise UserError(f"{key}: {', '.join(repeated)} is named twice; each value may be named once.")
+
+
+def _refuse_rates(study: StudyConfig, rates: list[float]) -> None:
+    """Raise UserError if the learning rates do not fit the strategy."""
+    if study.strategy == GRID and not rates:
+        raise UserError("study.lrs=[]: a grid needs learning rates, such as study.lrs=[1e-2,3e-2,1e-1].")
+    if study.strategy == FRONTIER:
+        if rates:
+            raise UserError("study.lrs: a search chooses its own learning rates; use study.lr_range=[LOW,HIGH].")
+        if len(study.lr_range) != 2 or not 0 < study.lr_range[0] < study.lr_range[1]:
+            raise UserError(
+                f"study.lr_range={study.lr_range}: must be two learning rates, the lower first, such as [1e-3,1]."
+            )
+
+
+def _refuse_schedules(fixed: list[str], axes: dict[str, list[str]]) -> None:
+    """Raise UserError if a search is given another schedule than a constant learning rate."""
+    given = [word.partition("=")[::2] for word in fixed] + [(key, ",".join(values)) for key, values in axes.items()]
+    for key, value in given:
+        if key in ("schedule", "schedule.kind") and value != "constant":
+            raise UserError(
+                f"{key}={value}: a search keeps the learning rate constant after the warm-up, because a decaying "
+                "schedule hides divergence in the middle of a run. Omit it, or run a grid."
+            )
+
+
+def for_search(config: Config) -> Config:
+    """The configuration with a constant learning rate after the warm-up, that stops once a divergence is certain."""
+    schedule = replace(config.schedule, kind="constant")
+    return replace(config, schedule=schedule, train=replace(config.train, stop_early=True))
+
+
+def in_group(config: Config, group: str) -> Config:
+    """The configuration with this W&B group, unless it names another."""
+    return replace(config, tracker=replace(config.tracker, group=config.tracker.group or group))
+
+
+def _arms(fixed: list[str], variants: Iterable[str], axes: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
+    """Name and overrides of each arm: a variant, and one value of each further axis."""
+    for variant, *values in itertools.product(variants, *axes.values()):
+        settings = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
+        names = [setting.rsplit(".", 1)[-1].lstrip("+") for setting in settings]
+        yield " ".join([variant, *names]), [*fixed, f"+variant=[{variant.replace('+', ',')}]", *settings]
+
+
+def split_axes(overrides: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The overrides with one value, and the values of each key that is swept.
+
+    `+variant` is always an axis. `+variant=[A,B]` is one variant of two parts, as for `stabrun train`.
+    """
+    with plainly():
+        words = parsed(overrides, globs=False)
+    fixed, axes = list[str](), dict[str, list[str]]()
+    for override in words:
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            axes[key] = list(override.sweep_string_iterator())
+        elif key == "+variant":
+            value: Any = override.value()
+            name = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+            axes.setdefault(key, []).append(name)
+        else:
+            fixed.append(str(override.input_line))
+    return fixed, axes
+
+
+def _number(key: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UserError(f"{key}={value}: must be a number.") from error
+
+
+def identity(common: Config, axes: dict[str, list[str]]) -> str:
+    """Eight hexadecimal digits that a study keeps when it grows: a hash of what its arms have in common."""
+    facts = {key: value for key, value in hashed(common).items() if key not in (*CELL_KEYS, *axes)}
+    text = json.dumps([common.study.strategy, facts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
