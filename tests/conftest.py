@@ -51,3 +51,25 @@ def undisturbed_long(tmp_path_factory):
     from studies import QUESTION, trained_alone
 
     return trained_alone(tmp_path_factory.mktemp("undisturbed"), *QUESTION, *LONG)
+
+
+@pytest.fixture(scope="session")
+def made_study(tmp_path_factory):
+    """A study from made-up records, of two variants, three learning rates and two seeds. Do not change it."""
+    from made import a_study
+
+    directory = tmp_path_factory.mktemp("made") / "study"
+    a_study(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def missing_runs(tmp_path_factory):
+    """Studies that lack runs to compare: none, one, diverged ones only, or one seed. Do not change them."""
+    from made import a_study
+
+    place, lost = tmp_path_factory.mktemp("missing"), {"baseline": 0.0, "qk_norm": 0.0}
+    options = {"empty": {"skip": 12}, "one": {"skip": 11}, "lost": {"edges": lost}, "alone": {"seeds": 1}}
+    for name, option in options.items():
+        a_study(place / name, **option)
+    return {name: place / name for name in options}

@@ -18,7 +18,7 @@ from stabrun.config import IN_EVERY_RECORD, RESULT, Config, ModelConfig, UserErr
 from stabrun.record.run_dir import RunDir
 from stabrun.record.study_dir import StudyDir
 from stabrun.report import sentences
-from stabrun.report.source import opened
+from stabrun.report.study_data import read
 from stabrun.study import worker
 from stabrun.study.ledger import DONE, PLANNED, Ledger
 from stabrun.study.plan import extended, load
@@ -114,7 +114,7 @@ def test_a_run_is_read(version, capsys):
     facts = json.loads(out)
     assert status == 0
     assert (facts["run_id"], facts["status"], facts["step"], facts["checkpoint"]) == (RUN_ID, "interrupted", 16, 16)
-    source = opened(Path("run"))
+    source = read(Path("run"))
     assert source.rows[0]["run_id"] == RUN_ID
     assert list(sentences.state(source))
     status, out, _ = run(capsys, "rerun", "run", "--cfg")
@@ -126,9 +126,9 @@ def test_a_study_is_read(version, capsys):
     assert (status, [facts["verdict"] for facts in json.loads(out)]) == (0, ["converged"] * 2)
     status, out, _ = run(capsys, "status", "study", "--json")
     assert (status, json.loads(out)["counts"]) == (0, {"planned": 2, "running": 0, "done": 2, "failed": 0})
-    source = opened(Path("study"))
+    source = read(Path("study"))
     assert [row["run_id"] for row in source.rows] == list(FINISHED)
-    assert [*sentences.state(source), *sentences.answers(source)]
+    assert [*sentences.state(source), *sentences.results(source)]
     before = {file.name: file.read_bytes() for file in Path("study").glob("*.*")}
     write_results(load(Path("study")), Path("study"))
     assert before == {file.name: file.read_bytes() for file in Path("study").glob("*.*")}
@@ -188,7 +188,7 @@ def test_a_run_of_a_newer_version_is_read_and_not_trained(capsys, file, change, 
     edited(Path("run") / file, change)
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert run(capsys, "judge", "run")[0] == run(capsys, "status", "run")[0] == 0
-    assert opened(Path("run")).rows[0]["run_id"] == RUN_ID
+    assert read(Path("run")).rows[0]["run_id"] == RUN_ID
     status, _, err = run(capsys, *command)
     assert (status, len(err.splitlines())) == (2, 1)
     assert message in err
@@ -207,7 +207,7 @@ def test_a_run_of_a_newer_version_is_read_and_not_trained(capsys, file, change, 
 def test_a_study_of_a_newer_version_is_read_and_not_trained(capsys, change, message):
     edited(Path("study/study.yaml"), change)
     assert run(capsys, "status", "study")[0] == 0
-    assert len(list(opened(Path("study")).rows)) == 2
+    assert len(list(read(Path("study")).rows)) == 2
     status, _, err = run(capsys, "sweep", *STUDY, LRS, "study_dir=study")
     assert (status, len(err.splitlines())) == (2, 1)
     assert message in err
@@ -241,8 +241,8 @@ def test_summaries_of_another_version_are_read(capsys, lacking):
     edited(Path("study/ledger") / f"{INTERRUPTED_CELL}.0001.claim", lambda facts: facts.update(rack=7))
     assert run(capsys, "status", "study")[0] == run(capsys, "status", f"study/runs/{FINISHED[0]}")[0] == 0
     for place in ("study", f"study/runs/{FINISHED[0]}"):
-        source = opened(Path(place))
-        assert [*sentences.state(source), *sentences.answers(source)]
+        source = read(Path(place))
+        assert [*sentences.state(source), *sentences.results(source)]
     _, told = write_results(load(Path("study")), Path("study"))
     assert told["runs"] == 2
     assert run(capsys, "upload", "study", "--dry-run")[0] == 0

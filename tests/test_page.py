@@ -1,10 +1,13 @@
-"""The report's page: its numbers beside the study's files, its text escaped, and what it does in a real browser."""
+"""The page of a report: its numbers are those of the study's files, its text is escaped, and it works in a browser."""
 
+import base64
 import csv
 import json
 import os
 import re
 import shutil
+import zlib
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -13,6 +16,7 @@ from chromium import Browser
 from made import a_study
 from studies import write_results
 
+from stabrun.record.metrics import METRICS, OUTPUT, Metric
 from stabrun.report.report import write_report
 from stabrun.study.plan import load
 
@@ -22,16 +26,16 @@ browsed = [pytest.mark.chromium, pytest.mark.skipif(CHROMIUM is None, reason="Ch
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("made") / "study"
-    a_study(directory)
-    reported(directory)
+def study(made_study, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("page") / "study"
+    shutil.copytree(made_study, directory)
+    report_page(directory)
     return directory
 
 
 @pytest.fixture(scope="module")
 def evil(tmp_path_factory):
-    """A study in which every word that a record may hold is an attack, and a record was cut off."""
+    """A study in which every word that a record may hold is an attack, and a record is incomplete."""
     directory = tmp_path_factory.mktemp("evil") / "study"
     a_study(directory)
     facts = yaml.safe_load((directory / "study.yaml").read_text())
@@ -45,14 +49,14 @@ def evil(tmp_path_factory):
     write_results(load(directory), directory)
     for record in directory.glob("runs/*/metrics.jsonl"):
         record.write_text(record.read_text()[:-30])
-    reported(directory)
+    report_page(directory)
     return directory
 
 
-def reported(*directories):
-    """The page, without the files of the figures, which take most of the time."""
+def report_page(*directories):
+    """Write the page, without the files of the figures, which take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stabrun.report.report.write_figures", lambda drawn, folder: None)
+        patch.setattr("stabrun.report.report.write_figures", lambda drawn, directory: None)
         write_report(*directories)
 
 
@@ -88,8 +92,8 @@ def html_of(directory):
 
 
 def data_of(directory):
-    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html_of(directory), re.S)
-    return json.loads(text)["studies"][0]
+    (text,) = re.findall(r'<script type="text/plain" id="data">(.*?)</script>', html_of(directory), re.S)
+    return json.loads(zlib.decompress(base64.b64decode(text)))["studies"][0]
 
 
 def shown(text):
@@ -105,18 +109,14 @@ def test_every_number_on_the_page_is_that_of_the_studys_files(study):
     told = json.loads((study / "study.json").read_text())
     with open(study / "results.csv", newline="") as file:
         results = list(csv.DictReader(file))
-    data, cells = data_of(study), Tables(html_of(study)).found
-    assert data["told"] == told
-    for mine, theirs in zip(data["rows"], results, strict=True):
-        for key, text in theirs.items():
-            assert str("" if mine[key] is None else mine[key]) == text or mine[key] == float(text), key
+    cells = Tables(html_of(study)).found
     for row, theirs in zip(cells["runs"][1:], results, strict=True):
         for (text, value), there in zip(row, theirs.values(), strict=True):
             assert value == there or float(value) == float(there)
             if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", text) and "." in there:
                 assert float(text) == pytest.approx(float(there), abs=0.5 if "." not in text else 0.006, rel=0.01)
             else:
-                assert text in (there, "–")
+                assert text in (there, "-")
     for row, (arm, facts) in zip(cells["variants"][1:], told["variants"].items(), strict=True):
         frontier = facts["frontier"]
         assert row[0][0] == arm
@@ -130,48 +130,77 @@ def test_every_number_on_the_page_is_that_of_the_studys_files(study):
             for end in ("low", "high"):
                 number = ends[end]
                 assert number is None or two_digits(number) in map(float, re.findall(r"[\d.]+(?:e-?\d+)?", text))
-        assert [row[place][1] for place in (14, 15, 18)] == [
+        assert [row[place][1] for place in (14, 15, 17)] == [
             str(facts["best_final_loss"]["value"]), str(facts["best_lr"]), str(facts["lr_sensitivity"]["value"])
         ]  # fmt: skip
 
 
-def test_the_map_counts_what_the_study_counts(study):
-    told = data_of(study)["told"]["variants"]
+def test_the_charts_have_the_numbers_of_the_studys_files(study):
+    """The page draws this data; `test_charts` compares the charts themselves to the files."""
+    charts = data_of(study)["charts"]
     with open(study / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    for arm, facts in told.items():
-        for place in facts["runs"]:
-            own = [row for row in rows if row["arm"] == arm and float(row["lr"]) == place["lr"]]
-            assert len(own) == place["runs"]
-            assert sum(row["verdict"] == "diverged" for row in own) == place["diverged"]
+    for arm, facts in json.loads((study / "study.json").read_text())["variants"].items():
+        squares = next(marks for marks in charts["divergence_map"]["panels"][0]["marks"] if marks["arm"] == arm)
+        for rate, text, point in zip(squares["x"], squares["text"], facts["runs"], strict=True):
+            assert (rate, text) == (point["lr"], f"{point['diverged']}/{point['runs']}")
+            own = [row["verdict"] for row in rows if row["arm"] == arm and float(row["lr"]) == rate]
+            assert (len(own), own.count("diverged")) == (point["runs"], point["diverged"])
+    hovers = [text for marks in charts["loss_by_lr"]["panels"][0]["marks"] for text in marks.get("hover", [])]
+    assert sorted(text.rpartition(" ")[2] for text in hovers) == sorted(row["final_loss"] for row in rows)
+
+
+def test_statistics_to_choose_from_are_those_of_the_table_of_metrics(study, monkeypatch):
+    recorded = {key for run in data_of(study)["runs"].values() for key in run["series"]}
+    options = dict(re.findall(r'<option value="([^"]*/[^"]*)">([^<]*)</option>', unescape(html_of(study))))
+    assert options == {key: metric.label for key, metric in METRICS.items() if recorded & set(metric.keys)}
+    assert {"norm/out/{site}", "attn/entropy", "grad/norm"} < set(options)
+    monkeypatch.setitem(METRICS, "norm/skew/{site}", Metric("norm/skew/{site}", "skew", "1", OUTPUT, "", "mean", "…"))
+    record = next(study.glob("runs/*/metrics.jsonl"))
+    text = record.read_text()
+    record.write_text(text.replace('"norm/out/', '"norm/skew/'))
+    report_page(study)
+    record.write_text(text)
+    assert '<option value="norm/skew/{site}">skew</option>' in html_of(study)
+    monkeypatch.undo()
+    report_page(study)
 
 
 def test_text_of_records_is_escaped_and_a_cut_record_is_noted(evil):
     html = html_of(evil)
     assert EVIL not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
-    assert EVIL in data_of(evil)["looks"]
+    assert EVIL in data_of(evil)["charts"]["divergence_map"]["panels"][0]["y"]["bands"]
     assert "is incomplete; it was left out." in html
 
 
-def test_a_page_names_no_other_place(study):
+def test_a_page_names_no_other_place_and_runs_only_its_own_scripts(study):
     html = html_of(study)
-    without_plotly = re.sub(r"<script>/\*.*?</script>", "", html, flags=re.S)
-    assert not re.search(r"""(src|href)=["'](?!data:,)""", without_plotly.split("<script>")[0])
-    assert "default-src 'none'" in html
+    assert not re.search(r"""(src|href)=["'](?!data:,)""", html.split("<script>")[0])
+    assert re.search(r"default-src 'none'; script-src 'sha256-[^']+' 'sha256-[^']+'; style-src", unescape(html))
+    assert len(html) < 3_000_000
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    browser = Browser(CHROMIUM, tmp_path_factory.mktemp("home"))
+    yield browser
+    browser.close()
 
 
 @pytest.fixture
-def browser(tmp_path):
-    opened = []
+def browser(chromium):
+    """Opens a page, of one window size and color scheme, in the browser that all tests share."""
 
-    def start(**options):
-        opened.append(Browser(CHROMIUM, tmp_path / f"home{len(opened)}", **options))
-        return opened[-1]
+    def start(directory, width=1280, dark=False, before=None):
+        chromium.requests, chromium.errors = [], []
+        chromium.shape(width, 900, dark)
+        chromium.open(directory / "report" / "index.html")
+        ready = "document.documentElement.dataset.ready ? done() : setTimeout(wait, 20)"
+        chromium.ask(f"new Promise(done => {{ const wait = () => {ready}; wait(); }})")
+        return chromium
 
-    yield start
-    for one in opened:
-        one.close()
+    return start
 
 
 def plotted(page, name):
@@ -194,8 +223,7 @@ class TestInChromium:
     pytestmark = browsed
 
     def test_what_a_reader_clicks(self, study, browser, width, dark):
-        page = browser(width=width, dark=dark)
-        page.open(study / "report" / "index.html")
+        page = browser(study, width, dark)
         assert "diverged" in plotted(page, "loss_by_lr")
         assert any(name.startswith("baseline") for name in plotted(page, "loss_by_lr"))
         page.click("[data-variant=baseline]")
@@ -211,8 +239,8 @@ class TestInChromium:
         page.click("[data-table=runs] th:nth-child(20) button")
         assert page.ask(column) == sorted(before, key=float, reverse=True)
 
-        run = page.ask("document.querySelector('[data-choose]').dataset.choose")
-        page.click("[data-choose]")
+        run = page.ask("document.querySelector('[data-inspect]').dataset.inspect")
+        page.click("[data-inspect]")
         assert page.ask("['left', 'right'].map(side => document.querySelector(`[data-control=${side}]`).value)").count(
             run
         )
@@ -222,9 +250,10 @@ class TestInChromium:
         assert set(plotted(page, "inside")) == {"layer 1"}
         page.choose("[data-control=site]", "fc2")
         assert "fc2" in page.ask("document.querySelector('[data-plot=inside]').layout.yaxis.title.text")
-        trace = data_of(study)["traces"][page.ask("document.querySelector('[data-control=left]').value")]
-        curve = page.ask("document.querySelector('[data-plot=inside]').data[0].y")
-        assert curve == trace["curves"]["norm/out/fc2"]["v"][1]
+        run = data_of(study)["runs"][page.ask("document.querySelector('[data-control=left]').value")]
+        assert (
+            page.ask("document.querySelector('[data-plot=inside]').data[0].y") == run["series"]["norm/out/fc2"]["v"][1]
+        )
 
         page.ask("document.querySelector('[data-panel=inside]').focus()")
         page.press("ArrowRight")
@@ -248,8 +277,7 @@ class TestInChromium:
         clean(page, study)
 
     def test_no_panel_is_wider_than_the_window(self, study, browser, width, dark):
-        page = browser(width=width, dark=dark)
-        page.open(study / "report" / "index.html")
+        page = browser(study, width, dark)
         for place in range(6):
             page.click("[role=tab]", place)
             assert page.ask("document.documentElement.scrollWidth - innerWidth") <= 0
@@ -257,8 +285,7 @@ class TestInChromium:
         clean(page, study)
 
     def test_on_paper_all_is_light_and_as_wide_as_a_sheet(self, study, browser, width, dark):
-        page = browser(width=width, dark=dark)
-        page.open(study / "report" / "index.html")
+        page = browser(study, width, dark)
         look = (
             "[[...document.querySelectorAll('[data-plot]')].map(plot => plot._fullLayout ? plot._fullLayout.width : 0),"
             "getComputedStyle(document.body).backgroundColor]"
@@ -273,12 +300,10 @@ class TestInChromium:
         assert page.ask(look)[1] == before[1]
 
     def test_an_attack_is_only_text(self, evil, browser, width, dark):
-        page = browser(width=width, dark=dark)
-        page.ask("window.alert = () => console.error('it ran')")
-        page.open(evil / "report" / "index.html")
+        page = browser(evil, width, dark)
         for place in range(6):
             page.click("[role=tab]", place)
-        assert page.ask("[...document.querySelectorAll('.answers li strong')].map(e => e.textContent)") == [
+        assert page.ask("[...document.querySelectorAll('.results li strong')].map(e => e.textContent)") == [
             "baseline",
             EVIL,
         ]
@@ -287,15 +312,13 @@ class TestInChromium:
 
 
 @pytest.mark.parametrize("kind", ["empty", "one", "lost", "alone"])
-class TestWhatIsMissing:
+class TestMissingRuns:
     pytestmark = browsed
 
-    def test_a_page_says_it_and_complains_of_nothing(self, tmp_path, browser, kind):
-        options = {"empty": {"skip": 12}, "one": {"skip": 11}, "lost": {"edges": {"baseline": 0.0, "qk_norm": 0.0}}}
-        a_study(tmp_path / "study", **options.get(kind, {"seeds": 1}))
-        reported(tmp_path / "study")
-        page = browser()
-        page.open(tmp_path / "study" / "report" / "index.html")
+    def test_a_page_states_what_is_missing(self, missing_runs, tmp_path, browser, kind):
+        shutil.copytree(missing_runs[kind], tmp_path / "study")
+        report_page(tmp_path / "study")
+        page = browser(tmp_path / "study")
         assert page.ask("document.querySelector('.state').textContent")
         for place in range(6):
             page.click("[role=tab]", place)
@@ -303,11 +326,31 @@ class TestWhatIsMissing:
         clean(page, tmp_path / "study")
 
 
+class TestHiding:
+    pytestmark = browsed
+
+    def test_a_hidden_variant_leaves_no_gap_in_the_map(self, study, browser):
+        page = browser(study)
+        ticks = "document.querySelector('[data-plot=divergence_map]').layout.yaxis"
+        assert page.ask(f"[{ticks}.ticktext, {ticks}.tickvals, {ticks}.range]") == [
+            ["baseline", "qk_norm"],
+            [0, -1],
+            [-1.5, 0.5],
+        ]
+        page.click("[data-variant=baseline]")
+        assert page.ask(f"[{ticks}.ticktext, {ticks}.tickvals, {ticks}.range]") == [["qk_norm"], [0], [-0.5, 0.5]]
+        heights = page.ask("document.querySelector('[data-plot=divergence_map]').data.flatMap(t => t.y)")
+        assert all(height is None or -0.5 < height < 0.5 for height in heights)
+        page.click("[data-variant=qk_norm]")
+        assert "No data" in page.ask("document.querySelector('[data-plot=divergence_map]').textContent")
+        clean(page, study)
+
+
 def test_a_run_and_two_of_them(study, tmp_path):
     runs = sorted(os.listdir(study / "runs"))[:2]
     for run in runs:
         shutil.copytree(study / "runs" / run, tmp_path / run)
-    reported(tmp_path / runs[0])
+    report_page(tmp_path / runs[0])
     assert "Training curves" in html_of(tmp_path / runs[0])
-    reported(*(tmp_path / run for run in runs))
+    report_page(*(tmp_path / run for run in runs))
     assert "Side by side" in (tmp_path / runs[0] / f"report-beside-{runs[1]}" / "index.html").read_text()

@@ -17,7 +17,7 @@ from made import a_study
 from studies import ENDLESS, a_plan, sweep_here, wait_for
 
 from stabrun.cli.status import status
-from stabrun.report.source import opened
+from stabrun.report.study_data import read as read_study_data
 from stabrun.study.ledger import Ledger
 
 WORDS = (*TINY, "study.variants=[baseline,qk_norm]", "study.lrs=[1e-2,1e-1]", "study.seeds=2")
@@ -205,7 +205,7 @@ def test_only_planned_cells_count(tmp_path, capsys):
     copy = tmp_path / "study" / "runs" / "by_hand"
     shutil.copytree(tmp_path / "study" / "runs" / next(iter(plan.cells)), copy)
     assert facts(tmp_path / "study")["counts"]["done"] == 2
-    assert len(opened(tmp_path / "study").rows) == 2
+    assert len(read_study_data(tmp_path / "study").rows) == 2
     judged = json.loads(run(capsys, "judge", tmp_path / "study", "--json")[1])
     assert [Path(verdict["path"]).name for verdict in judged] == list(plan.cells)
 

@@ -1,4 +1,4 @@
-"""The commands that make a study or a run, and its report, again: worked out from the recorded configurations."""
+"""The commands that repeat a study or a run and its report, derived from the recorded configurations."""
 
 import json
 import shlex
@@ -7,39 +7,39 @@ from typing import Any
 
 from stabrun.composition import compose
 from stabrun.config import RESULT, keys, value_of
-from stabrun.report.source import RUN, Source
+from stabrun.report.study_data import RUN, StudyData
 from stabrun.study.plan import FRONTIER
 
-OWN = "optim.lr", "seed", "variant", "run_dir", "study_dir", "tracker.group", "tracker.run_name"
+SET_BY_STUDY = "optim.lr", "seed", "variant", "run_dir", "study_dir", "tracker.group", "tracker.run_name"
 
 
-def commands(source: Source) -> Iterator[str]:
-    """A command a line."""
-    place = shlex.quote(str(source.directory))
-    if source.strategy == RUN:
-        yield f"stabrun rerun {place}"
+def commands(study: StudyData) -> Iterator[str]:
+    """One command per line."""
+    directory = shlex.quote(str(study.directory))
+    if study.strategy == RUN:
+        yield f"stabrun rerun {directory}"
     else:
-        yield shlex.join(["stabrun", "sweep", *overrides(source)])
-    yield f"stabrun report {place}"
+        yield shlex.join(["stabrun", "sweep", *overrides(study)])
+    yield f"stabrun report {directory}"
 
 
-def overrides(source: Source) -> list[str]:
-    """Overrides that ask a study's question again: what its arms have in common, and what it varies."""
-    assert source.plan is not None
-    arms, usual = list(source.arms.values()), compose()
+def overrides(study: StudyData) -> list[str]:
+    """Overrides that plan the same study: what its arms have in common, and what it varies."""
+    assert study.plan is not None
+    arms, default = list(study.arms.values()), compose()
     words = []
     for key in keys():
-        if key.path in OWN or key.path.startswith("study."):
+        if key.path in SET_BY_STUDY or key.path.startswith("study."):
             continue
         values = [value_of(config, key.path) for config in arms]
         if all(value == values[0] for value in values):
-            wanted = key.mark == RESULT and values[0] != value_of(usual, key.path)
-            words += [f"{key.path}={written(values[0])}"] * wanted
-        elif varies_within(source, key.path):
-            words.append(f"{key.path}={','.join(dict.fromkeys(map(written, values)))}")
+            if key.mark == RESULT and values[0] != value_of(default, key.path):
+                words.append(f"{key.path}={hydra_text(values[0])}")
+        elif varies_within_variant(study, key.path):
+            words.append(f"{key.path}={','.join(dict.fromkeys(map(hydra_text, values)))}")
     variants = dict.fromkeys(config.variant for config in arms)
-    words += [f"study.name={written(source.name)}", f"study.variants=[{','.join(map(quoted, variants))}]"]
-    plan = source.plan
+    words += [f"study.name={hydra_text(study.name)}", f"study.variants=[{','.join(map(quoted, variants))}]"]
+    plan = study.plan
     if plan.strategy == FRONTIER:
         words += [f"study.strategy={FRONTIER}", f"study.lr_range={json.dumps(plan.lr_range, separators=(',', ':'))}"]
         words += [f"study.width={plan.width}", f"study.max_runs={plan.max_runs}", f"seed={plan.seeds[0]}"]
@@ -49,20 +49,19 @@ def overrides(source: Source) -> list[str]:
     return [*words, f"study.lrs=[{','.join(map(str, rates))}]", f"seed={','.join(map(str, seeds))}"]
 
 
-def varies_within(source: Source, path: str) -> bool:
-    """Whether arms of one variant differ in this key: then it is a further axis, and no part of the variant."""
-    seen: dict[str, Any] = {}
+def varies_within_variant(study: StudyData, path: str) -> bool:
+    """Whether arms of one variant differ in this key: it is a further axis then, and not part of the variant."""
+    first: dict[str, Any] = {}
     return any(
-        seen.setdefault(config.variant, value_of(config, path)) != value_of(config, path)
-        for config in source.arms.values()
+        first.setdefault(config.variant, value_of(config, path)) != value_of(config, path)
+        for config in study.arms.values()
     )
 
 
-def written(value: Any) -> str:
+def hydra_text(value: Any) -> str:
     """A value in Hydra's syntax."""
     return quoted(value) if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def quoted(word: str) -> str:
-    plainly = word.replace("_", "").replace("+", "").replace("-", "").replace("/", "").replace(".", "").isalnum()
-    return word if plainly else json.dumps(word)
+    return word if word.translate(dict.fromkeys(map(ord, "_+-/."))).isalnum() else json.dumps(word)

@@ -3,105 +3,100 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from stabrun.config import UserError
-from stabrun.report import figures, sentences, tables
+from stabrun.report import charts, figures, sentences, tables
 from stabrun.report.page import Part, page
-from stabrun.report.paper import beside_paper
-from stabrun.report.run_curves import Trace, trace
-from stabrun.report.selection import chosen, pair
-from stabrun.report.source import RUN, Source, opened
+from stabrun.report.paper import paper_comparison
+from stabrun.report.run_curves import read_curves
+from stabrun.report.selection import selected, sides
+from stabrun.report.study_data import RUN, StudyData, read
 
-MOST_NOTES = 5  # in the terminal
+PACKAGES = "jinja2", "matplotlib", "plotly"
+MAX_NOTES = 5  # printed; the page has all
 
 
 def write_report(directory: Path, other: Path | None = None) -> None:
-    """Write the report of a study or a run, or of two of them side by side, and print its main results."""
-    refuse_without_packages()
-    sources = [opened(path) for path in (directory, other) if path is not None]
-    place = directory / ("report" if other is None else f"report-beside-{other.resolve().name}")
-    with whole(place) as folder:
-        write(sources, folder)
-    for source in sources:
-        tell(source, len(sources) > 1)
-    print(f"report: {place / 'index.html'}")
+    """Write the report of a study or a run, compared to another one if named, and print the results and its path.
+
+    Raises UserError if a directory holds neither, or the packages of the extra `report` are missing.
+    """
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise UserError(f"report: not installed: {', '.join(missing)}. Install them: pip install 'stabrun[report]'.")
+    studies = [read(path) for path in (directory, other) if path]
+    target = directory / (f"report-beside-{other.resolve().name}" if other else "report")
+    with replacing(target) as scratch:
+        write_files(studies, scratch)
+    for study in studies:
+        print_results(study, len(studies) > 1)
+    print(f"report: {target / 'index.html'}")
 
 
-def refuse_without_packages() -> None:
-    """UserError where the extra is not installed: neither package is needed for anything else."""
-    if any(find_spec(name) is None for name in ("matplotlib", "plotly")):
-        raise UserError("report: it needs matplotlib and plotly: pip install 'stabrun[report]'.")
-
-
-def tell(source: Source, named: bool) -> None:
+def print_results(study: StudyData, named: bool) -> None:
     if named:
-        print(f"{source.name} ({source.directory})")
-    for line in sentences.state(source):
+        print(f"{study.name} ({study.directory})")
+    for line in sentences.state(study):
         print(line)
-    for arm, line in sentences.answers(source):
+    for arm, line in sentences.results(study):
         print(f"{arm}: {line}")
-    for note in source.notes[:MOST_NOTES]:
+    for note in study.notes[:MAX_NOTES]:
         print(f"note: {note}")
-    if len(source.notes) > MOST_NOTES:
-        print(f"note: {len(source.notes) - MOST_NOTES} more; they stand on the page.")
+    if len(study.notes) > MAX_NOTES:
+        print(f"note: {len(study.notes) - MAX_NOTES} more, listed in the report.")
 
 
-def write(sources: list[Source], folder: Path) -> None:
-    """All files of a report; those of the second of two go into folders of their own."""
-    parts: list[Part] = []
-    for place, source in enumerate(sources):
-        traces = {row["run_id"]: trace(source, row["run_id"]) for row in chosen(source.rows)}
-        parts.append((source, traces, tables_of(source, traces)))
-        own = folder if len(sources) == 1 else folder / "ab"[place]
-        write_tables(parts[-1][2], own / "tables")
-        write_figures(figures.figures(source, traces), own / "figures")
-    compared = compare(sources) if len(sources) > 1 else []
-    write_tables(compared, folder / "tables")
-    (folder / "index.html").write_text(page(parts, compared))
+def write_files(studies: list[StudyData], directory: Path) -> None:
+    """All files of a report; two studies have a directory each, `a` and `b`."""
+    parts = [part_of(study) for study in studies]
+    for letter, part in zip("ab", parts, strict=False):
+        own = directory if len(parts) == 1 else directory / letter
+        write_tables(part.tables, own / "tables")
+        write_figures(part.charts, own / "figures")
+    titles = {f"{letter.upper()}: {study.name}": study for letter, study in zip("ab", studies, strict=False)}
+    comparisons = [tables.comparison(titles)] if len(studies) > 1 else []
+    write_tables(comparisons, directory / "tables")
+    (directory / "index.html").write_text(page(parts, comparisons))
 
 
-def write_tables(written: list[tables.Table], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def part_of(study: StudyData) -> Part:
+    """The curves, tables and charts of a study or a run."""
+    curves = {row["run_id"]: read_curves(study, row["run_id"]) for row in selected(study.rows)}
+    pair = [row for row in sides(study.rows) if row["run_id"] in curves]
+    is_study = study.strategy != RUN
+    found = [tables.variants(study), paper_comparison(study)] if is_study else []
+    found += [tables.leads(study), tables.norm_ratios(pair, curves), tables.runs(study)]
+    drawn = charts.study_charts(study) if is_study else []
+    drawn += charts.run_charts(study, pair, curves)
+    return Part(study, curves, [table for table in found if table], drawn)
+
+
+def write_tables(written: list[tables.Table], directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
     for name, text in tables.files(written):
-        (folder / name).write_text(text)
+        (directory / name).write_text(text)
 
 
-def write_figures(drawn: Iterable[tuple[str, figures.Figure]], folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for name, figure in drawn:
-        for kind in figures.METADATA:
-            (folder / f"{name}.{kind}").write_bytes(figures.written(figure, kind))
-
-
-def tables_of(source: Source, traces: dict[str, Trace]) -> list[tables.Table]:
-    """The tables that a source has; a single run has no variants to compare."""
-    sides = [row for row in pair(source.rows) if row]
-    found = [tables.leads(source), tables.ratios(sides, traces), tables.runs(source)]
-    if source.strategy != RUN:
-        found = [tables.variants(source), beside_paper(source), *found]
-    return [table for table in found if table is not None]
-
-
-def compare(sources: list[Source]) -> list[tables.Table]:
-    """The table that sets two sources side by side: by variant two studies, by fact two runs."""
-    return [tables.by_study({f"{'AB'[place]}: {source.name}": source for place, source in enumerate(sources)})]
+def write_figures(drawn: list[charts.Chart], directory: Path) -> None:
+    directory.mkdir(parents=True)
+    for name, content in figures.files(drawn):
+        (directory / name).write_bytes(content)
 
 
 @contextmanager
-def whole(place: Path) -> Iterator[Path]:
-    """A new folder that takes this place when all is in it; where something fails, what was there stays."""
-    scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+def replacing(target: Path) -> Iterator[Path]:
+    """A new directory that replaces `target` when the block ends; if it fails, `target` stays."""
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     old = scratch.with_name(f"{scratch.name}.old")
     try:
         scratch.chmod(0o755)
         yield scratch
-        if place.exists():
-            os.rename(place, old)
-        os.rename(scratch, place)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

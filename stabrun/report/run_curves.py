@@ -1,4 +1,4 @@
-"""A run's `metrics.jsonl` as curves of bounded length, whatever the length of the run."""
+"""The rows of a run as curves of bounded length, however long the run is."""
 
 import math
 from collections.abc import Iterable
@@ -6,16 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stabrun.record.jsonl import number
+from stabrun.record.metrics import METRICS, SCALAR
 from stabrun.record.schema import Row
-from stabrun.report.source import Source, read_rows
+from stabrun.report.study_data import StudyData, read_rows
 
-POINTS = 400  # of a curve of single numbers, at most; a page and a figure show no more
-LAYERED = 120  # of a curve that has a line a layer
-KEYS = "train/lr", "grad/norm", "grad/clipped", "val/loss", "scale/loss_scale"
+MAX_POINTS = 400  # of a curve of single numbers
+MAX_LAYER_POINTS = 120  # of a curve with a line per layer
+SCALARS = {key for key, metric in METRICS.items() if metric.shape == SCALAR} - {"step", "tokens", "train/loss"}
 
 
-class Curve:
-    """Steps and values of one key, thinned to every second, fourth, … observation; the last one is always there."""
+class Series:
+    """Steps and values of one key, thinned to every second, fourth, … observation; the last one is always kept."""
 
     def __init__(self, most: int) -> None:
         self.most, self.stride, self.seen = most, 1, 0
@@ -23,7 +24,10 @@ class Curve:
         self._last: tuple[int, list[float]] | None = None
 
     def add(self, step: int, value: Any) -> None:
+        """Take an observation; one of another number of layers than the first is ignored."""
         values = [number(item) for item in value] if isinstance(value, list) else [number(value)]
+        if self._values and len(values) != len(self._values[0]):
+            return
         self._last = step, values
         if self.seen % self.stride == 0:
             if len(self._steps) >= self.most:
@@ -53,45 +57,54 @@ class Curve:
 
 
 @dataclass
-class Trace:
-    """`loss` keeps the lowest and the highest value of each stretch, so that no spike is lost; `curves` are by key."""
+class RunCurves:
+    """`loss` keeps the lowest and the highest value of each stretch, so that no spike is lost; `series` is by key."""
 
     loss: list[tuple[int, float]] = field(default_factory=list)
-    curves: dict[str, Curve] = field(default_factory=dict)
+    series: dict[str, Series] = field(default_factory=dict)
     restarts: list[int] = field(default_factory=list)
 
 
-def trace(source: Source, run: str) -> Trace:
-    """The curves of a run; what could not be read is noted in `source.notes`."""
-    found = traced(read_rows(source.run(run), source.notes))
-    found.restarts = source.run(run).restarts()
-    return found
+Curves = dict[str, RunCurves]
 
 
-def traced(rows: Iterable[Row]) -> Trace:
-    found = Trace()
+def read_curves(study: StudyData, run_id: str) -> RunCurves:
+    """The curves of a run. What cannot be read is noted in `study.notes`."""
+    run = study.run(run_id)
+    curves = curves_of(read_rows(run, study.notes))
+    curves.restarts = run.restarts()
+    return curves
+
+
+def curves_of(rows: Iterable[Row]) -> RunCurves:
+    curves = RunCurves()
     steps, losses = list[int](), list[float]()
     for row in rows:
         steps.append(row["step"])
         losses.append(number(row["train/loss"]))
         for key, value in row.items():
-            if key in KEYS or isinstance(value, list):
-                curve = found.curves.get(key)
-                if curve is None:
-                    curve = found.curves[key] = Curve(LAYERED if isinstance(value, list) else POINTS)
-                if not curve.values or len(curve.values[-1]) == (len(value) if isinstance(value, list) else 1):
-                    curve.add(row["step"], value)
-    found.loss = extremes(steps, losses)
-    return found
+            if key in SCALARS or isinstance(value, list):
+                if key not in curves.series:
+                    curves.series[key] = Series(MAX_LAYER_POINTS if isinstance(value, list) else MAX_POINTS)
+                curves.series[key].add(row["step"], value)
+    curves.loss = extremes(steps, losses)
+    return curves
 
 
 def extremes(steps: list[int], losses: list[float]) -> list[tuple[int, float]]:
-    """At most POINTS of the points: of each stretch the lowest and the highest, and what is not finite."""
-    if len(losses) <= POINTS:
+    """About MAX_POINTS of the points: the lowest and the highest of each stretch, and non-finite stretches."""
+    if len(losses) <= MAX_POINTS:
         return list(zip(steps, losses, strict=True))
-    stretch, kept = math.ceil(2 * len(losses) / POINTS), set[int]()
+    stretch, kept = math.ceil(2 * len(losses) / MAX_POINTS), set[int]()
     for start in range(0, len(losses), stretch):
         part = range(start, min(start + stretch, len(losses)))
         finite = [index for index in part if math.isfinite(losses[index])]
         kept |= {min(finite, key=losses.__getitem__), max(finite, key=losses.__getitem__)} if finite else {part[0]}
     return [(steps[index], losses[index]) for index in sorted(kept | {0, len(losses) - 1})]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` places, evenly from the first to the last."""
+    if count <= most:
+        return list(range(count))
+    return [round(place * (count - 1) / (most - 1)) for place in range(most)]

@@ -1,4 +1,4 @@
-"""The report's tables, and how they are written: CSV with every digit, Markdown and LaTeX as people read them."""
+"""The tables of a report: as CSV with every digit, and as Markdown and LaTeX to read."""
 
 import csv
 import io
@@ -9,35 +9,39 @@ from statistics import median
 from typing import Any
 
 from stabrun.record.jsonl import number
-from stabrun.record.metrics import BLOCK_SITES, signals
-from stabrun.report.run_curves import Trace
-from stabrun.report.selection import stable
-from stabrun.report.source import RUN, Row, Source
-from stabrun.study.facts import estimate_text, interval_text
+from stabrun.record.metrics import BY_SITE, EVERY, METRICS, signals
+from stabrun.record.schema import ArmSummary, Row, Summary
+from stabrun.report.run_curves import Curves, spread
+from stabrun.report.selection import is_stable
+from stabrun.report.study_data import RUN, StudyData
+from stabrun.study.facts import FACTS, GRID_FACTS, Fact, estimate_text
 from stabrun.study.results import COLUMNS
-from stabrun.study.summary import BASELINE, QK_NORM
 from stabrun.text import rate_text, run_name
-from stabrun.verdict.judge import CONVERGED, DIVERGED, STANDARD, STRICTNESS
+from stabrun.verdict.judge import CONVERGED, DIVERGED
 
-ENDS = "", "low", "high"  # an interval takes three columns of a CSV
+MISSING = "-"
+RATIO_STEPS = 5
+DIGITS = {"scar": 3, "val_perplexity": 2, "tokens_per_second": 0, "seconds": 0}
+STUDY_COMPARISON = (
+    "runs", "diverged", "lr50", "lr10", "max_stable_lr", "min_diverged_lr", "best_final_loss", "lr_sensitivity"
+)  # fmt: skip
+RUN_COMPARISON = (
+    "lr", "seed", "verdict", "reason", "first_bad_step", "first_bad_site", "final_loss", "val_perplexity"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Column:
-    """`parts` names the columns of the CSV that a column as people read it takes."""
+    """`parts`: suffixes of the columns of the CSV that it takes; an interval takes three."""
 
     key: str
     label: str
     parts: tuple[str, ...] = ("",)
 
-    @property
-    def names(self) -> list[str]:
-        return [f"{self.key}_{part}" if part else self.key for part in self.parts]
-
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell as people read it, and its values with every digit."""
+class TableCell:
+    """The text to read, and the values with every digit, one for each part of the column."""
 
     text: str
     values: tuple[Any, ...]
@@ -45,298 +49,212 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`note` says what must be known to read it."""
-
     name: str
     title: str
     columns: Sequence[Column]
-    rows: list[list[Cell]]
+    rows: list[list[TableCell]]
     note: str = ""
 
 
-def plain(value: Any) -> Cell:
-    """A word, a count, or nothing."""
-    return Cell("" if value is None else str(value), (value,))
+def plain(value: Any) -> TableCell:
+    """A word or a count; empty for None."""
+    return TableCell("" if value is None else str(value), (value,))
 
 
-def rate(value: float | None) -> Cell:
-    return Cell("–" if value is None else rate_text(value), (value,))
+def rate(value: float | None) -> TableCell:
+    return TableCell(MISSING if value is None else rate_text(value), (value,))
 
 
-def decimal(value: Any, digits: int = 3) -> Cell:
+def decimal(value: Any, digits: int = 3) -> TableCell:
     if value is None:
-        return Cell("–", (None,))
-    shown = number(value)
-    return Cell(f"{shown:.{digits}f}" if math.isfinite(shown) else str(value), (value,))
+        return TableCell(MISSING, (None,))
+    return TableCell(f"{number(value):.{digits}f}" if math.isfinite(number(value)) else str(value), (value,))
 
 
-def rates(interval: Row | None) -> Cell:
-    """A learning rate or a ratio with its interval, as `stabrun sweep` prints it."""
-    return Cell(interval_text(interval), three(interval, "median"))
+def significant(value: float | None) -> TableCell:
+    """Three significant digits."""
+    return TableCell(MISSING if value is None else f"{value:.3g}", (value,))
 
 
-def estimate(found: Row | None) -> Cell:
-    return Cell(estimate_text(found), three(found, "value"))
+def fact_column(fact: Fact, suffix: str = "", label: str = "") -> Column:
+    parts = ("", "_low", "_high") if fact.middle else ("",)
+    return Column(f"{fact.key}{suffix}", f"{label}{fact.label}", parts)
 
 
-def three(interval: Row | None, middle: str) -> tuple[Any, ...]:
-    return tuple(interval[end] for end in (middle, "low", "high")) if interval else (None, None, None)
+def fact_cell(fact: Fact, summary: ArmSummary | None) -> TableCell:
+    """A fact about an arm; missing if the study does not have the arm."""
+    if summary is None:
+        return TableCell(MISSING, (None,) * (3 if fact.middle else 1))
+    return TableCell(fact.text(summary), fact.values(summary))
 
 
-def perplexity(loss: Row | None) -> Cell:
-    """exp of a loss and of its interval."""
-    if loss is None:
-        return estimate(None)
-    raised = {end: None if value is None else exp(number(value)) for end, value in loss.items()}
-    return Cell(estimate_text(raised).replace("inf", "∞"), three(raised, "value"))
+def perplexity(summary: ArmSummary) -> Any:
+    """exp of the best loss and of its interval."""
+    loss = summary.get("best_final_loss")
+    return loss and {end: None if value is None else exp(number(value)) for end, value in loss.items()}
 
 
 def exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def frontier(strictness: str, *path: str) -> Callable[[Row], Cell]:
-    """The cell of the interval at this path of an arm's frontier."""
-
-    def cell(told: Row) -> Cell:
-        place = told["frontier"].get(strictness)
-        for name in path:
-            place = place and place.get(name)
-        return rates(place)
-
-    return cell
+PERPLEXITY = Fact("best_perplexity", "perplexity at that LR", perplexity, estimate_text, "value")
 
 
-def total(name: str) -> Callable[[Row], Cell]:
-    return lambda told: plain(sum(place[name] for place in told["runs"]))
-
-
-def of_rule(name: str, strictness: str) -> tuple[Column, Callable[[Row], Cell]]:
-    """The column of lr50 or lr10 at a strictness of the rule."""
-    usual = strictness == STANDARD
-    column = Column(name if usual else f"{name}_{strictness}", name if usual else f"{name}, {strictness}", ENDS)
-    return column, frontier(strictness, name)
-
-
-OF_VARIANT: list[tuple[Column, Callable[[Row], Cell]]] = [
-    (Column("runs", "runs"), total("runs")),
-    (Column("diverged", "diverged"), total("diverged")),
-    (Column("undecided", "undecided"), total("undecided")),
-    *(of_rule(name, level) for name in ("lr50", "lr10") for level in sorted(STRICTNESS, key=STANDARD.__ne__)),
-    (Column("over_baseline", "lr50 / baseline's", ENDS), frontier(STANDARD, "over", BASELINE)),
-    (Column("over_qk_norm", "lr50 / qk_norm's", ENDS), frontier(STANDARD, "over", QK_NORM)),
-    (Column("max_stable_lr", "highest stable"), lambda told: rate(told["max_stable_lr"])),
-    (Column("min_diverged_lr", "lowest diverged"), lambda told: rate(told["min_diverged_lr"])),
-]
-OF_GRID: list[tuple[Column, Callable[[Row], Cell]]] = [
-    (Column("best_final_loss", "lowest loss", ENDS), lambda told: estimate(told.get("best_final_loss"))),
-    (Column("best_lr", "at LR"), lambda told: rate(told.get("best_lr"))),
-    (Column("best_perplexity", "perplexity there", ENDS), lambda told: perplexity(told.get("best_final_loss"))),
-    (Column("gain", "gain over baseline", ENDS), lambda told: estimate(told.get("gain"))),
-    (Column("lr_sensitivity", "LR sensitivity", ENDS), lambda told: estimate(told.get("lr_sensitivity"))),
-]
-
-
-def variants(source: Source) -> Table:
-    """A row an arm: what `study.json` says, and the lowest validation perplexity of its stable runs."""
-    kinds = OF_VARIANT + (OF_GRID if any("best_lr" in told for told in source.variants.values()) else [])
-    columns = [Column("variant", "variant"), *(column for column, _ in kinds)]
+def variants(study: StudyData) -> Table:
+    """One row per arm: its part of `study.json`, and the lowest validation perplexity of its stable runs."""
+    in_grid = any("best_lr" in summary for summary in study.arm_summaries.values())
+    facts = [*FACTS, *((*GRID_FACTS, PERPLEXITY) if in_grid else ())]
+    columns = [Column("variant", "variant"), *map(fact_column, facts)]
     columns.append(Column("val_perplexity", "lowest validation perplexity"))
     rows = [
-        [plain(arm), *(cell(told) for _, cell in kinds), decimal(lowest_perplexity(source.rows, arm), 2)]
-        for arm, told in source.variants.items()
+        [plain(arm), *(fact_cell(fact, summary) for fact in facts), decimal(lowest_perplexity(study.rows, arm), 2)]
+        for arm, summary in study.arm_summaries.items()
     ]
     note = (
-        "Intervals are 95 %. lr50: half of the seeds diverge; lr10: a tenth. lenient and strict: the same runs judged "
-        "by the two other strictnesses of the rule. Losses in nats a token, training; perplexity is exp(loss)."
+        "Intervals: 95 %. lr50, lr10: learning rates at which half, a tenth of the seeds diverge. lenient, strict: the "
+        "same runs judged by other strictnesses of the rule. Losses: training, in nats/token; perplexity: exp(loss)."
     )
     return Table("variants", "By variant", columns, rows, note)
 
 
 def lowest_perplexity(rows: list[Row], arm: str) -> float | None:
-    seen = [row["val_perplexity"] for row in rows if row["arm"] == arm and stable(row)]
-    return min((value for value in seen if isinstance(value, (int, float))), default=None)
+    values = [row["val_perplexity"] for row in rows if row["arm"] == arm and is_stable(row)]
+    return min((value for value in values if isinstance(value, (int, float))), default=None)
 
 
-DIGITS = {"scar": 3, "val_perplexity": 2, "tokens_per_second": 0, "seconds": 0}
+def runs(study: StudyData) -> Table:
+    """One row per run: the content of `results.csv`."""
+    columns = [Column(column, column.replace("_", " ")) for column in COLUMNS]
+    rows = [[result_cell(column, row.get(column)) for column in COLUMNS] for row in study.rows]
+    return Table("runs", "By run", columns, rows, "The rows of results.csv, rounded. The CSV has every digit.")
 
 
-def runs(source: Source) -> Table:
-    """A row a run: what `results.csv` holds."""
-    return Table(
-        "runs",
-        "By run",
-        [Column(column, column.replace("_", " ")) for column in COLUMNS],
-        [[result_cell(column, row.get(column)) for column in COLUMNS] for row in source.rows],
-        "The rows of results.csv, rounded; its CSV has every digit.",
-    )
-
-
-def result_cell(column: str, value: Any) -> Cell:
+def result_cell(column: str, value: Any) -> TableCell:
     if column == "lr":
         return rate(value)
     return decimal(value, DIGITS.get(column, 3)) if isinstance(value, float) else plain(value)
 
 
-def leads(source: Source) -> Table:
-    """A row a signal: its lead over the loss in diverged runs, and how often it gave an alarm in converged ones."""
-    lost = [source.summary(row["run_id"]) for row in source.rows if row["verdict"] == DIVERGED]
-    held = [source.summary(row["run_id"]) for row in source.rows if row["verdict"] == CONVERGED]
+def leads(study: StudyData) -> Table:
+    """One row per signal: its lead over the loss in diverged runs, and its false alarms in converged runs."""
+    diverged, converged = (
+        [study.run_summary(row["run_id"]) for row in study.rows if row["verdict"] == verdict]
+        for verdict in (DIVERGED, CONVERGED)
+    )
     rows = []
     for signal in signals():
-        false = sum(signal in summary.get("signals", {}) for summary in held)
-        found = [lead for lead in (lead_of(summary, signal) for summary in lost) if lead is not None]
-        ends = [min(found), median(found), max(found)] if found else [None] * 3
-        counts = [len(found), sum(lead > 0 for lead in found)]
-        rows.append([whole_number(value) for value in (signal.replace("_", " "), *counts, *ends, false)])
+        steps = [steps for summary in diverged if (steps := lead(summary, signal)) is not None]
+        ends = [min(steps), median(steps), max(steps)] if steps else [None] * 3
+        false_alarms = sum(signal in summary.get("signals", {}) for summary in converged)
+        values = [signal.replace("_", " "), len(steps), sum(step > 0 for step in steps), *ends, false_alarms]
+        rows.append([plain(f"{value:g}" if isinstance(value, float) else value) for value in values])
     columns = [
         Column("signal", "signal"),
-        Column("alarms", f"alarms in {len(lost)} diverged runs"),
-        Column("before", "of these before the loss"),
-        Column("lead_lowest", "lowest lead, steps"),
-        Column("lead_median", "median lead, steps"),
-        Column("lead_highest", "highest lead, steps"),
-        Column("false_alarms", f"false alarms in {len(held)} converged runs"),
+        Column("alarms", f"alarms in {len(diverged)} diverged runs"),
+        Column("before", "alarms before the loss"),
+        Column("lead_lowest", "lowest lead (steps)"),
+        Column("lead_median", "median lead (steps)"),
+        Column("lead_highest", "highest lead (steps)"),
+        Column("false_alarms", f"false alarms in {len(converged)} converged runs"),
     ]
-    note = "The lead counts steps from a signal's first alarm to the loss's: below 0 the loss was first."
-    return Table("leads", "Which signal broke away before the loss", columns, rows, note)
+    note = "Lead: steps from the first alarm of a signal to that of the loss; below 0 the loss was first."
+    return Table("leads", "Lead of each signal over the loss", columns, rows, note)
 
 
-def by_study(sources: dict[str, Source]) -> Table:
-    """A row an arm: lr50, bracket and lowest loss of each study, or the verdict of each run, side by side."""
-    arms = list(dict.fromkeys(arm for source in sources.values() for arm in source.arms))
+def lead(summary: Summary, signal: str) -> int | None:
+    """Steps from the first alarm of a signal to that of the loss; None if there was no alarm."""
+    found = summary.get("signals", {}).get(signal)
+    return found.get("lead") if isinstance(found, dict) else None
+
+
+def comparison(studies: dict[str, StudyData]) -> Table:
+    """Two studies or runs side by side, one row per arm. `studies` is by title."""
+    arms = list(dict.fromkeys(arm for study in studies.values() for arm in study.arms))
     columns, rows = [Column("variant", "variant")], [[plain(arm)] for arm in arms]
-    for letter, (label, source) in zip("ab", sources.items(), strict=True):
-        kinds = [kind for kind in OF_VARIANT + OF_GRID if kind[0].key in SIDE_BY_SIDE] if source.strategy != RUN else []
-        columns += [Column(f"{column.key}_{letter}", f"{label}, {column.label}", column.parts) for column, _ in kinds]
+    facts = [fact for fact in (*FACTS, *GRID_FACTS) if fact.key in STUDY_COMPARISON]
+    for letter, (title, study) in zip("ab", studies.items(), strict=True):
+        if study.strategy == RUN:
+            columns += [Column(f"{key}_{letter}", f"{title}, {key.replace('_', ' ')}") for key in RUN_COMPARISON]
+        else:
+            columns += [fact_column(fact, f"_{letter}", f"{title}, ") for fact in facts]
         for arm, row in zip(arms, rows, strict=True):
-            told = source.variants.get(arm)
-            row += [cell(told) if told else Cell("–", (None,) * len(column.parts)) for column, cell in kinds]
-        if source.strategy == RUN:
-            facts = (
-                "lr",
-                "seed",
-                "verdict",
-                "reason",
-                "first_bad_step",
-                "first_bad_site",
-                "final_loss",
-                "val_perplexity",
-            )
-            columns += [Column(f"{key}_{letter}", f"{label}, {key.replace('_', ' ')}") for key in facts]
-            for arm, row in zip(arms, rows, strict=True):
-                own = source.rows[0] if arm in source.arms else {}
-                row += [result_cell(key, own[key]) if own else plain(None) for key in facts]
+            if study.strategy == RUN:
+                run = study.rows[0] if arm in study.arms else {}
+                row += [result_cell(key, run.get(key)) for key in RUN_COMPARISON]
+            else:
+                row += [fact_cell(fact, study.arm_summaries.get(arm)) for fact in facts]
     return Table("side_by_side", "By variant, side by side", columns, rows)
 
 
-SIDE_BY_SIDE = (
-    "runs",
-    "diverged",
-    "lr50",
-    "lr10",
-    "max_stable_lr",
-    "min_diverged_lr",
-    "best_final_loss",
-    "lr_sensitivity",
-)
-RATIO_STEPS = 5
-
-
-def ratios(sides: list[Row], traces: dict[str, Trace]) -> Table | None:
-    """How many times the stable run's norms the diverged run's are, by site and layer at a few common steps."""
-    if len(sides) < 2 or any(row["run_id"] not in traces for row in sides):
+def norm_ratios(sides: list[Row], curves: Curves) -> Table | None:
+    """Norms of a diverged run divided by those of a stable run, by site and layer, at a few common steps."""
+    if len(sides) < 2 or any(row["run_id"] not in curves for row in sides):
         return None
-    held, lost = (traces[row["run_id"]].curves for row in sides)
-    names = [f"norm/{kind}/{site}" for kind in ("out", "in", "weight") for site in BLOCK_SITES]
-    both = [name for name in names if name in held and name in lost]
-    common = (
-        sorted(set.intersection(*(set(curves[name].steps) for curves in (held, lost) for name in both))) if both else []
-    )
+    stable, diverged = (curves[row["run_id"]].series for row in sides)
+    forward = [metric for metric in METRICS.values() if metric.shape == BY_SITE and metric.cadence == EVERY]
+    keys = [key for metric in forward for key in metric.keys if key in stable and key in diverged]
+    recorded = [set(series[key].steps) for series in (stable, diverged) for key in keys]
+    common = sorted(set.intersection(*recorded)) if recorded else []
     if not common:
         return None
-    steps = [common[round(place * (len(common) - 1) / (RATIO_STEPS - 1))] for place in range(RATIO_STEPS)]
-    steps = list(dict.fromkeys(steps))
+    steps = [common[place] for place in spread(len(common), RATIO_STEPS)]
     rows = []
-    for name in both:
-        at = [dict(zip(curves[name].steps, curves[name].values, strict=True)) for curves in (held, lost)]
-        for layer in range(len(at[0][steps[0]])):
-            found = [quotient(at[1][step][layer], at[0][step][layer]) for step in steps]
-            rows.append([plain(name.split("/")[1]), plain(name.split("/")[2]), plain(layer), *map(significant, found)])
+    for key in keys:
+        below, above = (dict(zip(series[key].steps, series[key].values, strict=True)) for series in (stable, diverged))
+        for layer in range(len(below[steps[0]])):
+            ratios = [significant(quotient(above[step][layer], below[step][layer])) for step in steps]
+            rows.append([plain(key.split("/")[1]), plain(key.split("/")[2]), plain(layer), *ratios])
     columns = [Column("norm", "norm"), Column("site", "site"), Column("layer", "layer")]
     columns += [Column(f"step_{step}", f"step {step}") for step in steps]
-    told = [run_name(row["arm"], row["lr"], row["seed"]) for row in sides]
-    note = f"Norms of {told[1]} ({sides[1]['verdict']}) over those of {told[0]} ({sides[0]['verdict']})."
-    return Table("norm_ratios", "Norms: diverged over stable", columns, rows, note)
+    under, over = (f"{run_name(row['arm'], row['lr'], row['seed'])} ({row['verdict']})" for row in sides)
+    return Table(
+        "norm_ratios", "Norms: diverged / stable", columns, rows, f"Norms of {over} divided by those of {under}."
+    )
 
 
 def quotient(over: float, under: float) -> float | None:
     return over / under if under and math.isfinite(over) and math.isfinite(under) else None
 
 
-def significant(value: float | None) -> Cell:
-    """Three digits."""
-    return Cell("–" if value is None else f"{value:.3g}", (value,))
-
-
-def lead_of(summary: Row, signal: str) -> int | None:
-    found = summary.get("signals", {}).get(signal)
-    return found.get("lead") if isinstance(found, dict) else None
-
-
-def whole_number(value: Any) -> Cell:
-    """A median of whole numbers may end in .5."""
-    return Cell(f"{value:g}", (value,)) if isinstance(value, float) else plain(value)
-
-
 def as_csv(table: Table) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([name for column in table.columns for name in column.names])
+    writer.writerow([column.key + part for column in table.columns for part in column.parts])
     writer.writerows([value for cell in row for value in cell.values] for row in table.rows)
     return text.getvalue()
 
 
+MARKDOWN = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_|[]"} | {"<": "&lt;", ">": "&gt;", "\n": " "})
+
+
 def as_markdown(table: Table) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(markdown_text(cell) for cell in cells) + " |\n"
-
-    body = "".join(line([cell.text for cell in row]) for row in table.rows)
-    head = line([column.label for column in table.columns])
+    rows = [[column.label for column in table.columns], *([cell.text for cell in row] for row in table.rows)]
+    head, *body = ("| " + " | ".join(text.translate(MARKDOWN) for text in row) + " |\n" for row in rows)
     note = f"\n{table.note}\n" if table.note else ""
-    return f"## {table.title}\n\n{head}{'|---' * len(table.columns)}|\n{body}{note}"
+    return f"## {table.title}\n\n{head}{'|---' * len(table.columns)}|\n{''.join(body)}{note}"
 
 
-def markdown_text(text: str) -> str:
-    for mark in "\\`*_|<>[]":
-        text = text.replace(mark, f"\\{mark}") if mark not in "<>" else text.replace(mark, f"&{'lg'[mark == '>']}t;")
-    return text.replace("\n", " ")
-
-
-LATEX = {
+LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "–": "--", "∞": r"$\infty$", "×": r"$\times$", "λ": r"$\lambda$", "−": r"$-$", "\n": " ",
-}  # fmt: skip
-
-
-def latex_text(text: str) -> str:
-    return "".join(LATEX.get(mark, mark) for mark in text)
+})  # fmt: skip
 
 
 def as_latex(table: Table) -> str:
-    """A table for booktabs; the title is its caption."""
-    lines = [" & ".join(latex_text(cell.text) for cell in row) + r" \\" for row in table.rows]
-    head = " & ".join(latex_text(column.label) for column in table.columns) + r" \\"
-    note = f" {table.note}" if table.note else ""
+    """A table for booktabs, with the title and the note as its caption."""
+    rows = [[column.label for column in table.columns], *([cell.text for cell in row] for row in table.rows)]
+    head, *body = (" & ".join(text.translate(LATEX) for text in row) + r" \\" for row in rows)
+    caption = f"{table.title}. {table.note}".strip().translate(LATEX)
     return "\n".join([
         "% needs \\usepackage{booktabs,graphicx}",
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{latex_text(table.title + '.' + note)}}}",
+        rf"\caption{{{caption}}}",
         r"\resizebox{\linewidth}{!}{%",
         rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
-        r"\toprule", head, r"\midrule", *lines, r"\bottomrule",
+        r"\toprule", head, r"\midrule", *body, r"\bottomrule",
         r"\end{tabular}}", r"\end{table}", "",
     ])  # fmt: skip
 
@@ -345,7 +263,7 @@ FORMATS: dict[str, Callable[[Table], str]] = {"csv": as_csv, "md": as_markdown, 
 
 
 def files(tables: list[Table]) -> Iterator[tuple[str, str]]:
-    """(name, text) of each table in each format."""
+    """Name and content of the files of each table."""
     for table in tables:
-        for ending, written in FORMATS.items():
-            yield f"{table.name}.{ending}", written(table)
+        for ending, write in FORMATS.items():
+            yield f"{table.name}.{ending}", write(table)

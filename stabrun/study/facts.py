@@ -1,6 +1,6 @@
 """Facts about arms as columns of tables: described once, for the terminal, the report and the dashboard."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ def interval_text(interval: dict[str, Any] | None) -> str:
     return f"{median} ({ends})" if median and ends else median or ends or "?"
 
 
-def estimate_text(estimate: dict[str, Any] | None) -> str:
+def estimate_text(estimate: Mapping[str, Any] | None) -> str:
     """`0.473 (0.450–0.490)`; a single seed has no interval."""
     if estimate is None:
         return "-"

@@ -1,0 +1,30 @@
+"""The commands that a report shows plan the same study again."""
+
+from helpers import TINY
+
+from stabrun.config import RESULT, marked
+from stabrun.report.commands import overrides
+from stabrun.report.study_data import read
+from stabrun.study.question import planned
+
+
+def test_the_overrides_of_a_grid(made_study):
+    study = read(made_study)
+    plan, _, _ = planned(overrides(study))
+    assert set(plan.cells) == set(study.plan.cells)
+
+
+def test_the_overrides_of_a_search_with_a_further_axis(tmp_path):
+    words = (
+        "study.strategy=frontier",
+        "study.lr_range=[0.01,1]",
+        "model.n_layer=1,2",
+        "study.variants=[baseline,qk_norm]",
+    )
+    plan, _, _ = planned([*TINY, *words])
+    for name in ("runs", "ledger"):
+        (tmp_path / name).mkdir()
+    plan.save(tmp_path)
+    again, _, _ = planned(overrides(read(tmp_path)))
+    assert [marked(arm, RESULT) for arm in again.arms.values()] == [marked(arm, RESULT) for arm in plan.arms.values()]
+    assert (again.strategy, again.lr_range) == (plan.strategy, plan.lr_range)
