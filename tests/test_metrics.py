@@ -103,3 +103,13 @@ def test_a_new_statistic_is_documented_and_raises_its_signal():
         largest = [1.0 + 0.01 * (step % 3), 50.0 if step > 60 else 1.0]
         judge.add({"step": step, "train/loss": 5.0 - 0.01 * step, "largest/out/fc1": largest})
     assert judge.conclude().signals == {"largest_output": {"step": 61, "site": "layer_01/fc1", "lead": None}}
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_new_statistic_has_wandb_panels():
+    pytest.importorskip("wandb_workspaces")
+    from stabrun.publish.dashboard import all_sections
+
+    panels = all_sections()[MADE_UP.label]
+    assert [panel.title for panel in panels] == MADE_UP.keys
+    assert all(panel.title_y == MADE_UP.title for panel in panels)
