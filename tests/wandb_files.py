@@ -2,19 +2,18 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import wandb
-
-WANDB = Path(sys.executable).parent / "wandb"
+from wandb.util import get_core_path
 
 
 def inspected(folder):
-    """The records of an offline W&B run, as W&B's own tool prints them."""
+    """The records of an offline W&B run, as `wandb leet inspect --json` prints them; this starts no Python."""
     wandb.teardown()  # waits until what this process sent is on disk
-    done = subprocess.run([WANDB, "leet", "inspect", "--json", folder], capture_output=True, text=True)
+    (file,) = folder.glob("run-*.wandb")
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", file, folder.parent]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
