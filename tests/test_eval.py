@@ -3,6 +3,7 @@
 import json
 import math
 
+import helpers
 import pytest
 import torch
 from helpers import tiny
@@ -96,3 +97,16 @@ def test_data_that_changed_since_training_are_refused(tmp_path):
     (tmp_path / "text.txt").write_text("What was and what is now. " * 100)
     with pytest.raises(UserError, match="other data"):
         stabrun.load_run(tmp_path / "run").evaluate()
+
+
+def test_the_command_prints_loss_and_perplexity(run, tmp_path, capsys):
+    status, out, _ = helpers.run(capsys, "eval", run.directory, "--step", "30")
+    found = run.evaluate()
+    assert status == 0
+    assert out == f"validation loss {found.loss:.4f}, perplexity {found.perplexity:.2f} on 64 tokens\n"
+    (tmp_path / "other.txt").write_text("abc")
+    status, out, _ = helpers.run(capsys, "eval", run.directory, "data=local", f"data.path={tmp_path / 'other.txt'}")
+    assert (status, out.split()[0]) == (0, "loss")
+    status, out, err = helpers.run(capsys, "eval", run.directory, "--step", "7")
+    assert (status, out) == (2, "")
+    assert "step=7" in err

@@ -2,6 +2,7 @@
 
 import shutil
 
+import helpers
 import pytest
 import torch
 from helpers import tiny
@@ -105,3 +106,12 @@ def test_a_run_of_an_earlier_version_lacks_its_tokenizer(run, tmp_path):
     (directory / "config.yaml").write_text(config.replace("tokenizer: bytes", "tokenizer: bpe"))
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
         loaded.sample("a")
+
+
+def test_the_command_prints_the_text(run, capsys):
+    words = "--prompt", "ab", "--tokens", 9, "--temperature", 0.5, "--top-k", 4, "--seed", 3, "--step", 30
+    status, out, _ = helpers.run(capsys, "sample", run.directory, *words)
+    assert (status, out) == (0, run.sample("ab", 9, 0.5, 4, 3, 30) + "\n")
+    status, out, err = helpers.run(capsys, "sample", run.directory, "--tokens", 0)
+    assert (status, out) == (2, "")
+    assert err == "stabrun: tokens=0: must be at least 1.\n"

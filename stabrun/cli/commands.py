@@ -298,7 +298,8 @@ def evaluate(directory: Path, overrides: list[str], step: int | None) -> None:
     from stabrun.api import Run
 
     found = Run(directory).evaluate(overrides, step)
-    print(f"loss {found.loss:.4f}, perplexity {found.perplexity:.2f} on {found.tokens:,} tokens")
+    name = "loss" if overrides else "validation loss"
+    print(f"{name} {found.loss:.4f}, perplexity {found.perplexity:.2f} on {found.tokens:,} tokens")
 
 
 @cli.command(
