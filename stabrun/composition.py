@@ -74,7 +74,7 @@ def plainly() -> Iterator[None]:
 def sentence(error: BaseException) -> str:
     """An exception and its cause in one or two sentences: key, value given, values allowed."""
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be parsed; quote brackets, commas and spaces."
+        return f"{error.override}: must be KEY=VALUE; quote brackets, commas and spaces in a value."
     text = "\n".join(str(e) for e in (error, error.__cause__) if e)
     for pattern, message in MESSAGES:
         if found := re.search(pattern, text):

@@ -85,6 +85,8 @@ USER_ERRORS = [
     (["judge", "/no/such/run"], ["/no/such/run", "no such file"]),
     (["variants", "all"], ["all"]),
     (["model", "model=tiny"], ["model=tiny", "micro"]),
+    (["sweep", "optim.lr", "study.lrs=[1]"], ["optim.lr", "KEY=VALUE"]),
+    (["sweep", "--resolve"], ["--resolve", "--cfg"]),
     (["data"], ["data", "prepare"]),
     (["data", "clean"], ["clean", "prepare"]),
 ]

@@ -83,17 +83,9 @@ def cli() -> None:
 
 def overrides_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument(
-        "overrides", metavar="[OVERRIDE]...", nargs=-1, callback=lambda _ctx, _param, words: checked(words),
+        "overrides", metavar="[OVERRIDE]...", nargs=-1, callback=lambda _ctx, _param, words: list(words),
         shell_complete=completion.complete_override,
     )(command)  # fmt: skip
-
-
-def checked(words: Iterable[str]) -> list[str]:
-    """UserError if a word is not of the form KEY=VALUE."""
-    for word in words:
-        if "=" not in word.lstrip("=~"):
-            raise UserError(f"{word}: must be KEY=VALUE, such as optim.lr=3e-2 or +variant=qk_norm.")
-    return list(words)
 
 
 config_dir_option = click.option(
@@ -232,8 +224,7 @@ def sweep(overrides: list[str], dry_run: bool, **flags: Any) -> int:
     from stabrun.study.sweep import sweep as run_study
 
     hydra = HydraFlags(**flags)
-    if hydra.cfg or hydra.info or hydra.hydra_help:
-        hydra.show(split_axes(overrides)[0])  # what all cells have in common
+    if hydra.show(split_axes(overrides)[0]):  # what all cells have in common
         return 0
     return run_study(overrides, hydra.sources(), dry_run)
 
@@ -358,7 +349,7 @@ def dashboard(words: tuple[str, ...], dry_run: bool) -> int:
     from stabrun.publish import dashboard
 
     study = Path(words[0]) if words and "=" not in words[0] else None
-    return dashboard.dashboard(study, checked(words[study is not None :]), dry_run)
+    return dashboard.dashboard(study, words[study is not None :], dry_run)
 
 
 @cli.command(common=COMMON, examples=("stabrun model model=830m", "stabrun model +variant=qk_norm +check=init --json"))
