@@ -1,13 +1,16 @@
 """A run directory: what it reads from damaged and unfinished files, its state, and its lock."""
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import tiny
 
+import stabrun
 from stabrun.config import UserError
 from stabrun.record.run_dir import RunDir, RunWriter
 from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, RUNNING, STOPPED
+from stabrun.record.study_dir import StudyDir
 
 ROWS = [f'{{"step": {step}, "train/loss": 2.5}}\n' for step in range(3)]
 INCOMPLETE = ["", '{"step": 3, "x"']
@@ -112,3 +115,12 @@ def test_a_directory_with_other_content_is_refused(tmp_path):
         RunDir(tmp_path).refuse_other_run(tiny())
     with pytest.raises(UserError, match=r"letter\.txt: not a directory"), RunDir(tmp_path / "letter.txt").lock(tiny()):
         pass
+
+
+@pytest.mark.parametrize("owner", [RunDir, StudyDir])
+def test_the_name_of_each_file_is_in_one_module(owner):
+    sources = [file.read_text() for file in Path(stabrun.__file__).parent.rglob("*.py")]
+    names = {path.name for path in vars(owner(Path("place"))).values()} - {"place", "config.yaml", "runs", "attempts"}
+    assert len(names) >= 6
+    for name in names - {".lock", "tokenizer.json"}:  # others have such a file too
+        assert sum(f'"{name}"' in text for text in sources) == 1, name
