@@ -193,7 +193,7 @@ def test_giving_a_cell_back_is_not_a_failure(tmp_path):
 def test_two_thousand_cells_are_listed_quickly(tmp_path):
     ledger, cells = Ledger(tmp_path), [f"{i:012x}" for i in range(2000)]
     for cell in cells[:300]:
-        claimed(ledger, cell).beat(1)
+        claimed(ledger, cell).heartbeat(1)
     began = time.monotonic()
     entries = ledger.entries(cells)
     print(f"{time.monotonic() - began:.3f} s")

@@ -86,7 +86,7 @@ def test_a_running_study_is_killed(tmp_path):
     before = everything(tmp_path)
     text = output(tmp_path / "study")
     assert "0 of 8 done, 1 running\n" in text
-    assert f"{running['host'].partition('.')[0]}:{running['pid']} has ended" in text
+    assert f"{attempt['host'].partition('.')[0]}:{attempt['pid']} has ended" in text
     assert "no cell is being trained now" in text
     assert everything(tmp_path) == before
 
@@ -213,9 +213,9 @@ def test_only_planned_cells_count(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "name one DIR"),
-        (("one", "two"), "name one DIR"),
-        (("--follow", "."), "the only flag is --json"),
+        ((), "missing argument 'DIR'"),
+        (("one", "two"), "unexpected extra argument (two)"),
+        (("--follow", "."), "no such option '--follow'"),
         (("nowhere",), "nowhere: neither a study nor a run: no such directory."),
         ((".",), "study.yaml and config.yaml are missing"),
     ],

@@ -72,7 +72,7 @@ def of_frontier(strictness: str, *path: str) -> Callable[[ArmSummary], Any]:
     def read(arm: ArmSummary) -> Any:
         node: Any = arm["frontier"].get(strictness)
         for name in path:
-            node = node and node.get(name)
+            node = (node or {}).get(name)
         return node
 
     return read
