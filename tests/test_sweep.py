@@ -106,7 +106,7 @@ def test_a_search_killed_on_its_way_completes(tmp_path, monkeypatch, capsys):
 
 def test_ctrl_c_leaves_checkpoints_and_the_same_command_resumes(tmp_path, monkeypatch, capsys):
     """Without checkpoints during a run: only a worker that stops after its step writes one."""
-    words = ("study.lrs=[1e-2]", "study.seeds=1", "train.steps=1500", "train.checkpoint_every=0", "train.val_every=0")
+    words = ("study.lrs=[1e-2]", "study.seeds=1", "train.steps=400", "train.checkpoint_every=0", "train.val_every=0")
     with sweeping(tmp_path, *words) as process:
         wait_for(lambda: len(recorded(tmp_path / "study")) == 2)
         os.killpg(process.pid, signal.SIGINT)
