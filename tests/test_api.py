@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import TINY, tiny, train_interrupted
 from safetensors.torch import load_file
-from studies import rows_alone
+from studies import trained_alone
 
 import stabrun
 from stabrun.study.plan import load as load_plan
@@ -114,8 +114,7 @@ def test_an_interrupted_run_is_resumed(tmp_path, monkeypatch):
 
 
 def test_a_study_holds_its_files(tmp_path):
-    question = *TINY, "study.variants=[baseline]", "study.lrs=[1e-2,1e-1]", "study.seeds=1"
-    rows = rows_alone(tmp_path, *question)
+    rows = trained_alone(tmp_path, "study.variants=[baseline]", "study.lrs=[1e-2,1e-1]", "study.seeds=1").rows
     study = stabrun.load_study(tmp_path / "study")
     frame = study.results()
     assert frame.index.tolist() == [row["run_id"] for row in rows]

@@ -3,8 +3,8 @@
 import os
 
 import pytest
-from helpers import TINY, run, tiny
-from studies import rows_alone
+from helpers import run, tiny
+from studies import trained_alone
 
 from stabrun.cli.rerun import rerun_config
 from stabrun.config import UserError, read_config, run_id
@@ -16,7 +16,7 @@ from stabrun.training.run import train
 def whole(tmp_path_factory):
     """A study of two runs, as a folder that holds `study/`."""
     folder = tmp_path_factory.mktemp("rerun")
-    rows_alone(folder, *TINY, "train.steps=3", "study.variants=[baseline]", "study.lrs=[1e-2,1e-1]", "study.seeds=1")
+    trained_alone(folder, "train.steps=3", "study.variants=[baseline]", "study.lrs=[1e-2,1e-1]", "study.seeds=1")
     return folder
 
 
