@@ -386,7 +386,7 @@ def variants(config_dir: Path | None) -> None:
         raise UserError(f"--config-dir {config_dir}: no such directory.")
     found = choices("variant", config_dir)
     for name in sorted(found, key=lambda name: (name != "baseline", name)):
-        print(f"{name:<14} {found[name]}".rstrip())
+        print(f"{name:<15} {found[name]}".rstrip())
 
 
 @cli.group(cls=Group, no_args_is_help=False)

@@ -128,7 +128,7 @@ class SnapshotReader:
 def seconds_left(snapshot: Snapshot) -> float | None:
     """Time until the last cell is done, if the present workers go on at their speed. Early stops are not considered.
 
-    None if nothing is known, if nobody works, or in a search, whose further cells depend on what is to come.
+    None if nothing is known, if no worker is active, or in a search, whose further cells depend on later results.
     """
     plan, working = snapshot.plan, [attempt for attempt in snapshot.running if not attempt.owner_gone]
     pace = seconds_per_step(snapshot)
