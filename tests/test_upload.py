@@ -213,7 +213,7 @@ def test_a_study_tracked_at_its_end_is_not_sent_twice(study, capsys):
         track_study(tiny("tracker=wandb").tracker, study, rows, facts)
     assert upload(study) == 0
     assert len(offline(study)) == 1
-    assert "summary" not in capsys.readouterr().out
+    assert "summary: 2 rows" not in capsys.readouterr().out
 
 
 def test_a_resumed_run_that_is_tracked_replaces_its_state(tmp_path):
