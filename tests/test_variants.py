@@ -18,7 +18,7 @@ from stabrun.model.gpt import GPT
 from stabrun.model.linear import SigmaLinear
 from stabrun.model.norm import Norm
 
-TOLERANCE = 1e-9  # of each tensor's largest element, in float64
+TOLERANCE = 1e-7  # of each tensor's largest element, in float64: some rows without norms amplify rounding errors
 ROUNDING = 1e-14  # of the largest gradient: the error of gradients that are zero by formula, or nearly so
 SEQ_LEN = 10
 
