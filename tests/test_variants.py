@@ -18,7 +18,7 @@ from stabrun.model.gpt import GPT
 from stabrun.model.linear import SigmaLinear
 from stabrun.model.norm import Norm
 
-TOLERANCE = 1e-7  # of each tensor's largest element, in float64: some rows without norms amplify rounding errors
+TOLERANCE = 1e-9  # of each tensor's largest element, in float64
 ROUNDING = 1e-14  # of the largest gradient: the error of gradients that are zero by formula, or nearly so
 SEQ_LEN = 10
 
@@ -32,10 +32,11 @@ def stirred(config, seed=0, dtype=torch.float32):
     finally:
         torch.set_default_dtype(torch.float32)
     generator = torch.Generator().manual_seed(seed + 1)
+    size = 0.5 if config.norm.kind == "none" else 1.0  # without norms, activations would grow from layer to layer
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 2:
-            parameter.copy_(noise * parameter.shape[1] ** -0.5 * (2 if "qkv" in name else 1))
+            parameter.copy_(noise * size * parameter.shape[1] ** -0.5 * (2 if "qkv" in name else 1))
         else:
             parameter.add_(0.3 * noise)
     for layer in model.sigma_layers:
