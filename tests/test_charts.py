@@ -125,15 +125,16 @@ def test_a_line_per_layer_has_the_recorded_values(part, made_study):
 
 def test_a_statistic_of_the_table_has_a_chart(made_study, monkeypatch):
     study = read(made_study)
-    metric = Metric("norm/skew/{site}", "skew", "1", OUTPUT, EVERY, "mean", "…")
+    metric = Metric("largest/out/{site}", "largest output", "1", OUTPUT, EVERY, "mean", "…")
     monkeypatch.setitem(METRICS, metric.key, metric)
     monkeypatch.setattr(
         "stabrun.report.run_curves.read_rows",
-        lambda run, notes: [row | {"norm/skew/qkv": row["norm/out/qkv"]} for row in run.rows()],
+        lambda run, notes: [row | {"largest/out/qkv": row["norm/out/qkv"]} for row in run.rows()],
     )
     part = part_of(study)
     assert metric.shape == BY_SITE
-    assert chart(part, "norms_skew").panels[0].y.label == "skew\nqkv"
+    assert chart(part, "largest_out").panels[0].y.label == "largest output\nqkv"
+    assert chart(part, "norms_out").panels[0].y.label == "output norm\nqkv"
 
 
 def test_charts_of_incomplete_studies(part, missing_runs, made_study):

@@ -356,7 +356,8 @@ def statistics(sides: list[Row], curves: Curves) -> Iterator[Chart]:
     charts: dict[str, list[list[str]]] = {}  # name → the keys of each row
     for metric in METRICS.values():
         if metric.shape == BY_SITE and metric.cadence == EVERY:
-            charts[f"norms_{metric.key.split('/')[1]}"] = [[key] for key in metric.keys]
+            name = metric.key.removesuffix("/{site}").replace("norm/", "norms/").replace("/", "_")
+            charts[name] = [[key] for key in metric.keys]
         elif metric.shape in (BY_SITE, BY_LAYER):
             charts.setdefault(metric.source.lower().replace(" ", "_"), []).append(metric.keys)
     recorded = {key for side in sides for key in curves[side["run_id"]].series}
