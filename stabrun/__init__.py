@@ -6,12 +6,13 @@ The Python API is imported when it is first used, so that `import stabrun` is qu
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from stabrun.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from stabrun.api import Run, Study, load_run, load_study, train
     from stabrun.composition import compose
     from stabrun.config import Config, UserError
 
-__version__ = "0.1.0"
 __all__ = ["Config", "Run", "Study", "UserError", "compose", "load_run", "load_study", "train"]
 
 MODULES = {"Config": "stabrun.config", "UserError": "stabrun.config", "compose": "stabrun.composition"}

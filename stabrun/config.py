@@ -13,14 +13,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import stabrun
-
 RESULT, RESOURCE, VIEW = "result", "resource", "view"
 
 
 def conf_dir() -> Path:
     """The directory of configuration files: inside the package in a wheel, beside it in a checkout."""
-    package = Path(stabrun.__file__).parent
+    package = Path(__file__).parent
     return next(d for d in (package / "conf", package.parent / "conf") if (d / "config.yaml").is_file())
 
 

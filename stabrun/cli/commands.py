@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import stabrun
 from stabrun.cli import completion
 from stabrun.cli.overrides import COMMON, COMMON_OF_STUDY
 from stabrun.config import Config, UserError, added_groups, choices, config_yaml, groups, keys, run_dir
 from stabrun.text import warn
+from stabrun.version import __version__
 
 if TYPE_CHECKING:
     from stabrun.composition import Sources
@@ -71,7 +71,7 @@ def install_completion(ctx: click.Context, _: click.Parameter, shell: str | None
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(stabrun.__version__, message="stabrun %(version)s")
+@click.version_option(__version__, message="stabrun %(version)s")
 @click.option(
     "--install-completion", metavar="[bash|zsh|fish]", is_flag=False, flag_value="", is_eager=True, expose_value=False,
     callback=install_completion, help="Install completion for a shell (default: that of $SHELL) and exit.",

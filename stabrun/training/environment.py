@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-import stabrun
+from stabrun.version import __version__
 
 PACKAGES = ("torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetensors", "wandb")
 
@@ -17,8 +17,8 @@ def environment(device: torch.device, data_hash: str, compiled: bool) -> dict[st
     """Versions, commit, machine, device used, threads, ranks and the hash of the data."""
     processor = platform.processor() or platform.machine()
     return {
-        "stabrun": stabrun.__version__,
-        "commit": commit(Path(stabrun.__file__).parent),
+        "stabrun": __version__,
+        "commit": commit(Path(__file__).parents[1]),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
