@@ -450,7 +450,8 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
     yield (model.embedding == "norm" and model.norm.kind == "none",
            "model.embedding=norm: not possible with model.norm.kind=none.")
     yield (model.sigma_reparam != "none" and model.init in ("zero", "zero_out"),
-           f"model.init={model.init}: model.sigma_reparam={model.sigma_reparam} divides by the spectral norm, here 0.")
+           f"model.init={model.init}: model.sigma_reparam={model.sigma_reparam} divides by the spectral norm, "
+           "which is 0.")
     micro = train.micro_batch_size or train.batch_size
     yield (train.batch_size % micro != 0,
            f"train.micro_batch_size={micro}: must divide train.batch_size={train.batch_size}.")

@@ -372,7 +372,7 @@ def test_ctrl_c_ends_following_with_the_verdict_so_far(tmp_path):
         (["--fast"], "no such option '--fast'"),
         (["--json=3"], "'--json' does not take a value"),
         (["b"], "unexpected extra argument (b). Usage: stabrun judge [OPTIONS] PATH"),
-        (["--follow", "--step", "x"], "alone"),
+        (["--follow", "--step", "x"], "--follow can be combined with --json only"),
     ],
 )
 def test_mistakes_in_judge(capsys, words, said):
