@@ -1,6 +1,8 @@
 """Adam with decoupled or L2 weight decay, and gradient clipping."""
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +22,19 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    kind = torch.optim.AdamW if config.decay == "decoupled" else torch.optim.Adam
+    kind = unwrapped(torch.optim.AdamW if config.decay == "decoupled" else torch.optim.Adam)
     betas = (config.beta1, config.beta2)
     return kind([g for g in groups if g["params"]], config.lr, betas, config.eps, fused=True)
+
+
+def unwrapped(kind: type[torch.optim.Optimizer]) -> Any:
+    """The optimizer class without what torch wraps its methods in for torch.compile: that imports Dynamo, which takes 3 s.
+
+    Optimizers are never compiled here.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), methods | {"step": torch.no_grad()(methods["step"])})
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

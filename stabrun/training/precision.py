@@ -40,7 +40,8 @@ def prepare_backend(config: TrainConfig) -> None:
         torch.set_num_threads(config.threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
-    torch.use_deterministic_algorithms(config.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != config.deterministic:  # the call imports Inductor: 2 s
+        torch.use_deterministic_algorithms(config.deterministic)
 
 
 def refuse_too_large(config: Config, device: torch.device) -> None:
