@@ -28,10 +28,10 @@ FIXED = ("tracker=none", "train.threads=1", "train.checkpoint_every=0", "train.s
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 TEXT = "bible20k.txt"
 
-HEAD = """# Lessons: what the switches show
+HEAD = """# Lessons: effects of single settings
 
 Written by `python scripts/lessons.py --runs RUNS > docs/lessons.md`. Each section gives the expectation from the
-literature, the command, and the result at nano (0.2M parameters, the shipped text, 300 steps unless stated otherwise,
+literature, the command, and the result at nano (0.2M parameters, the embedded text, 300 steps unless stated otherwise,
 one thread). These are results of a small model with one to three seeds and without intervals. Losses are in nats.
 """
 
@@ -62,7 +62,7 @@ def zero_init() -> Lesson:
     return Lesson(
         "Zero initialization does not learn",
         "If all matrices are zero, no gradient reaches them. Zeros only in the layers that write to the residual "
-        "stream do no harm.",
+        "stream are harmless.",
         "stabrun train -m model.init=zero,zero_out,fan_in train.steps=300",
         ("model.init", "first loss", "last loss", "verdict"),
         {(name,): (f"model.init={name}",) for name in inits},
@@ -83,15 +83,15 @@ def no_warmup() -> Lesson:
         ratios = [
             f"{sensitivity[v, '0'] / sensitivity[v, '75']:.2f} times as high for {v}" for v in ("baseline", "qk_norm")
         ]
-        return rows, f"Without warm-up, LR sensitivity is {' and '.join(ratios)}."
+        return rows, f"Without warmup, LR sensitivity is {' and '.join(ratios)}."
 
     return Lesson(
-        "Without warm-up the loss is more sensitive to the learning rate",
-        "A longer warm-up lowers LR sensitivity (arXiv 2309.14322, section 3.1.3). LR sensitivity is the mean over the "
+        "Without warmup the loss is more sensitive to the learning rate",
+        "A longer warmup lowers LR sensitivity (arXiv 2309.14322, section 3.1.3). LR sensitivity is the mean over the "
         "learning rates of min(loss, first loss) minus the lowest loss. Mean of two seeds, cosine schedule.",
         "stabrun train -m +variant=baseline,qk_norm schedule.warmup_steps=0,75 "
         f"optim.lr={','.join(map(str, RATES))} seed=0,1 train.steps=300",
-        ("variant", "warm-up", *(f"lr {rate:g}" for rate in RATES), "LR sensitivity"),
+        ("variant", "warmup", *(f"lr {rate:g}" for rate in RATES), "LR sensitivity"),
         {
             (variant, warmup, str(rate), seed): (
                 f"+variant={variant}", f"schedule.warmup_steps={warmup}", f"optim.lr={rate}", f"seed={seed}"
@@ -183,9 +183,9 @@ def dropout_gap(text: Path) -> Lesson:
         return rows, f"The gap is {gap['0.0']:.2f} without dropout and {gap['0.2']:.2f} with 0.2."
 
     return Lesson(
-        "Dropout closes the gap on a corpus of 20 kB",
-        "A small corpus is memorized: the training loss falls while the validation loss rises. 1,000 steps, "
-        "seed 0.",
+        "Dropout reduces the gap on a corpus of 20 kB",
+        "A small corpus is memorized: the training loss falls while the validation loss rises. The gap is the "
+        "difference of their last values. 1,000 steps, seed 0.",
         f"xz -dc stabrun/data/text/kjv.txt.xz | head -c 20000 > {TEXT}\n"
         f"stabrun train -m data=local data.path={TEXT} model.dropout={','.join(rates)} "
         "train.steps=1000 train.val_every=25",

@@ -101,7 +101,7 @@ class Run:
         seed: int = 0,
         step: int | None = None,
     ) -> str:
-        """The prompt continued by `tokens` tokens. Deterministic for a seed; temperature 0 takes the likeliest token.
+        """The prompt continued by `tokens` tokens. Deterministic for a seed; temperature 0 takes the most likely one.
 
         Raises UserError at an argument out of bounds, or a prompt that is empty or longer than the context.
         """

@@ -361,7 +361,7 @@ def override(config: Config, words: Sequence[str]) -> Config:
     for word in words:
         path, assigned, _ = word.partition("=")
         if not assigned or path.lstrip("+~") in groups():
-            raise UserError(f"{word}: a recorded configuration takes single keys, such as optim.lr=3e-2; no groups.")
+            raise UserError(f"{word}: a recorded configuration accepts single keys, such as optim.lr=3e-2, not groups.")
         if path not in known:
             raise UserError(no_such_key(path))
         try:
@@ -369,7 +369,7 @@ def override(config: Config, words: Sequence[str]) -> Config:
         except OmegaConfBaseException as error:
             raise UserError(f"{word}: {sentence(error)}.") from error
         except yaml.YAMLError as error:
-            raise UserError(f"{word}: not a value; quote brackets, commas and spaces.") from error
+            raise UserError(f"{word}: cannot be parsed; quote brackets, commas and spaces.") from error
     changed: Any = OmegaConf.to_object(node)
     check(changed)
     result: Config = changed

@@ -98,7 +98,7 @@ class MlpConfig:
     pre_norm: bool = key(True, RESULT, "norm before FC1")
     out_norm: bool = key(False, RESULT, "norm of FC2's output, before the residual add")
     post_norm: bool = key(False, RESULT, "norm after the residual add")
-    width: int | None = key(None, RESULT, "hidden width; null for 4 × d_model", at_least=1)
+    width: int | None = key(None, RESULT, "hidden width; null for 4 × model.d_model", at_least=1)
     activation: str = key(
         "relu2", RESULT, "relu2 is the squared ReLU; swiglu and geglu are gated: FC1 has twice the width",
         allowed=("gelu", "gelu_tanh", "relu2", "swiglu", "geglu"),
@@ -148,7 +148,7 @@ class DataConfig:
     config: str | None = key(None, RESULT, "configuration of the Hub dataset; null for its default")
     split: str = key("train", RESULT, "split of the Hub dataset, from which training and validation data are taken")
     revision: str | None = key(None, RESULT, "commit, tag or branch of the Hub dataset; null for the latest")
-    text_key: str = key("text", RESULT, "field of a JSON line, or column of a table, with the text")
+    text_key: str = key("text", RESULT, "field of a JSON line, or Parquet column, with the text")
     max_documents: int | None = key(None, RESULT, "maximum number of documents; null for all", at_least=1)
     separator: str | None = key(None, RESULT, "text inserted after each document; null for none")
     seq_len: int = key(64, RESULT, "context length in tokens", at_least=2)
@@ -160,7 +160,7 @@ class DataConfig:
         None, RESULT, "vocabulary size of the trained BPE; null for model.vocab_size", at_least=257
     )
     val_fraction: float = key(
-        0.05, RESULT, "share of the text held out: one block in round(1/share)", at_least=0.001, at_most=0.5
+        0.05, RESULT, "share of the text for validation: one block in round(1/share)", at_least=0.001, at_most=0.5
     )
     workers: int = key(1, RESOURCE, "number of tokenizing processes", at_least=1, at_most=256)
     cache_dir: str = key("", RESOURCE, "directory of prepared data; empty for the user's cache directory")
@@ -172,7 +172,7 @@ class OptimConfig:
     beta1: float = key(0.9, RESULT, "decay of Adam's first moment", at_least=0, below=1)
     beta2: float = key(0.95, RESULT, "decay of Adam's second moment", at_least=0, below=1)
     eps: float = key(1e-8, RESULT, "Adam's ε", above=0)
-    weight_decay: float = key(0.1, RESULT, "weight decay λ, of matrices only", at_least=0)
+    weight_decay: float = key(0.1, RESULT, "weight decay λ, applied to matrices only", at_least=0)
     decay: str = key(
         "decoupled", RESULT, "decoupled: AdamW; l2: λ·w is added to the gradient after clipping, before Adam",
         allowed=("decoupled", "l2"),
@@ -257,7 +257,7 @@ class StudyConfig:
     lr_range: list[float] = key([], VIEW, "lowest and highest learning rate of a search")
     seeds: int = key(3, VIEW, "seeds per learning rate, starting at `seed`", at_least=1, at_most=10_000)
     width: float = key(0.25, VIEW, "a search ends when lr50 is known to ± this many octaves", above=0)
-    max_runs: int = key(40, VIEW, "maximum runs per variant in a search", at_least=1)
+    max_runs: int = key(40, VIEW, "maximum runs per arm in a search", at_least=1)
     workers: int = key(1, RESOURCE, "number of training processes", at_least=1, at_most=1024)
 
 

@@ -1,6 +1,8 @@
 """Studies of tiny runs: by `stabrun sweep`, and with each cell trained by itself."""
 
+import copy
 import csv
+import functools
 import os
 import signal
 import subprocess
@@ -34,9 +36,14 @@ QUESTION = (
 ENDLESS = ("train.steps=100000", "train.checkpoint_every=0")  # for runs that a test always interrupts
 
 
-def asked(*overrides):
-    """The plan of a study of these overrides alone."""
+@functools.cache
+def _asked(overrides):
     return planned(list(overrides))[0]
+
+
+def asked(*overrides):
+    """The plan of a study of these overrides alone, composed once."""
+    return copy.deepcopy(_asked(overrides))
 
 
 def points(plan):

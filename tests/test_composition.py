@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import yaml
-from helpers import TINY, run, stabrun
+from helpers import TINY, configured, run, stabrun
 
 from stabrun.composition import compose
 from stabrun.config import UserError
@@ -192,6 +192,15 @@ def test_joblib_s_launcher_trains_each_job(tmp_path):
 
 
 OPTUNA = ("train", "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=1", *QUICK)
+
+
+WORDS = ((), ("+variant=[qk_norm,soft_cap]", "schedule=wsd"), ("model=mini", "optim.clip=null"))
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_the_quick_composition_of_the_tests_is_hydra_s(words):
+    words = (*TINY, *words, "optim.lr=3e-2", "run_dir=a/b")
+    assert configured(*words) == compose(words)
 
 
 @pytest.mark.plugins

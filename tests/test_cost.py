@@ -21,7 +21,7 @@ def test_costs_follow_the_formula():
 
 def test_times_on_a_gpu_are_unknown_before_a_run_is_finished(tmp_path):
     lines = list(cost_lines(a_plan("study.lrs=[1e-2]", "train.device=cuda"), [], tmp_path, workers=2))
-    assert lines[-2].startswith("times are unknown until a run of each variant is finished")
+    assert lines[-2].startswith("times are unknown until a run of each arm is finished")
     assert "workers" not in "".join(lines)
 
 

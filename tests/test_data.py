@@ -123,7 +123,7 @@ def test_several_processes_ask_at_the_same_time(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "contains no text"), (b"\xff\xfe\x00junk", "not UTF-8"), (b"a\x00b", "zero bytes"), (b"short", "has only")],
+    [(b"", "contains no text"), (b"\xff\xfe\x00junk", "not UTF-8"), (b"a\x00b", "NUL bytes"), (b"short", "has only")],
 )
 def test_unusable_texts_are_refused(tmp_path, content, message):
     (tmp_path / "a.txt").write_bytes(content)
@@ -455,7 +455,7 @@ def test_a_bpe_learns_from_a_bounded_text(monkeypatch):
         ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"),
         ("a.jsonl", b'{"body": "x", "id": 1}\n', "data.text_key=text: .*line 1 has no such field. Fields: body, id"),
         ("a.jsonl", b'{"text": 3}\n', "line 1 must be text, not int"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "unpaired surrogate"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not a complete JSON"),
         ("a.jsonl.gz", gzip.compress(lines(), mtime=0)[:-50], "not a complete .gz"),
         ("a.jsonl.gz", lines(), "not a complete .gz"),

@@ -55,6 +55,7 @@ def test_a_study_by_submitit(tmp_path, undisturbed):
     assert [item.name for item in tmp_path.iterdir()] == ["study"]
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 @needs_submitit
 def test_a_launched_worker_that_is_killed_is_replaced(tmp_path):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import configured, run
+from helpers import run
 from studies import write_results
 
+from stabrun.composition import compose
 from stabrun.config import IN_EVERY_RECORD, RESULT, Config, ModelConfig, UserError, key, keys, run_id
 from stabrun.record.run_dir import RunDir
 from stabrun.record.study_dir import StudyDir
@@ -91,14 +92,14 @@ def test_every_later_result_key_says_what_its_absence_means():
 
 def test_ids_stay(version):
     plan, directory = asked(LRS)
-    assert run_id(configured(*RUN)) == run_id(RunDir(Path("run")).config()) == RUN_ID
+    assert run_id(compose(RUN)) == run_id(RunDir(Path("run")).config()) == RUN_ID
     assert tuple(plan.cells) == tuple(load(Path("study")).cells) == CELLS
     assert directory == Path("studies/study-d917a2a0")
 
 
 def test_a_later_key_makes_another_run_only_if_it_differs(later_key):
-    assert run_id(configured(*RUN, "model.final_cap=null")) == RUN_ID
-    assert run_id(configured(*RUN, "model.final_cap=30")) != RUN_ID
+    assert run_id(compose([*RUN, "model.final_cap=null"])) == RUN_ID
+    assert run_id(compose([*RUN, "model.final_cap=30"])) != RUN_ID
     plan, directory = asked(LRS, "model.final_cap=30")
     assert not set(plan.cells) & set(CELLS)
     assert directory != asked(LRS)[1]
@@ -180,7 +181,7 @@ def test_a_study_is_resumed_and_extended(version, monkeypatch):
     [
         ("config.yaml", lambda facts: facts["model"].update(final_cap=30.0), "model.final_cap is a key of a newer"),
         ("config.yaml", lambda facts: facts.update(moe={"experts": 8}), "moe is a key of a newer version"),
-        ("environment.json", lambda facts: facts.update(format=2), "format 2 is of a newer version"),
+        ("environment.json", lambda facts: facts.update(format=2), "format 2 was written by a newer version"),
     ],
     ids=["key", "group", "format"],
 )
@@ -199,8 +200,8 @@ def test_a_run_of_a_newer_version_is_read_and_not_trained(capsys, file, change, 
     ("change", "message"),
     [
         (lambda facts: facts["arms"]["qk_norm"]["model"].update(final_cap=30.0), "model.final_cap is a key of a newer"),
-        (lambda facts: facts.update(format=2, priority="high"), "format 2 is of a newer version"),
-        (lambda facts: facts.update(cells=[[*cell, "new"] for cell in facts["cells"]], format=2), "format 2 is"),
+        (lambda facts: facts.update(format=2, priority="high"), "format 2 was written by a newer version"),
+        (lambda facts: facts.update(cells=[[*cell, "new"] for cell in facts["cells"]], format=2), "format 2 was"),
     ],
     ids=["key", "fact", "cell"],
 )

@@ -217,8 +217,7 @@ def clean(page, directory):
     assert {request for request in page.requests if not request.startswith(("data:", "blob:"))} == {file}
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)], ids=["wide, light", "narrow, dark"])
 class TestInChromium:
     pytestmark = browsed
 

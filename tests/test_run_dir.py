@@ -34,7 +34,7 @@ def test_a_resume_keeps_the_rows_of_its_checkpoint(run, tail):
 def test_a_damaged_record_is_refused_before_it_is_cut(run, line):
     run.metrics.write_text(ROWS[0] + line + "\n" + ROWS[2])
     before = run.metrics.read_bytes()
-    with pytest.raises(UserError, match="does not hold the 3 steps"):
+    with pytest.raises(UserError, match="does not contain the 3 steps"):
         RunWriter(run).cut(3)
     assert run.metrics.read_bytes() == before
 

@@ -18,7 +18,7 @@ def test_warm_up_may_be_longer_than_the_run():
 
 
 STEPS, WARMUP, PEAK, LOW = 50, 10, 0.5, 0.1
-AFTER = {  # the factor of update t (from 1) after the warm-up, written out
+AFTER = {  # the factor of update t (from 1) after warmup, written out
     "constant": lambda t: 1.0,
     "cosine": lambda t: (1 + math.cos(math.pi * (t - WARMUP) / (STEPS - WARMUP))) / 2,
     "linear": lambda t: (STEPS - t) / (STEPS - WARMUP),
@@ -55,7 +55,7 @@ def test_wsd_falls_linearly_over_the_steps_after_the_warm_up():
 
 @pytest.mark.parametrize(
     ("warmup", "sentence"),
-    [(60, "The warm-up of 60 steps is longer than the run of 30: the learning rate ends at 0.5."), (30, None)],
+    [(60, "The warmup of 60 steps is longer than the run of 30: the learning rate ends at 0.5."), (30, None)],
 )
 def test_a_peak_that_is_never_reached_is_reported(warmup, sentence):
     assert unreached(tiny("optim.lr=1.0", f"schedule.warmup_steps={warmup}", "train.steps=30")) == sentence

@@ -83,4 +83,4 @@ def test_a_run_that_is_not_over(made_study, tmp_path):
     assert list(sentences.state(run)) == []
     assert "converged (fell)" in dict(sentences.results(run))["baseline"]
     (tmp_path / "run" / "summary.json").unlink()
-    assert "The run is not over (120 steps so far)" in state_of(tmp_path / "run")
+    assert "The run is not finished (120 steps so far)" in state_of(tmp_path / "run")

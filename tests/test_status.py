@@ -138,7 +138,7 @@ def test_incomplete_and_missing_files(tmp_path):
     assert state["counts"] == {"planned": 4, "running": 2, "done": 1, "failed": 1}
     assert [attempt["step"] for attempt in state["running"]] == [1, 0]
     assert "baseline  >>    ?!" in text
-    assert "the reason is lost" in text
+    assert "unknown reason" in text
 
 
 def test_a_run_from_its_start_to_its_end(tmp_path, monkeypatch, capsys):

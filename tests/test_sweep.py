@@ -14,11 +14,18 @@ from helpers import TINY, run
 from studies import QUESTION, ended, recorded, rows, sweep_here, sweeping, swept, trained_alone, wait_for
 from wandb_files import inspected
 
+from stabrun.record.study_dir import StudyDir
+
 
 def test_a_study_to_its_end(undisturbed, tmp_path):
     lines = swept(tmp_path).splitlines()
     assert len(undisturbed.rows) == 8
     assert rows(tmp_path) == undisturbed.rows
+    study = StudyDir(tmp_path / "study")
+    for cell in undisturbed.plan.cells:
+        assert study.run(cell).metrics.read_bytes() == undisturbed.record(cell)
+    assert len(list((study.path / "ledger").glob("*.claim"))) == 8, "each cell was trained once"
+    assert list(study.attempts.iterdir()) == []
     top = next(index for index, line in enumerate(lines) if line.startswith("lr "))
     assert lines[top].split() == ["lr", "1e-2", "0.1"]
     assert [line.split()[0] for line in lines[top + 1 : top + 3]] == ["baseline", "qk_norm"]
@@ -107,12 +114,14 @@ def test_a_search_killed_on_its_way_completes(tmp_path, monkeypatch, capsys):
 def test_ctrl_c_leaves_checkpoints_and_the_same_command_resumes(tmp_path, monkeypatch, capsys):
     """Without checkpoints during a run: only a worker that stops after its step writes one."""
     words = ("study.lrs=[1e-2]", "study.seeds=1", "train.steps=400", "train.checkpoint_every=0", "train.val_every=0")
+    words = (*words, "observe.every=0")
     with sweeping(tmp_path, *words) as process:
         wait_for(lambda: len(recorded(tmp_path / "study")) == 2)
         os.killpg(process.pid, signal.SIGINT)
         status, said = ended(process)
     assert status == 130
     assert "the same command resumes" in said
+    assert len(list((tmp_path / "study" / "ledger").glob("*.left"))) == 2, "workers gave their cells back"
     attempts = list((tmp_path / "study" / "attempts").iterdir())
     assert len(attempts) == 2
     assert all(list(attempt.glob("checkpoints/step_*/meta.json")) for attempt in attempts)
@@ -135,6 +144,7 @@ def test_a_cell_that_cannot_be_trained_is_named(tmp_path, monkeypatch, capsys):
     assert "baseline  !     !" in out
 
 
+@pytest.mark.slow
 def test_two_sweeps_of_one_study_at_once_count_each_cell_once(undisturbed, tmp_path):
     with sweeping(tmp_path) as one, sweeping(tmp_path) as other:
         ends = [ended(process) for process in (one, other)]

@@ -101,22 +101,21 @@ def test_interrupted_at_any_step_and_resumed(tmp_path, whole, monkeypatch, at):
 def test_ctrl_c_in_the_terminal_and_resumed(tmp_path, whole):
     command = [sys.executable, "-m", "stabrun", "train", *TINY, *RICH, "run_dir=run"]
     codes = []
-    for start in (1, 2, 3):
+    for start in (1, 2):
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         while process.poll() is None and len(events(tmp_path / "run", "start")) < start:
             time.sleep(0.01)
-        if start < 3:
-            time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
         assert "Traceback" not in output
         codes.append(process.returncode)
-    assert codes[-1] == 0
     assert set(codes) <= {0, 130}
+    assert train(tiny(*RICH, f"run_dir={tmp_path / 'run'}"))["status"] == "complete"
     assert metrics(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize("rows", [1, pytest.param(9, marks=pytest.mark.slow), 20])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow), 20])
 def test_killed_and_resumed(tmp_path, whole, rows):
     words = ["train", *TINY, *RICH, "run_dir=run"]
     program = (
@@ -174,8 +173,10 @@ def test_divergence_is_a_result(tmp_path):
     [(("optim.lr=0.3",), "diverged"), (("+variant=qk_norm", "optim.lr=0.01"), "converged")],
 )
 def test_the_edge_at_nano(tmp_path, words, verdict):
-    fixed = ("schedule=constant", "schedule.warmup_steps=50", "train.steps=200", "train.threads=1", "tracker=none")
-    summary = train(configured(*fixed, *words, f"run_dir={tmp_path / 'run'}", "train.val_every=0"))
+    fixed = ("schedule=constant", "schedule.warmup_steps=50", "train.steps=150", "train.threads=1", "tracker=none")
+    summary = train(
+        configured(*fixed, *words, "train.batch_size=8", f"run_dir={tmp_path / 'run'}", "train.val_every=0")
+    )
     assert summary["verdict"] == verdict
     assert isinstance(summary["final_loss"], float)
     assert (summary["first_bad_site"] is not None) == (verdict == "diverged")
@@ -276,7 +277,7 @@ def test_data_that_changed_since_the_first_start_are_refused(tmp_path, monkeypat
             train(config)
         before = metrics(tmp_path / "run")
         text.write_text("and it came to pass " * 1000)
-        with pytest.raises(UserError, match="began on other data"):
+        with pytest.raises(UserError, match="started on other data"):
             train(config)
         assert metrics(tmp_path / "run") == before
 

@@ -236,7 +236,7 @@ def test_a_run_in_training_is_left_to_its_tracker(tmp_path, capsys):
     with open(directory / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert upload(directory) == 0
-    assert "in training, with W&B tracking" in capsys.readouterr().out
+    assert "is being trained with W&B tracking" in capsys.readouterr().out
     assert len(offline(directory)) == 1
 
 

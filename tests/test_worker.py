@@ -1,4 +1,4 @@
-"""Workers on a real study: side by side, killed, interrupted, and with cells that cannot be trained."""
+"""A worker on a real study: killed, and with a cell that cannot be trained."""
 
 import json
 import signal
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from studies import QUESTION, a_plan, recorded, wait_for
+from studies import QUESTION, a_plan, wait_for
 
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.ledger import DONE, FAILED, Ledger
@@ -32,15 +32,6 @@ def assert_trained(plan, directory, undisturbed):
     assert set(statuses(plan, directory).values()) == {DONE}
     for cell in plan.cells:
         assert StudyDir(directory).run(cell).metrics.read_bytes() == undisturbed.record(cell)
-
-
-def test_two_workers_train_each_cell_once(tmp_path, undisturbed):
-    plan = a_plan(tmp_path, *WORDS)
-    workers = [worker(tmp_path) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in workers] == [0, 0]
-    assert_trained(plan, tmp_path, undisturbed)
-    assert len(list((tmp_path / "ledger").glob("*.claim"))) == len(plan.cells)
-    assert list((tmp_path / "attempts").iterdir()) == []
 
 
 def test_the_cell_of_a_killed_worker_is_resumed_from_its_checkpoint(tmp_path, undisturbed):
@@ -70,14 +61,3 @@ def test_a_cell_that_cannot_be_trained_is_given_up_and_the_rest_is_trained(tmp_p
     assert found.pop(broken.id) == FAILED
     assert set(found.values()) == {DONE}
     assert "not UTF-8 text" in Ledger(tmp_path).reason(broken.id, 2)
-
-
-def test_ctrl_c_gives_the_cell_back(tmp_path, undisturbed):
-    plan = a_plan(tmp_path, *WORDS)
-    process = worker(tmp_path)
-    wait_for(lambda: recorded(tmp_path))
-    process.send_signal(signal.SIGINT)
-    process.wait(timeout=60)
-    assert len(list((tmp_path / "ledger").glob("*.left"))) <= 1
-    work(tmp_path)
-    assert_trained(plan, tmp_path, undisturbed)

@@ -77,8 +77,8 @@ def install_completion(ctx: click.Context, _: click.Parameter, shell: str | None
     callback=install_completion, help="Install completion for a shell (default: that of $SHELL) and exit.",
 )  # fmt: skip
 def cli() -> None:
-    """How high can the learning rate go before a language model diverges, which layer goes first, and which norm
-    placement buys room?"""
+    """Find the highest stable learning rate of small GPT models, the layer that diverges first, and the norm
+    placements that help."""
 
 
 def overrides_argument(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,7 +136,7 @@ class HydraFlags:
         if (self.package or self.resolve) and not self.cfg:
             raise UserError("--package and --resolve are allowed with --cfg only.")
         if self.cfg and self.info:
-            raise UserError("--cfg and --info exclude each other.")
+            raise UserError("--cfg and --info cannot be combined.")
         if self.cfg:
             print(composition.shown(overrides, self.sources(), self.cfg, self.package, self.resolve), end="")
         elif self.info or self.hydra_help:
@@ -154,15 +154,15 @@ class HydraFlags:
     ),
 )
 @overrides_argument
-@click.option("-m", "--multirun", is_flag=True, help="Run one training per combination of comma-separated values.")
+@click.option("-m", "--multirun", is_flag=True, help="Train one run per combination of comma-separated values.")
 @hydra_options
 def train(overrides: list[str], multirun: bool, **flags: Any) -> int:
-    """Train one run, up to a verdict."""
+    """Train one run and print its verdict."""
     from stabrun import composition
 
     hydra = HydraFlags(**flags)
     if multirun and (hydra.cfg or hydra.info):
-        raise UserError("--multirun, --cfg and --info exclude each other.")
+        raise UserError("--multirun cannot be combined with --cfg or --info.")
     if hydra.show(overrides):
         return 0
     if multirun:
@@ -216,10 +216,10 @@ def trained(config: Config) -> Any:
     ),
 )
 @overrides_argument
-@click.option("--dry-run", is_flag=True, help="List cells, tokens, FLOPs and hours; train nothing.")
+@click.option("--dry-run", is_flag=True, help="List cells, tokens, FLOPs and time; train nothing.")
 @hydra_options
 def sweep(overrides: list[str], dry_run: bool, **flags: Any) -> int:
-    """Run a study: variants × rates × seeds. The same command resumes or extends it."""
+    """Run a study: variants × learning rates × seeds. The same command resumes it."""
     from stabrun.study.question import split_axes
     from stabrun.study.sweep import sweep as run_study
 
@@ -249,7 +249,7 @@ def status(directory: Path, as_json: bool) -> None:
     "-c", "--cfg", type=click.Choice(["job"]), is_flag=False, flag_value="job", help="Print the configuration."
 )
 def rerun(directory: Path, overrides: list[str], cfg: str | None) -> int:
-    """Train a recorded run again. Its own config is used, and a new directory."""
+    """Train a recorded run again in a new directory. Overrides change its configuration."""
     from stabrun.cli.rerun import rerun_config
 
     config = rerun_config(directory, overrides)
@@ -266,9 +266,9 @@ step_option = click.option("--step", type=int, metavar="N", help="The checkpoint
 @click.argument("directory", metavar="RUN_DIR", type=DIRECTORY)
 @click.option("--prompt", default="\n", help="Text to continue (default: a line break).")
 @click.option("--tokens", default=200, show_default=True, help="Tokens to generate.")
-@click.option("--temperature", default=1.0, show_default=True, help="Divides the logits; 0 takes the likeliest token.")
-@click.option("--top-k", type=int, help="Draw from the K likeliest tokens only.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the draws.")
+@click.option("--temperature", default=1.0, show_default=True, help="Divides the logits; 0: the most likely token.")
+@click.option("--top-k", type=int, help="Sample from the K most likely tokens only.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
 @step_option
 def sample(directory: Path, **options: Any) -> None:
     """Generate text from a checkpoint, on the CPU."""
@@ -285,7 +285,7 @@ def sample(directory: Path, **options: Any) -> None:
 @overrides_argument
 @step_option
 def evaluate(directory: Path, overrides: list[str], step: int | None) -> None:
-    """Compute the loss of a checkpoint on the validation split of its run, or on all of another text."""
+    """Compute the loss of a checkpoint. The data are the validation split of its run, or all of another text."""
     from stabrun.api import Run
 
     found = Run(directory).evaluate(overrides, step)
@@ -302,7 +302,7 @@ def evaluate(directory: Path, overrides: list[str], step: int | None) -> None:
 )
 @click.argument("path", metavar="PATH", type=DIRECTORY)
 @json_option
-@click.option("--follow", is_flag=True, help="Watch a run until it ends or is certain to have diverged.")
+@click.option("--follow", is_flag=True, help="Watch a run until it ends or its divergence is certain.")
 @click.option(
     "--against",
     metavar="OTHER",
@@ -333,7 +333,7 @@ def report(directory: Path, other: Path | None) -> None:
 @overrides_argument
 @dry_run_option
 def upload(directory: Path, overrides: list[str], dry_run: bool) -> int:
-    """Replay saved records into W&B. DIR is a study or a run. Overrides are keys of `tracker`."""
+    """Send saved records to W&B. DIR is a study or a run. Overrides are keys of `tracker`."""
     from stabrun.publish import upload
 
     return upload.upload(directory, overrides, dry_run)

@@ -79,7 +79,7 @@ def study_lines(snapshot: Snapshot) -> Iterator[str | Text]:
     yield from running_lines(snapshot)
     yield from failure_messages(snapshot)
     if len(snapshot.ended) < len(snapshot.entries) and all(attempt.owner_gone for attempt in snapshot.running):
-        yield "no cell is being trained now; the same `stabrun sweep` resumes."
+        yield "no cell is being trained now; the same `stabrun sweep` command resumes."
 
 
 def run_facts(run: RunDir) -> dict[str, Any]:

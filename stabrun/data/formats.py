@@ -48,7 +48,7 @@ def _text(file: Path, text_key: str) -> Iterator[Document]:
             with _whole(file), _opener(file)(file, "rt", encoding="utf-8-sig", newline="") as text:
                 while block := text.read(BLOCK_CHARS):
                     if "\0" in block:
-                        raise UserError(f"data.path={file}: not a text file: it contains zero bytes.")
+                        raise UserError(f"data.path={file}: not a text file: it contains NUL bytes.")
                     yield block
         except UnicodeDecodeError as error:
             where = f"{error.reason} at byte {_bad_byte(file)}"
@@ -82,7 +82,7 @@ def _field(line: bytes, text_key: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"data.path={where} contains half of a surrogate pair, which is not a character.") from error
+        raise UserError(f"data.path={where} contains an unpaired surrogate, which is not a character.") from error
     return text
 
 

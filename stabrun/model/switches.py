@@ -80,7 +80,7 @@ class NormKind:
 NORMS: dict[str, NormKind | None] = {
     "layernorm": NormKind(layer_norm),
     "rmsnorm": NormKind(rms_norm),
-    "layernorm1p": NormKind(layer_norm, gain_offset=1.0),  # NeMo: weight decay pulls the gain towards 1
+    "layernorm1p": NormKind(layer_norm, gain_offset=1.0),  # NeMo: weight decay pulls the gain toward 1
     "none": None,
 }
 

@@ -86,7 +86,7 @@ def upload(directory: Path, changes: Sequence[str] = (), dry_run: bool = False) 
         count = upload_study(found, target) if isinstance(found, StudyDir) else upload_run(found, target)
     except wandb.Error as error:
         reason = " ".join(str(error).split())
-        warn(f"W&B: {reason}. Everything before is sent and recorded; the same command continues from there.")
+        warn(f"W&B: {reason}. Everything before was sent and recorded; the same command continues from there.")
         return 1
     finally:
         wandb.teardown()  # waits until everything is on disk
@@ -149,7 +149,7 @@ def upload_run(files: RunDir, target: Destination) -> bool:
     config = replace(recorded, tracker=target.tracker(recorded))
     name = config.tracker.run_name or run_name(config.variant, config.optim.lr, config.seed)
     if recorded.tracker.name == "wandb" and files.is_locked():
-        print(f"{name}: in training, with W&B tracking; nothing to upload.")
+        print(f"{name}: is being trained with W&B tracking; skipped.")
         return False
     plan = upload_plan(files, SyncState.at(files.path, target.mode, config.tracker))
     for sentence in plan.extent.damaged:

@@ -134,7 +134,7 @@ METRICS = {metric.key: metric for metric in (
     Metric("norm/adam_v/{site}", "norm of Adam's second moment", "1", ADAM, SLOW_EVERY, "once",
            "Frobenius norm of the second moment after the step, not bias-corrected", Signal("adam_v", factor=10.0)),
     Metric("adam/surprise/{site}", "surprise: mean g² / mean v", "1", ADAM, SLOW_EVERY, "once",
-           "mean g² (clipped, before L2 decay) over mean bias-corrected v after the step: 1 if the gradient is usual",
+           "mean g² (clipped, before L2 decay) over mean bias-corrected v after the step: 1 for a typical gradient",
            Signal("surprise")),
     Metric("attn/max_logit", "maximum attention logit", "1", ATTENTION, SLOW_EVERY, "max",
            "largest QKᵀ/√d over past positions, before temperature and cap", Signal("max_logit")),

@@ -174,8 +174,8 @@ class RunDir:
         before = self.environment().get("data_hash") if self.environment_file.exists() else now
         if before != now:
             raise UserError(
-                f"run_dir={self.path}: the run began on other data (hash {before}, now {now}). "
-                "Restore the data, or name another run_dir."
+                f"run_dir={self.path}: the run was started on other data (hash {before}, now {now}). "
+                "Restore the data, or choose another run_dir."
             )
 
     def refuse_other_run(self, config: Config) -> None:
@@ -184,7 +184,7 @@ class RunDir:
             recorded = self.config_file.exists()
         if recorded:
             if differing := differences((marked(self.config(to_train=True), RESULT), marked(config, RESULT))):
-                raise UserError(f"run_dir={self.path}: holds a run with {differing}. Name another run_dir.")
+                raise UserError(f"run_dir={self.path}: contains a run with {differing}. Choose another run_dir.")
         elif self.path.is_dir() and any(item != self.lock_file for item in self.path.iterdir()):
             raise UserError(f"run_dir={self.path}: not empty, and not a run directory.")
 
@@ -241,7 +241,7 @@ class RunWriter:
                 removed += 1
         if [row.get("step") for row in rows if is_number(row.get("train/loss"))] != list(range(step)):
             raise UserError(
-                f"{self.run.metrics} does not hold the {step} steps of its checkpoint in order; "
+                f"{self.run.metrics} does not contain the {step} steps of its checkpoint in order; "
                 f"restore it, or remove {self.run.path} to train again from the start."
             )
         if self.run.metrics.exists():
@@ -289,7 +289,7 @@ def check_row(row: dict[str, Any], path: Path) -> Row:
 def refuse_newer(file: Path, written: Any) -> None:
     """Raise UserError if the format of a record is not one that this version writes."""
     if written != FORMAT:
-        raise UserError(f"{file}: format {written} is of a newer version of stabrun; use that version.")
+        raise UserError(f"{file}: format {written} was written by a newer version of stabrun; use that version.")
 
 
 @contextmanager

@@ -270,6 +270,6 @@ async function start() {
 start().catch(error => {
   console.error(error);
   document.documentElement.dataset.ready = "failed";
-  const sentence = "This browser cannot draw the charts; the directory figures has them as files.";
+  const sentence = "This browser cannot draw the charts. They are also saved in the directory figures.";
   document.querySelectorAll(".plot").forEach(place => { place.textContent = sentence; });
 });

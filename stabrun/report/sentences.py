@@ -92,7 +92,7 @@ def state(study: StudyData) -> Iterator[str]:
     done, total = study.counts[DONE], sum(study.counts.values())
     if study.strategy == RUN:
         if not done:
-            yield f"The run is not over ({study.rows[0]['steps']} steps so far); its verdict may change."
+            yield f"The run is not finished ({study.rows[0]['steps']} steps so far); its verdict may change."
         return
     others = ", ".join(
         f"{study.counts[status]} {status}" for status in (RUNNING, PLANNED, FAILED) if study.counts[status]

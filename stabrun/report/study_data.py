@@ -107,7 +107,7 @@ def read_run(run: RunDir) -> StudyData:
     except UserError:
         summary = None
     if summary is None:
-        notes.append("summary.json is missing: the run is not over, and is judged on the rows recorded so far.")
+        notes.append("summary.json is missing: the run is not finished, and is judged on the rows recorded so far.")
         judge = Judge()
         for row in read_rows(run, notes):
             judge.add(row)

@@ -113,7 +113,7 @@ def variants(study: StudyData) -> Table:
     ]
     note = (
         "Intervals: 95 %. lr50, lr10: learning rates at which half, a tenth of the seeds diverge. lenient, strict: the "
-        "same runs judged by other strictnesses of the rule. Losses: training, in nats/token; perplexity: exp(loss)."
+        "same runs judged at other strictnesses of the rule. Losses: training, in nats/token; perplexity: exp(loss)."
     )
     return Table("variants", "By variant", columns, rows, note)
 

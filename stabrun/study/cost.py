@@ -89,10 +89,10 @@ def cost_lines(plan: Plan, rows: list[Summary], directory: Path, workers: int) -
     of = f" of {len(plan.cells)}" if plan.strategy == GRID else ""
     yield f"total: {at_most}{cells}{of} cells, {tokens:,} tokens, {flops:.3g} FLOPs{_time(found, workers)}"
     if speed is not None:
-        measured = "; times of variants with a finished run are measured" if rows else ""
+        measured = "; times of arms with a finished run are measured" if rows else ""
         yield f"times are lower bounds, at {speed / 1e9:.3g} GFLOP/s per worker in matrix products{measured}"
     elif unknown:
-        yield "times are unknown until a run of each variant is finished, because they train on a GPU"
+        yield "times are unknown until a run of each arm is finished, because they train on a GPU"
     yield f"study: {directory}"
 
 

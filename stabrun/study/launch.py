@@ -42,7 +42,7 @@ def worker_pool(overrides: list[str], sources: Sources, directory: Path, count: 
         return LocalPool(directory, count)
     for key in ("nodes", "tasks_per_node"):
         if launcher.get(key, 1) != 1:
-            raise UserError(f"hydra.launcher.{key}={launcher[key]}: must be 1: a job is one worker. See study.workers.")
+            raise UserError(f"hydra.launcher.{key}={launcher[key]}: must be 1: a job is one worker; set study.workers.")
     return LauncherPool(directory, count, [str(sources.config_dir or ""), sources.config_name, *fixed])
 
 

@@ -168,7 +168,7 @@ class Ledger:
 
     def reason(self, cell: str, attempt: int) -> str:
         """Why an attempt failed."""
-        return str(_object(self.path(cell, attempt, "failed")).get("reason", "the reason is lost"))
+        return str(_object(self.path(cell, attempt, "failed")).get("reason", "unknown reason"))
 
     def end(self, cell: str, attempt: int, kind: str, reason: str) -> None:
         """Record that an attempt ended: `kind` is `failed` or `left`."""

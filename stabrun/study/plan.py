@@ -101,7 +101,7 @@ def extended(old: Plan, new: Plan) -> Plan:
     """The union of two plans. Raises UserError if they contradict each other."""
     common = [(_arm_keys(old.arms[arm]), _arm_keys(new.arms[arm])) for arm in old.arms if arm in new.arms]
     if differing := differences((_settings(old), _settings(new)), *common):
-        raise UserError(f"the existing study has {differing}. Name another study_dir.")
+        raise UserError(f"the existing study has {differing}. Choose another study_dir.")
     seeds = list(dict.fromkeys([*old.seeds, *new.seeds]))
     return replace(new, arms=old.arms | new.arms, seeds=seeds, cells=old.cells | new.cells)
 

@@ -49,7 +49,7 @@ def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Pat
 def _refuse_duplicates(values_by_key: dict[str, list[Any]]) -> None:
     for key, values in values_by_key.items():
         if repeated := [str(value) for value, count in Counter(values).items() if count > 1]:
-            raise UserError(f"{key}: {', '.join(repeated)} is named twice; each value may be named once.")
+            raise UserError(f"{key}: {', '.join(repeated)} is given twice; each value may be given once.")
 
 
 def _refuse_rates(study: StudyConfig, rates: list[float]) -> None:
@@ -71,13 +71,13 @@ def _refuse_schedules(fixed: list[str], axes: dict[str, list[str]]) -> None:
     for key, value in given:
         if key in ("schedule", "schedule.kind") and value != "constant":
             raise UserError(
-                f"{key}={value}: a search keeps the learning rate constant after the warm-up, because a decaying "
+                f"{key}={value}: a search keeps the learning rate constant after warmup, because a decaying "
                 "schedule hides divergence in the middle of a run. Omit it, or run a grid."
             )
 
 
 def for_search(config: Config) -> Config:
-    """The configuration with a constant learning rate after the warm-up, that stops once a divergence is certain."""
+    """The configuration with a constant learning rate after warmup, that stops once a divergence is certain."""
     schedule = replace(config.schedule, kind="constant")
     return replace(config, schedule=schedule, train=replace(config.train, stop_early=True))
 

@@ -42,7 +42,7 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
         plan.save(directory)
         rejudge(plan, directory, reader.ledger)
     reader.ledger.retry_failed(plan.cells)
-    cells = f"{len(plan.cells)} cells" if plan.strategy == GRID else f"up to {plan.max_runs} runs for each variant"
+    cells = f"{len(plan.cells)} cells" if plan.strategy == GRID else f"up to {plan.max_runs} runs per arm"
     print(f"{plan.name}: {cells}, {config.study.workers} workers → {directory}", flush=True)
     status = _supervise(reader, pool)
     snapshot = reader.read()

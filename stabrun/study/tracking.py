@@ -23,7 +23,7 @@ def track_study(tracker: TrackerConfig, directory: Path, results: Table, summary
             send_study(tracker, directory, results, summary)
             wandb.teardown()  # waits until everything is on disk
     except Exception as error:
-        warn(f"W&B has no summary of the study ({type(error).__name__}: {error}); {directory}/study.json has.")
+        warn(f"W&B has no summary of the study ({type(error).__name__}: {error}); it is in {directory}/study.json.")
 
 
 def send_study(

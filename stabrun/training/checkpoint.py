@@ -78,7 +78,7 @@ def at(folder: Path, step: int | None) -> Path:
     """The newest checkpoint below `folder`, or the one after `step` updates. UserError if it is missing."""
     newest = latest(folder)
     if newest is None:
-        raise UserError(f"{folder.parent}: no checkpoint; none is written yet, or train.checkpoint_every=0.")
+        raise UserError(f"{folder.parent}: no checkpoint; none has been written yet, or train.checkpoint_every=0.")
     if step is not None and step != newest[0]:
         raise UserError(f"step={step}: {folder.parent} has no such checkpoint; the only one is of step {newest[0]}.")
     return newest[1]
@@ -104,7 +104,7 @@ def load_model(path: Path, model: nn.Module) -> None:
     state = _read(path / "model.safetensors")
     here = _model_state(model)
     if {name: tensor.shape for name, tensor in here.items()} != {name: tensor.shape for name, tensor in state.items()}:
-        raise UserError(f"{path} has the weights of another model; delete it to start over.")
+        raise UserError(f"{path} has the weights of another model; delete it to train from the start.")
     for name, tensor in here.items():
         tensor.copy_(state[name])
 

@@ -43,7 +43,7 @@ def evaluate(model: GPT, windows: Iterable[Tensor]) -> Evaluation:
         total += float(cross_entropy(model(inputs), targets)) * targets.numel()
         tokens += targets.numel()
     if not tokens:
-        raise UserError("eval: the text must hold at least two tokens.")
+        raise UserError("eval: the text must contain at least two tokens.")
     return Evaluation(total / tokens, tokens)
 
 
@@ -76,7 +76,7 @@ def other_data(config: Config, overrides: Sequence[str]) -> DataConfig:
     for word in words:
         key = word.partition("=")[0]
         if not key.startswith("data.") or key in OF_THE_MODEL:
-            raise UserError(f"{word}: only keys of data that choose the text can be given, such as data.path=FILE.")
+            raise UserError(f"{word}: only keys of data that select the text are allowed, such as data.path=FILE.")
     if any(word.startswith("data.name=") for word in words):
         own = config.data
         config = replace(config, data=DataConfig(seq_len=own.seq_len, tokenizer=own.tokenizer, separator=own.separator))

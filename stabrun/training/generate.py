@@ -29,9 +29,9 @@ def generate(
         (not 0 <= temperature < float("inf"), f"temperature={temperature}: must be finite and at least 0."),
         (top_k is not None and top_k < 1, f"top_k={top_k}: must be at least 1."),
         (not 0 <= seed < 2**63, f"seed={seed}: must be at least 0 and below 2**63."),
-        (not prompt, "prompt: must hold at least one token."),
-        (len(prompt) > context, f"prompt: {len(prompt)} tokens; the model's context is {context} (data.seq_len)."),
-        (max(prompt, default=0) >= vocabulary, f"prompt: holds a token outside the vocabulary of {vocabulary}."),
+        (not prompt, "prompt: must contain at least one token."),
+        (len(prompt) > context, f"prompt: {len(prompt)} tokens; must be at most {context} (data.seq_len)."),
+        (max(prompt, default=0) >= vocabulary, f"prompt: contains a token outside the vocabulary of {vocabulary}."),
     ):
         if wrong:
             raise UserError(sentence)

@@ -28,7 +28,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 
 
 def unwrapped(kind: type[torch.optim.Optimizer]) -> Any:
-    """The optimizer class without what torch wraps its methods in for torch.compile: that imports Dynamo, which takes 3 s.
+    """The optimizer class without torch.compile's wrappers of its methods: they import Dynamo, which takes 3 s.
 
     Optimizers are never compiled here.
     """

@@ -21,7 +21,7 @@ def pick_device(config: TrainConfig) -> torch.device:
         present = ", ".join(name for name, has in there.items() if has)
         raise UserError(f"train.device={name}: not available; this machine has {present}.")
     if config.precision == "tf32" and name != "cuda":
-        raise UserError(f"train.precision=tf32: needs CUDA, and the device is {name}.")
+        raise UserError(f"train.precision=tf32: requires CUDA, and the device is {name}.")
     return torch.device(name)
 
 

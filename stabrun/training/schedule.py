@@ -6,7 +6,7 @@ from stabrun.config import Config
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """The rate of update `step` (from 0): linear warm-up to `optim.lr`, then a shape that falls towards `min_lr`."""
+    """The rate of update `step` (from 0): linear warmup to `optim.lr`, then a shape that falls toward `min_lr`."""
     peak, low, warmup = config.optim.lr, config.schedule.min_lr, warmup_steps(config)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -19,16 +19,16 @@ def warmup_steps(config: Config) -> int:
 
 
 def unreached(config: Config) -> str | None:
-    """A sentence if the warm-up is longer than the run, so that the peak rate is never reached; else None."""
+    """A sentence if warmup is longer than the run, so that the peak rate is never reached; else None."""
     steps, warmup = config.train.steps, warmup_steps(config)
     if warmup <= steps:
         return None
     last = learning_rate(config, steps - 1)
-    return f"The warm-up of {warmup} steps is longer than the run of {steps}: the learning rate ends at {last:.3g}."
+    return f"The warmup of {warmup} steps is longer than the run of {steps}: the learning rate ends at {last:.3g}."
 
 
 def passed(config: Config, done: int) -> float:
-    """The share of the steps after the warm-up that are done after `done` updates: 1 at the last step."""
+    """The share of the steps after warmup that are done after `done` updates: 1 at the last step."""
     warmup = warmup_steps(config)
     return (done - warmup) / (config.train.steps - warmup)
 
@@ -46,13 +46,13 @@ def linear(config: Config, done: int) -> float:
 
 
 def inverse_sqrt(config: Config, done: int) -> float:
-    """√(warm-up / t), 1 where the warm-up ends (arXiv 1706.03762, section 5.3)."""
+    """√(warmup / t), 1 where warmup ends (arXiv 1706.03762, section 5.3)."""
     return math.sqrt(max(1, warmup_steps(config)) / done)
 
 
 def wsd(config: Config, done: int) -> float:
-    """Warm-up, stable, decay (arXiv 2404.06395). The decay is linear, over the last `decay_share` of the steps, or over
-    all steps after the warm-up if those are fewer.
+    """Warmup, stable, decay (arXiv 2404.06395). The decay is linear, over the last `decay_share` of the steps, or over
+    all steps after warmup if those are fewer.
     """
     steps = config.train.steps
     return min(1.0, (steps - done) / min(config.schedule.decay_share * steps, steps - warmup_steps(config)))

@@ -98,8 +98,8 @@ class Trainer:
         self.findings = list(findings(batch, places, config.model.vocab_size, first if first < step else None))
         if wrong := next((finding for finding in self.findings if finding.out_of_range), None):
             raise UserError(
-                f"{self.data.folder}, {tokens.where(wrong.position)}: {wrong.sentence}; remove the folder to prepare "
-                "the data again."
+                f"{self.data.folder}, {tokens.where(wrong.position)}: {wrong.sentence}; delete the directory "
+                "to prepare the data again."
             )
         return batch
 

@@ -1,4 +1,4 @@
-"""Overfitting: the validation loss rises while the training loss still falls. Reported beside the verdict."""
+"""Overfitting: the validation loss rises while the training loss still falls. Reported separately."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
