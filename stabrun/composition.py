@@ -63,7 +63,7 @@ SHIPPED = Sources()
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Turn exceptions of Hydra, OmegaConf and YAML into a UserError of one or two sentences."""
     try:
         yield
@@ -110,12 +110,12 @@ MESSAGES: tuple[tuple[str, str | Callable[..., str]], ...] = (
 
 @contextmanager
 def hydra(sources: Sources = SHIPPED) -> Iterator[Any]:
-    """Hydra's own application object, initialized to read from `sources`.
+    """Hydra's own application object, initialized to read from `sources`. Its exceptions become UserError.
 
     Hydra's public functions take one directory only, and none of them runs a multirun.
     """
     ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="stabrun"):
+    with user_errors(), initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="stabrun"):
         application: Any = GlobalHydra.instance().hydra
         if sources.config_dir is not None:
             loader: Any = application.config_loader
@@ -140,7 +140,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 
 def compose_each(runs: Iterable[list[str]], sources: Sources = SHIPPED) -> list[Config]:
     """The checked configuration of each run, from its overrides."""
-    with plainly(), hydra(sources) as application:
+    with hydra(sources) as application:
         return [to_config(composed(application, sources, overrides)) for overrides in runs]
 
 
@@ -164,7 +164,7 @@ def composed(
 
 def shown(overrides: list[str], sources: Sources, kind: str, package: str | None, resolve: bool) -> str:
     """The composed configuration as YAML, as Hydra's --cfg prints it: `kind` is job, hydra or all."""
-    with plainly(), hydra(sources) as application:
+    with hydra(sources) as application:
         whole = composed(application, sources, overrides)
         HydraConfig.instance().set_config(whole)
         node: Any = copy.deepcopy(whole)
@@ -184,7 +184,7 @@ def shown(overrides: list[str], sources: Sources, kind: str, package: str | None
 
 def information(overrides: list[str], sources: Sources, info: str | None) -> str:
     """What Hydra's --info prints, or its --hydra-help if `info` is None."""
-    with plainly(), hydra(sources) as application, redirect_stdout(StringIO()) as printed:
+    with hydra(sources) as application, redirect_stdout(StringIO()) as printed:
         composed(application, sources, overrides)
         if info:
             application.show_info(info, config_name=sources.config_name, overrides=overrides)
@@ -209,7 +209,7 @@ def multirun(overrides: list[str], sources: Sources, job: Callable[[Config], flo
 
     def outcome(task_config: DictConfig, do: Callable[[Config], Any]) -> Any:
         try:
-            with plainly():
+            with user_errors():
                 config = to_config(task_config, HydraConfig.get())
             return do(config)
         except UserError as error:
@@ -226,7 +226,7 @@ def multirun(overrides: list[str], sources: Sources, job: Callable[[Config], flo
         if basic and not results:
             raise UserError(f"{' '.join(overrides)}: no run matches; list the values, such as seed=0,1.")
 
-    with plainly(), hydra(sources) as application, TemporaryDirectory() as scratch:
+    with hydra(sources) as application, TemporaryDirectory() as scratch:
         # Hydra writes one file per job of a sweep; runs keep their own records.
         own = [f"hydra.sweep.dir={scratch}", "hydra.mode=MULTIRUN"]
         whole = composed(application, sources, overrides, RunMode.MULTIRUN, own)

@@ -62,6 +62,40 @@ WRITTEN = [name for name in Summary.__annotations__ if name != "arm"]
 EMPTY = dict.fromkeys(WRITTEN) | {"verdict": "undecided", "by_strictness": {}, "signals": {}, "steps": 0, "tokens": 0}
 
 
+class Result(TypedDict):
+    """A row of `results.csv`, its columns in order: the summary of a run without nested values."""
+
+    run_id: str
+    arm: str
+    variant: str
+    lr: float
+    seed: int
+    status: str
+    verdict: str
+    reason: str
+    lenient: str
+    standard: str
+    strict: str
+    horizon: int
+    rule: int
+    first_bad_step: int | None
+    first_bad_site: str
+    certain_step: int | None
+    scar: Number | None
+    init_loss: Number | None
+    best_loss: Number | None
+    final_loss: Number | None
+    val_loss: Number | None
+    val_perplexity: Number | None
+    val_gap: Number | None
+    clipped_share: float | None
+    skipped_steps: int | None
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+
+
 class Estimate(TypedDict):
     """A number with its 95 % interval; one seed gives no interval."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from stabrun.record.jsonl import number
 from stabrun.record.metrics import BY_LAYER, BY_SITE, EVERY, METRICS, find, signals
-from stabrun.record.schema import Interval, Row
+from stabrun.record.schema import Interval, Result
 from stabrun.report import style
 from stabrun.report.run_curves import Curves, RunCurves, Series, spread
 from stabrun.report.selection import is_stable
@@ -120,7 +120,7 @@ def study_charts(study: StudyData) -> list[Chart]:
     return [chart for chart in charts if chart]
 
 
-def run_charts(study: StudyData, sides: list[Row], curves: Curves) -> list[Chart]:
+def run_charts(study: StudyData, sides: list[Result], curves: Curves) -> list[Chart]:
     """The charts of single runs: `sides` are those to compare in detail."""
     charts = [training_curves(study, curves), gradient_by_depth(sides, curves), *statistics(sides, curves)]
     return [chart for chart in charts if chart]
@@ -157,12 +157,12 @@ def by_learning_rate(
     labels: dict[str, str] | None = None,
 ) -> Chart | None:
     """A column of `results.csv` by learning rate: one point per run, and a line through the medians of each arm."""
-    rows = [row for row in study.rows if row[column] is not None]
+    rows = [row for row in study.rows if row.get(column) is not None]
     marks, legend = list[Marks](), list[Marks]()
     for arm, own in by_arm(study, rows).items():
         base = Marks(color=style.color(arm), arm=arm)
         dash, symbol = style.dash(arm, list(study.arms)), style.marker(arm)
-        values = {row["run_id"]: capped(row[column], cap) for row in own}
+        values = {row["run_id"]: capped(row.get(column), cap) for row in own}
         at_rate = {
             rate: [values[row["run_id"]] for row in own if row["lr"] == rate] for rate in sorted({r["lr"] for r in own})
         }
@@ -172,7 +172,7 @@ def by_learning_rate(
         for diverged in (False, True):
             part = [row for row in own if (row["verdict"] == DIVERGED) == diverged]
             look = replace(DIVERGED_MARK, color=base.color) if diverged else replace(base, symbol=symbol, size=3.5)
-            hover = [f"{run_title(row)}\n{column.replace('_', ' ')} {row[column]}" for row in part]
+            hover = [f"{run_title(row)}\n{column.replace('_', ' ')} {row.get(column)}" for row in part]
             places = ((row["lr"], values[row["run_id"]]) for row in part)
             marks.append(look.at(places, arm=arm, label="", hover=hover))
         legend.append(replace(base, dash=dash, symbol=symbol, label=(labels or {}).get(arm, arm)))
@@ -310,7 +310,7 @@ EVENTS = (
 )
 
 
-def training_curve(study: StudyData, row: Row, curves: RunCurves, opacity: float) -> Iterator[Marks]:
+def training_curve(study: StudyData, row: Result, curves: RunCurves, opacity: float) -> Iterator[Marks]:
     """The loss of a run, dashed if it diverged, and its events."""
     base = Marks(arm=row["arm"], run=row["run_id"])
     scar = f", scar {row['scar']:.2f}" if row["scar"] else ""
@@ -326,14 +326,14 @@ def training_curve(study: StudyData, row: Row, curves: RunCurves, opacity: float
             yield event.at(zip(steps, nearest, strict=True), label="", hover=hover, arm=base.arm, run=base.run)
 
 
-def gradient_by_depth(sides: list[Row], curves: Curves) -> Chart | None:
+def gradient_by_depth(sides: list[Result], curves: Curves) -> Chart | None:
     """Gradient norm of each block, a line per step: where it grows or vanishes along the depth."""
     last = max((step for run in curves.values() for step, _ in run.loss), default=0)
     panels = [panel for row in sides if (panel := depth_panel(row, curves[row["run_id"]], last))]
     return grid("gradient_by_depth", panels, len(panels), row_height=1.9) if panels else None
 
 
-def depth_panel(row: Row, curves: RunCurves, last_step: int) -> Panel | None:
+def depth_panel(row: Result, curves: RunCurves, last_step: int) -> Panel | None:
     """A run's part of `gradient_by_depth`; None if it has fewer than two blocks, or no gradient norms."""
     metric = METRICS["grad/norm_by_layer"]
     series = curves.series.get(metric.key)
@@ -347,7 +347,7 @@ def depth_panel(row: Row, curves: RunCurves, last_step: int) -> Panel | None:
     return Panel(Axis("layer", COUNT), Axis(metric.title, LOG, share=metric.key), marks, title=side_title(row))
 
 
-def statistics(sides: list[Row], curves: Curves) -> Iterator[Chart]:
+def statistics(sides: list[Result], curves: Curves) -> Iterator[Chart]:
     """Every statistic of the table of metrics that the runs have recorded.
 
     Those by site that are recorded often have a chart each, with a line per layer; the others share a chart by what
@@ -369,7 +369,7 @@ def statistics(sides: list[Row], curves: Curves) -> Iterator[Chart]:
             yield grid(name, panels[: len(sides)] + below, len(sides), row_height=1.35)
 
 
-def statistic_panel(row: Row, curves: RunCurves, keys: list[str]) -> Panel:
+def statistic_panel(row: Result, curves: RunCurves, keys: list[str]) -> Panel:
     """A run's statistic by step: a line per layer of a single key, or per site its largest layer."""
     metric = find(keys[0])
     assert metric is not None
@@ -400,7 +400,7 @@ def grid(name: str, panels: list[Panel], columns: int, row_height: float, **more
     return Chart(name, panels, columns, row_height, PAGE_WIDTH if columns > 1 else ONE_PANEL_WIDTH, **more)
 
 
-def by_arm(study: StudyData, rows: list[Row]) -> dict[str, list[Row]]:
+def by_arm(study: StudyData, rows: list[Result]) -> dict[str, list[Result]]:
     """Arm → its rows, in the order of the study; arms without any are left out."""
     return {arm: own for arm in study.arms if (own := [row for row in rows if row["arm"] == arm])}
 
@@ -409,9 +409,9 @@ def bands(names: Sequence[str], share: str = "") -> Axis:
     return Axis(scale=BANDS, bands=names, range=(0.5 - len(names), 0.5), share=share)
 
 
-def run_title(row: Row) -> str:
+def run_title(row: Result) -> str:
     return f"{run_name(row['arm'], row['lr'], row['seed'])}, {row['verdict']}"
 
 
-def side_title(row: Row) -> str:
+def side_title(row: Result) -> str:
     return f"{'stable' if is_stable(row) else row['verdict']}: {run_name(row['arm'], row['lr'], row['seed'])}"

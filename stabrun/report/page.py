@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from stabrun.record.metrics import BY_LAYER, BY_SITE, METRICS, SCALAR, SITES
-from stabrun.record.schema import Row
+from stabrun.record.schema import Result
 from stabrun.report import commands, sentences, style
 from stabrun.report.charts import Chart, depth_panel, run_title, side_title
 from stabrun.report.run_curves import Curves, RunCurves, Series
@@ -137,7 +137,7 @@ COMPOSED_BY_SCRIPT = {"inside", "gradient_by_depth"}  # of the two runs that the
 PAGE_CHARTS = "loss_by_lr", "divergence_map", "clipped_share", "training_curves", "lead_times"
 
 
-def run_json(row: Row, curves: RunCurves, points: int) -> dict[str, Any]:
+def run_json(row: Result, curves: RunCurves, points: int) -> dict[str, Any]:
     """A run's curves, each with at most about `points`. `axes`: lists of steps, each shared by many curves."""
     axes, series = list[list[int]](), {}
     for key, found in curves.series.items():

@@ -1,14 +1,14 @@
 """Which runs are shown in detail: a study has more than anyone looks at."""
 
 from stabrun.record.jsonl import number
-from stabrun.record.schema import Row
+from stabrun.record.schema import Result
 from stabrun.verdict.judge import CONVERGED, DIVERGED, RECOVERED
 
 MAX_RUNS = 30
 BASELINE = "baseline"
 
 
-def selected(rows: list[Row]) -> list[Row]:
+def selected(rows: list[Result]) -> list[Result]:
     """At most MAX_RUNS runs, in the order of arms and learning rates.
 
     Of each arm, in this order of priority: the lowest diverged run above the highest stable one, the highest stable
@@ -21,7 +21,7 @@ def selected(rows: list[Row]) -> list[Row]:
     return sorted(kept, key=lambda row: (arms.index(row["arm"]), row["lr"], row["seed"]))
 
 
-def stable_and_diverged(rows: list[Row]) -> tuple[Row | None, Row | None]:
+def stable_and_diverged(rows: list[Result]) -> tuple[Result | None, Result | None]:
     """A stable and a diverged run to compare, of the baseline or of the first arm that has both."""
     arms = sorted(dict.fromkeys(row["arm"] for row in rows), key=lambda arm: arm.split(" ")[0] != BASELINE)
     both = [(highest_stable(rows, arm), first_beyond(rows, arm)) for arm in arms]
@@ -31,31 +31,31 @@ def stable_and_diverged(rows: list[Row]) -> tuple[Row | None, Row | None]:
     return next((run for run, _ in both if run), None), next((run for _, run in both if run), None)
 
 
-def sides(rows: list[Row]) -> list[Row]:
+def sides(rows: list[Result]) -> list[Result]:
     """The runs to compare in detail: a stable and a diverged one, or the only one of them."""
     return [row for row in stable_and_diverged(rows) if row] or rows[:1]
 
 
-def is_stable(row: Row) -> bool:
+def is_stable(row: Result) -> bool:
     return row["verdict"] in (CONVERGED, RECOVERED)
 
 
-def highest_stable(rows: list[Row], arm: str) -> Row | None:
+def highest_stable(rows: list[Result], arm: str) -> Result | None:
     runs = [row for row in rows if row["arm"] == arm and is_stable(row)]
     return max(runs, key=lambda row: (row["lr"], -row["seed"]), default=None)
 
 
-def lowest_diverged(rows: list[Row], arm: str, above: float = 0.0) -> Row | None:
+def lowest_diverged(rows: list[Result], arm: str, above: float = 0.0) -> Result | None:
     runs = [row for row in rows if row["arm"] == arm and row["verdict"] == DIVERGED and row["lr"] >= above]
     return min(runs, key=lambda row: (row["lr"], row["seed"]), default=None)
 
 
-def first_beyond(rows: list[Row], arm: str) -> Row | None:
+def first_beyond(rows: list[Result], arm: str) -> Result | None:
     """The lowest diverged run at or above the rate of the highest stable one; else the lowest diverged run."""
     highest = highest_stable(rows, arm)
     return (highest and lowest_diverged(rows, arm, highest["lr"])) or lowest_diverged(rows, arm)
 
 
-def best(rows: list[Row], arm: str) -> Row | None:
+def best(rows: list[Result], arm: str) -> Result | None:
     runs = [row for row in rows if row["arm"] == arm and is_stable(row)]
     return min(runs, key=lambda row: number(row["final_loss"]), default=None)

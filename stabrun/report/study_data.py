@@ -5,23 +5,23 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 from stabrun.config import Config, UserError, run_id
 from stabrun.record.jsonl import jsonable
 from stabrun.record.run_dir import RunDir
-from stabrun.record.schema import OVER, ArmSummary, Row, StudySummary, Summary
+from stabrun.record.schema import OVER, ArmSummary, Result, Row, StudySummary, Summary
 from stabrun.record.schema import RUNNING as STILL_RUNNING
 from stabrun.record.study_dir import StudyDir, find
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING
 from stabrun.study.plan import FRONTIER, Plan
-from stabrun.study.results import COLUMNS, result
+from stabrun.study.results import result
 from stabrun.study.snapshot import SnapshotReader
 from stabrun.study.summary import study_summary
 from stabrun.text import run_name
 from stabrun.verdict.judge import Judge
 
-WORDS = "run_id", "arm", "variant", "status", "verdict", "reason", "lenient", "standard", "strict", "first_bad_site"
-NUMBERS = tuple(column for column in COLUMNS if column not in WORDS)
+WORDS = {column for column, kind in Result.__annotations__.items() if kind is str}
 RUN = "run"  # the strategy of a single run
 
 
@@ -38,7 +38,7 @@ class StudyData:
     strategy: str
     summary: StudySummary | None
     arms: dict[str, Config]
-    rows: list[Row]
+    rows: list[Result]
     counts: dict[str, int]
     plan: Plan | None = None
     summaries: dict[str, Summary] = field(default_factory=dict)
@@ -122,7 +122,7 @@ def read_run(run: RunDir) -> StudyData:
     return StudyData(run.path, name, RUN, None, {config.variant: config}, rows, counts, None, summaries, notes=notes)
 
 
-def read_results(file: Path, notes: list[str]) -> Iterator[Row]:
+def read_results(file: Path, notes: list[str]) -> Iterator[Result]:
     """The rows of `results.csv`, with numbers parsed; a damaged row is noted and left out."""
     if not file.is_file():
         return
@@ -132,7 +132,8 @@ def read_results(file: Path, notes: list[str]) -> Iterator[Row]:
         for cells in reader:
             try:
                 row = dict(zip(head, cells, strict=True))
-                yield {key: text if key in WORDS else parse_number(text) for key, text in row.items()}
+                values = {key: text if key in WORDS else parse_number(text) for key, text in row.items()}
+                yield cast(Result, values)
             except ValueError:
                 notes.append(f"{file.name}: line {reader.line_num} is damaged; it was left out.")
 

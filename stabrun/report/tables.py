@@ -10,7 +10,7 @@ from typing import Any
 
 from stabrun.record.jsonl import number
 from stabrun.record.metrics import BY_SITE, EVERY, METRICS, signals
-from stabrun.record.schema import ArmSummary, Row, Summary
+from stabrun.record.schema import ArmSummary, Result, Summary
 from stabrun.report.run_curves import Curves, spread
 from stabrun.report.selection import is_stable
 from stabrun.report.study_data import RUN, StudyData
@@ -118,7 +118,7 @@ def variants(study: StudyData) -> Table:
     return Table("variants", "By variant", columns, rows, note)
 
 
-def lowest_perplexity(rows: list[Row], arm: str) -> float | None:
+def lowest_perplexity(rows: list[Result], arm: str) -> float | None:
     values = [row["val_perplexity"] for row in rows if row["arm"] == arm and is_stable(row)]
     return min((value for value in values if isinstance(value, (int, float))), default=None)
 
@@ -180,14 +180,14 @@ def comparison(studies: dict[str, StudyData]) -> Table:
             columns += [fact_column(fact, f"_{letter}", f"{title}, ") for fact in facts]
         for arm, row in zip(arms, rows, strict=True):
             if study.strategy == RUN:
-                run = study.rows[0] if arm in study.arms else {}
-                row += [result_cell(key, run.get(key)) for key in RUN_COMPARISON]
+                run = study.rows[0] if arm in study.arms else None
+                row += [result_cell(key, run and run.get(key)) for key in RUN_COMPARISON]
             else:
                 row += [fact_cell(fact, study.arm_summaries.get(arm)) for fact in facts]
     return Table("side_by_side", "By variant, side by side", columns, rows)
 
 
-def norm_ratios(sides: list[Row], curves: Curves) -> Table | None:
+def norm_ratios(sides: list[Result], curves: Curves) -> Table | None:
     """Norms of a diverged run divided by those of a stable run, by site and layer, at a few common steps."""
     if len(sides) < 2 or any(row["run_id"] not in curves for row in sides):
         return None

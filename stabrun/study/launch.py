@@ -22,7 +22,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from stabrun.composition import Sources, composed, hydra, plainly
+from stabrun.composition import Sources, composed, hydra
 from stabrun.config import UserError
 from stabrun.study.ledger import Ledger
 from stabrun.study.pool import LauncherPool, LocalPool, WorkerPool, job_numbers, stop_file, threads_per_worker
@@ -36,7 +36,7 @@ def worker_pool(overrides: list[str], sources: Sources, directory: Path, count: 
     fixed, axes = split_axes(overrides)
     if swept := [key for key in axes if key.startswith("hydra")]:
         raise UserError(f"{swept[0]}={','.join(axes[swept[0]])}: all workers use one launcher; give one value.")
-    with plainly(), hydra(sources) as application:
+    with hydra(sources) as application:
         launcher = with_launcher(application, sources, fixed, directory).hydra.launcher
     if launcher._target_.endswith(".BasicLauncher"):
         return LocalPool(directory, count)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stabrun.composition import SHIPPED, Sources, compose_each, parsed, plainly
+from stabrun.composition import SHIPPED, Sources, compose_each, parsed, user_errors
 from stabrun.config import Config, StudyConfig, UserError, check, hashed
 from stabrun.study.plan import CELL_KEYS, FRONTIER, GRID, Plan, at
 
@@ -100,7 +100,7 @@ def split_axes(overrides: list[str]) -> tuple[list[str], dict[str, list[str]]]:
 
     `+variant` is always an axis. `+variant=[A,B]` is one variant of two parts, as for `stabrun train`.
     """
-    with plainly():
+    with user_errors():
         words = parsed(overrides, globs=False)
     fixed, axes = list[str](), dict[str, list[str]]()
     for override in words:

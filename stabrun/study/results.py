@@ -3,20 +3,15 @@
 import csv
 import io
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from stabrun.record.jsonl import jsonable, write_atomic
-from stabrun.record.schema import StudySummary, Summary
+from stabrun.record.schema import Result, StudySummary, Summary
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.plan import Plan
 from stabrun.study.summary import study_summary
-from stabrun.verdict.judge import STRICTNESS
 
-COLUMNS = (
-    "run_id", "arm", "variant", "lr", "seed", "status", "verdict", "reason", *STRICTNESS, "horizon", "rule",
-    "first_bad_step", "first_bad_site", "certain_step", "scar", "init_loss", "best_loss", "final_loss", "val_loss",
-    "val_perplexity", "val_gap", "clipped_share", "skipped_steps", "steps", "tokens", "seconds", "tokens_per_second",
-)  # fmt: skip
+COLUMNS = tuple(Result.__annotations__)
 
 
 def write(plan: Plan, rows: list[Summary], study: StudyDir) -> StudySummary:
@@ -30,13 +25,13 @@ def write(plan: Plan, rows: list[Summary], study: StudyDir) -> StudySummary:
     return summary
 
 
-def result(row: Summary) -> dict[str, Any]:
+def result(row: Summary) -> Result:
     """A run's summary, with its `arm`, as a row of `results.csv`."""
     flat: dict[str, Any] = {**row, **row["by_strictness"]}
-    return {column: flat.get(column) for column in COLUMNS}
+    return cast(Result, {column: flat.get(column) for column in COLUMNS})
 
 
-def as_csv(rows: Iterable[dict[str, Any]]) -> str:
+def as_csv(rows: Iterable[Result]) -> str:
     """CSV; None is an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.config import TrackerConfig
-from stabrun.record.schema import StudySummary
+from stabrun.record.schema import Result, StudySummary
 from stabrun.record.synced import SyncState, digest, file_digests
 from stabrun.text import warn
 from stabrun.training.tracker import open_wandb, wandb_mode
 
-Table = list[dict[str, Any]]
+Table = list[Result]
 
 
 def track_study(tracker: TrackerConfig, directory: Path, results: Table, summary: StudySummary) -> None:
