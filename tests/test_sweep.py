@@ -182,6 +182,8 @@ def test_a_cell_that_runs_out_of_memory_is_named_and_the_rest_is_trained(tmp_pat
         (("study.strategy=frontier", "study.lrs=[]", "study.lr_range=[2,1]"), "study.lr_range=[2.0, 1.0]"),
         (("--follow",), "--follow"),
         (("study.wrokers=2",), "Did you mean study.workers?"),
+        (("run_dir=run",), "run_dir: has no effect in a study"),
+        (("run_dir=a,b",), "run_dir: has no effect in a study"),
         (("study_dir=file/study",), "study_dir=file/study: not a directory."),
     ],
 )

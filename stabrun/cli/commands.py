@@ -145,7 +145,7 @@ class HydraFlags:
 
 
 @cli.command(
-    common=COMMON,
+    common=(*COMMON, "run_dir"),
     examples=(
         "stabrun train +variant=qk_norm_cap optim.lr=3e-2",
         "stabrun train model=micro train.precision=bf16 --cfg job",

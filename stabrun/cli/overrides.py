@@ -10,7 +10,7 @@ Candidate = tuple[str, str]  # a completed word, and a description
 
 COMMON = (
     "optim.lr", "seed", "train.steps", "train.batch_size", "train.micro_batch_size", "train.precision", "train.device",
-    "schedule.warmup_steps", "data.path", "run_dir",
+    "schedule.warmup_steps", "data.path",
 )  # fmt: skip
 COMMON_OF_STUDY = (
     "study.variants", "study.lrs", "study.seeds", "study.strategy", "study.lr_range", "study.workers", "study_dir",

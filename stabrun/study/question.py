@@ -22,6 +22,8 @@ def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Pat
     fixed, axes = split_axes(overrides)
     (common,) = compose_each([fixed], sources)
     study = common.study
+    if common.run_dir is not None or "run_dir" in axes:
+        raise UserError("run_dir: has no effect in a study; use study_dir=DIR.")
     variants = axes.pop("+variant", None) or study.variants or [common.variant]
     rates = [_number("optim.lr", value) for value in axes.pop("optim.lr", [])] or list(study.lrs)
     seeds = [int(_number("seed", value)) for value in axes.pop("seed", [])]
