@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 from hydra import initialize_config_dir
+
+# Hydra's help is made from the parser of its own command line, which has no public name.
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigLoadError, ConfigStore

@@ -221,7 +221,8 @@ class Probe:
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure the update, and Adam's state of the sites whose weights all have one."""
         if self._is_due(metrics.UPDATE):
-            torch._foreach_sub_(self.before, self.weights)
+            for before, weight in zip(self.before, self.weights, strict=True):
+                before.sub_(weight)
             self._reduce(metrics.UPDATE, self.before)
             self.before = []
         if self._is_due(metrics.ADAM):
