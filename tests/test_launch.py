@@ -50,7 +50,7 @@ def test_the_basic_launcher_is_the_local_pool(tmp_path):
 @pytest.mark.slurm
 @needs_submitit
 def test_a_study_by_submitit(tmp_path, undisturbed):
-    swept(tmp_path, HERE)
+    swept(tmp_path, HERE, "study.workers=1")
     assert rows(tmp_path) == undisturbed.rows
     assert [item.name for item in tmp_path.iterdir()] == ["study"]
 

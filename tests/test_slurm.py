@@ -31,7 +31,7 @@ def queue(env):
 
 def test_a_study_on_one_node(tmp_path, undisturbed):
     with cluster("slurm.py", 1, "SLURM_CONF") as (env, _):
-        swept(tmp_path, SLURM, env=env)
+        swept(tmp_path, SLURM, "study.workers=1", env=env)
     assert rows(tmp_path) == undisturbed.rows
     assert [item.name for item in tmp_path.iterdir()] == ["study"]
     assert list((tmp_path / "study" / "launcher").glob("*/.submitit/*/*_result.pkl")), "its cells were trained by jobs"

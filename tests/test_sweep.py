@@ -16,6 +16,8 @@ from wandb_files import inspected
 
 from stabrun.record.study_dir import StudyDir
 
+ONE = "study.workers=1"
+
 
 def test_a_study_to_its_end(undisturbed, tmp_path):
     lines = swept(tmp_path).splitlines()
@@ -68,16 +70,16 @@ def test_a_tracked_study_is_one_group_and_its_summary_is_sent_once(tmp_path, mon
 def test_killed_twice_the_same_command_completes(undisturbed, tmp_path, seed):
     """First the whole session, then the sweep alone, whose workers go on beside those of the next sweep."""
     dice, study = random.Random(seed), tmp_path / "study"
-    with sweeping(tmp_path) as process:
+    with sweeping(tmp_path, ONE) as process:
         wait_for(lambda: recorded(study))
         time.sleep(dice.uniform(0.0, 1.0))
-    with sweeping(tmp_path) as process:
+    with sweeping(tmp_path, ONE) as process:
         claims = len(list((study / "ledger").glob("*.claim")))
         wait_for(lambda: len(list((study / "ledger").glob("*.claim"))) > claims or process.poll() is not None)
         time.sleep(dice.uniform(0.0, 1.0))
         process.kill()
         process.wait()
-        swept(tmp_path)
+        swept(tmp_path, ONE)
         wait_for(lambda: not session_exists(process.pid))  # workers end when no cell is left
     assert rows(tmp_path) == undisturbed.rows
     for events in study.glob("runs/*/events.jsonl"):
@@ -94,7 +96,14 @@ def session_exists(pid):
 
 def test_a_search_killed_on_its_way_completes(tmp_path, monkeypatch, capsys):
     """At rates and steps that give little information. Each arm gets its runs, each once, with its seeds in order."""
-    words = ("study.strategy=frontier", "study.lr_range=[3e-3,3]", "study.lrs=[]", "study.seeds=3", "study.max_runs=4")
+    words = (
+        ONE,
+        "study.strategy=frontier",
+        "study.lr_range=[3e-3,3]",
+        "study.lrs=[]",
+        "study.seeds=3",
+        "study.max_runs=4",
+    )
     with sweeping(tmp_path, *words):
         wait_for(lambda: len(list(tmp_path.glob("study/runs/*/summary.json"))) >= 2)
     status, out, err = sweep_here(monkeypatch, capsys, tmp_path, *words)
