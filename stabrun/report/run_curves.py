@@ -20,40 +20,25 @@ class Series:
 
     def __init__(self, most: int) -> None:
         self.most, self.stride, self.seen = most, 1, 0
-        self._steps, self._values = list[int](), list[list[float]]()
-        self._last: tuple[int, list[float]] | None = None
+        self.steps, self.values = list[int](), list[list[float]]()  # values by observation, then by layer
 
     def add(self, step: int, value: Any) -> None:
         """Take an observation; one of another number of layers than the first is ignored."""
         values = [number(item) for item in value] if isinstance(value, list) else [number(value)]
-        if self._values and len(values) != len(self._values[0]):
+        if self.values and len(values) != len(self.values[0]):
             return
-        self._last = step, values
-        if self.seen % self.stride == 0:
-            if len(self._steps) >= self.most:
-                self._steps, self._values, self.stride = self._steps[::2], self._values[::2], self.stride * 2
-            if self.seen % self.stride == 0:
-                self._steps.append(step)
-                self._values.append(values)
+        if (self.seen - 1) % self.stride:  # the one before was kept only as the last
+            del self.steps[-1], self.values[-1]
+        if self.seen % self.stride == 0 and len(self.steps) >= self.most:
+            self.steps, self.values, self.stride = self.steps[::2], self.values[::2], self.stride * 2
+        self.steps.append(step)
+        self.values.append(values)
         self.seen += 1
-
-    @property
-    def steps(self) -> list[int]:
-        return [*self._steps, self._last[0]] if self._last and self._thinned else self._steps
-
-    @property
-    def values(self) -> list[list[float]]:
-        """By observation, then by layer."""
-        return [*self._values, self._last[1]] if self._last and self._thinned else self._values
 
     @property
     def layers(self) -> list[list[float]]:
         """By layer, then by observation."""
         return [list(column) for column in zip(*self.values, strict=True)]
-
-    @property
-    def _thinned(self) -> bool:
-        return self._last is not None and self._steps[-1:] != [self._last[0]]
 
 
 @dataclass
