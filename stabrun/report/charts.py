@@ -161,7 +161,7 @@ def by_learning_rate(
     marks, legend = list[Marks](), list[Marks]()
     for arm, own in by_arm(study, rows).items():
         base = Marks(color=style.color(arm), arm=arm)
-        dash, symbol = style.dash(arm, list(study.arms)), style.marker(arm)
+        dash, symbol = style.dash(arm, list(study.plan.arms)), style.marker(arm)
         values = {row["run_id"]: capped(row.get(column), cap) for row in own}
         at_rate = {
             rate: [values[row["run_id"]] for row in own if row["lr"] == rate] for rate in sorted({r["lr"] for r in own})
@@ -402,7 +402,7 @@ def grid(name: str, panels: list[Panel], columns: int, row_height: float, **more
 
 def by_arm(study: StudyData, rows: list[Result]) -> dict[str, list[Result]]:
     """Arm → its rows, in the order of the study; arms without any are left out."""
-    return {arm: own for arm in study.arms if (own := [row for row in rows if row["arm"] == arm])}
+    return {arm: own for arm in study.plan.arms if (own := [row for row in rows if row["arm"] == arm])}
 
 
 def bands(names: Sequence[str], share: str = "") -> Axis:

@@ -16,7 +16,7 @@ SET_BY_STUDY = "optim.lr", "seed", "variant", "run_dir", "study_dir", "tracker.g
 def commands(study: StudyData) -> Iterator[str]:
     """One command per line."""
     directory = shlex.quote(str(study.directory))
-    if study.strategy == RUN:
+    if study.plan.strategy == RUN:
         yield f"stabrun rerun {directory}"
     else:
         yield shlex.join(["stabrun", "sweep", *overrides(study)])
@@ -25,8 +25,8 @@ def commands(study: StudyData) -> Iterator[str]:
 
 def overrides(study: StudyData) -> list[str]:
     """Overrides that plan the same study: what its arms have in common, and what it varies."""
-    assert study.plan is not None
-    arms, default = list(study.arms.values()), compose()
+    plan, default = study.plan, compose()
+    arms = list(plan.arms.values())
     words = []
     for key in keys():
         if key.path in SET_BY_STUDY or key.path.startswith("study."):
@@ -38,8 +38,7 @@ def overrides(study: StudyData) -> list[str]:
         elif varies_within_variant(study, key.path):
             words.append(f"{key.path}={','.join(dict.fromkeys(map(hydra_text, values)))}")
     variants = dict.fromkeys(config.variant for config in arms)
-    words += [f"study.name={hydra_text(study.name)}", f"study.variants=[{','.join(map(quoted, variants))}]"]
-    plan = study.plan
+    words += [f"study.name={hydra_text(plan.name)}", f"study.variants=[{','.join(map(quoted, variants))}]"]
     if plan.strategy == FRONTIER:
         words += [f"study.strategy={FRONTIER}", f"study.lr_range={json.dumps(plan.lr_range, separators=(',', ':'))}"]
         words += [f"study.width={plan.width}", f"study.max_runs={plan.max_runs}", f"seed={plan.seeds[0]}"]
@@ -54,7 +53,7 @@ def varies_within_variant(study: StudyData, path: str) -> bool:
     first: dict[str, Any] = {}
     return any(
         first.setdefault(config.variant, value_of(config, path)) != value_of(config, path)
-        for config in study.arms.values()
+        for config in study.plan.arms.values()
     )
 
 

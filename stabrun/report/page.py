@@ -56,7 +56,7 @@ def page(parts: list[Part], comparisons: list[Table]) -> str:
         loader=PackageLoader("stabrun.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).get_template("page.html")
     return template.render(
-        title=" / ".join(part.study.name for part in parts),
+        title=" / ".join(part.study.plan.name for part in parts),
         parts=[context(part) for part in parts],
         comparisons=comparisons,
         tabs=TABS,
@@ -92,7 +92,7 @@ def context(part: Part) -> dict[str, Any]:
         "subtitle": subtitle(study),
         "state": list(sentences.state(study)),
         "results": list(sentences.results(study)),
-        "colors": {arm: style.color(arm) for arm in study.arms},
+        "colors": {arm: style.color(arm) for arm in study.plan.arms},
         "runs": [(row["run_id"], row["arm"], run_title(row)) for row in rows],
         "drawn": set(part.curves),
         "left": pair[0]["run_id"] if pair else None,
@@ -101,9 +101,9 @@ def context(part: Part) -> dict[str, Any]:
         "sites": [(site, site) for site in SITES],
         "charts": {chart.name for chart in part.charts} | COMPOSED_BY_SCRIPT,
         "tables": {table.name: table for table in part.tables},
-        "is_study": study.strategy != RUN,
+        "is_study": study.plan.strategy != RUN,
         "commands": "\n".join(commands.commands(study)),
-        "configs": {arm: yaml.safe_dump(asdict(config), sort_keys=False) for arm, config in study.arms.items()},
+        "configs": {arm: yaml.safe_dump(asdict(config), sort_keys=False) for arm, config in study.plan.arms.items()},
         "environment": environment(study),
     }
 
@@ -114,7 +114,7 @@ def subtitle(study: StudyData) -> str:
     if summary is None:
         return "single run"
     kind = "grid of learning rates"
-    if study.strategy == FRONTIER:
+    if study.plan.strategy == FRONTIER:
         low, high = map(rate_text, summary["lr_range"])
         kind = f"search for lr50 between {low} and {high}"
     return f"{kind}; {summary['runs']:,} finished runs, {summary['tokens']:,} tokens; rule version {summary['rule']}"

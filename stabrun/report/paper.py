@@ -64,8 +64,8 @@ def paper_comparison(study: StudyData) -> Table | None:
 
 def differences(study: StudyData) -> Iterator[str]:
     """How the experiments differ."""
-    arm = next(arm for arm in study.arms if arm.split(" ")[0] in PAPER)
-    config = study.arms.get(counterpart(arm, BASELINE), study.arms[arm])
+    arm = next(arm for arm in study.plan.arms if arm.split(" ")[0] in PAPER)
+    config = study.plan.arms.get(counterpart(arm, BASELINE), study.plan.arms[arm])
     size = parameters(config.model, config.data.seq_len)["total"]
     yield f"830M parameters in the paper, {size:,} here"
     yield f"{512 * 4096:,} tokens per step, {config.train.batch_size * config.data.seq_len:,} here"

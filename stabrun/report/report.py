@@ -38,7 +38,7 @@ def write_report(directory: Path, other: Path | None = None) -> None:
 
 def print_results(study: StudyData, named: bool) -> None:
     if named:
-        print(f"{study.name} ({study.directory})")
+        print(f"{study.plan.name} ({study.directory})")
     for line in sentences.state(study):
         print(line)
     for arm, line in sentences.results(study):
@@ -56,7 +56,7 @@ def write_files(studies: list[StudyData], directory: Path) -> None:
         own = directory if len(parts) == 1 else directory / letter
         write_tables(part.tables, own / "tables")
         write_figures(part.charts, own / "figures")
-    titles = {f"{letter.upper()}: {study.name}": study for letter, study in zip("ab", studies, strict=False)}
+    titles = {f"{letter.upper()}: {study.plan.name}": study for letter, study in zip("ab", studies, strict=False)}
     comparisons = [tables.comparison(titles)] if len(studies) > 1 else []
     write_tables(comparisons, directory / "tables")
     (directory / "index.html").write_text(page(parts, comparisons))
@@ -66,7 +66,7 @@ def part_of(study: StudyData) -> Part:
     """The curves, tables and charts of a study or a run."""
     curves = {row["run_id"]: read_curves(study, row["run_id"]) for row in selected(study.rows)}
     pair = [row for row in sides(study.rows) if row["run_id"] in curves]
-    is_study = study.strategy != RUN
+    is_study = study.plan.strategy != RUN
     found = [tables.variants(study), paper_comparison(study)] if is_study else []
     found += [tables.leads(study), tables.norm_ratios(pair, curves), tables.runs(study)]
     drawn = charts.study_charts(study) if is_study else []

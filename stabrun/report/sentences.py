@@ -14,7 +14,7 @@ from stabrun.verdict.wording import verdict_line
 
 def results(study: StudyData) -> Iterator[tuple[str, str]]:
     """(arm, sentence): `lr50 = 0.61 (95 % interval 0.24 to 1.07), 9.6 times the baseline's (3.0 to 22); …`."""
-    if study.strategy == RUN:
+    if study.plan.strategy == RUN:
         for row in study.rows:
             yield row["arm"], f"learning rate {rate_text(row['lr'])}, seed {row['seed']}: {verdict_line(row)}."
     for arm, summary in study.arm_summaries.items():
@@ -84,13 +84,13 @@ def estimate(found: Estimate, single_seed: bool) -> str:
 
 def one_seed(study: StudyData) -> bool:
     """Whether a grid has a single seed, so that losses have no intervals."""
-    return study.strategy == GRID and len({row["seed"] for row in study.rows}) == 1
+    return study.plan.strategy == GRID and len({row["seed"] for row in study.rows}) == 1
 
 
 def state(study: StudyData) -> Iterator[str]:
     """How far a study or run is, what failed, and what its runs cannot show."""
     done, total = study.counts[DONE], sum(study.counts.values())
-    if study.strategy == RUN:
+    if study.plan.strategy == RUN:
         if not done:
             yield f"The run is not finished ({study.rows[0]['steps']} steps so far); its verdict may change."
         return
@@ -99,17 +99,13 @@ def state(study: StudyData) -> Iterator[str]:
     )
     if study.partial or others:
         details = f" ({others})" if others else ""
-        search = "; the search continues" if study.partial and study.strategy != GRID else ""
+        search = "; the search continues" if study.partial and study.plan.strategy != GRID else ""
         start = "Partial: " if study.partial else ""
         yield f"{start}{done} of {total} planned runs are finished{details}{search}."
     verdicts = [row["verdict"] for row in study.rows]
     if not verdicts:
-        failed = study.failed and not study.partial
-        yield (
-            "All runs failed: there is nothing to draw."
-            if failed
-            else "No run is finished yet: there is nothing to draw."
-        )
+        failed = study.counts[FAILED] and not study.partial
+        yield f"{'All runs failed' if failed else 'No run is finished yet'}: there is nothing to draw."
         return
     if len(verdicts) == 1:
         yield "One run is finished: there is nothing to compare yet."

@@ -3,11 +3,11 @@
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
-from stabrun.config import Config, UserError, run_id
+from stabrun.config import UserError, run_id
 from stabrun.record.jsonl import jsonable
 from stabrun.record.run_dir import RunDir
 from stabrun.record.schema import OVER, ArmSummary, Result, Row, StudySummary, Summary
@@ -27,33 +27,28 @@ RUN = "run"  # the strategy of a single run
 
 @dataclass
 class StudyData:
-    """A study, or a single run as a study of one.
+    """A study, or a single run as a study of one, whose plan has the strategy RUN.
 
     `summary` is what `study.json` holds (None for a run), `rows` what `results.csv` holds, and `summaries` the
     `summary.json` of each run. `notes` are sentences about what is missing or could not be read.
     """
 
     directory: Path
-    name: str
-    strategy: str
+    plan: Plan
     summary: StudySummary | None
-    arms: dict[str, Config]
     rows: list[Result]
     counts: dict[str, int]
-    plan: Plan | None = None
-    summaries: dict[str, Summary] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    summaries: dict[str, Summary]
+    notes: list[str]
 
     @property
     def partial(self) -> bool:
         """Whether more runs are to come: planned ones, or those that a search has not planned yet."""
         if self.counts[PLANNED] + self.counts[RUNNING]:
             return True
-        return self.plan is not None and self.plan.strategy == FRONTIER and not all(map(self._finished, self.arms))
+        return self.plan.strategy == FRONTIER and not all(map(self._finished, self.plan.arms))
 
     def _finished(self, arm: str) -> bool:
-        assert self.plan is not None
         enough = arm in self.arm_summaries and self.arm_summaries[arm].get("enough")
         return bool(enough) or sum(row["arm"] == arm for row in self.rows) >= self.plan.max_runs
 
@@ -63,7 +58,7 @@ class StudyData:
         return self.summary["variants"] if self.summary else {}
 
     def run(self, run: str) -> RunDir:
-        return RunDir(self.directory) if self.strategy == RUN else StudyDir(self.directory).run(run)
+        return RunDir(self.directory) if self.plan.strategy == RUN else StudyDir(self.directory).run(run)
 
     def run_summary(self, run: str) -> Summary:
         """What the run's `summary.json` holds; empty if it could not be read."""
@@ -78,7 +73,6 @@ def read(directory: Path) -> StudyData:
 
 def read_study(study: StudyDir) -> StudyData:
     snapshot, notes = SnapshotReader(study.path).read(attempts=False), list[str]()
-    plan = snapshot.plan
     for cell in snapshot.cells(DONE):
         if cell.id not in snapshot.summaries:
             notes.append(
@@ -91,12 +85,9 @@ def read_study(study: StudyDir) -> StudyData:
     if summary is None:
         if snapshot.summaries:
             notes.append("study.json is missing or damaged; its content was computed again from the runs' summaries.")
-        summary = jsonable(study_summary(plan, snapshot.rows))
+        summary = jsonable(study_summary(snapshot.plan, snapshot.rows))
     rows = list(read_results(study.results_file, notes))
-    return StudyData(
-        study.path, plan.name, plan.strategy, summary, plan.arms, rows, snapshot.counts, plan, snapshot.summaries,
-        snapshot.failed, notes,
-    )  # fmt: skip
+    return StudyData(study.path, snapshot.plan, summary, rows, snapshot.counts, snapshot.summaries, notes)
 
 
 def read_run(run: RunDir) -> StudyData:
@@ -114,12 +105,11 @@ def read_run(run: RunDir) -> StudyData:
         steps = judge.steps[-1] + 1 if judge.steps else 0
         facts = {"run_id": run_id(config), "variant": config.variant, "lr": config.optim.lr, "seed": config.seed}
         summary = jsonable(facts | asdict(judge.conclude()) | {"status": STILL_RUNNING, "steps": steps})
-    name = run_name(config.variant, config.optim.lr, config.seed)
+    plan = Plan(run_name(config.variant, config.optim.lr, config.seed), RUN, {config.variant: config})
     rows = [result({**summary, "arm": config.variant})]
     over = summary["status"] in OVER
     counts = {PLANNED: 0, RUNNING: int(not over), DONE: int(over), FAILED: 0}
-    summaries = {summary["run_id"]: summary}
-    return StudyData(run.path, name, RUN, None, {config.variant: config}, rows, counts, None, summaries, notes=notes)
+    return StudyData(run.path, plan, None, rows, counts, {summary["run_id"]: summary}, notes)
 
 
 def read_results(file: Path, notes: list[str]) -> Iterator[Result]:

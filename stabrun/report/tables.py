@@ -170,17 +170,17 @@ def lead(summary: Summary, signal: str) -> int | None:
 
 def comparison(studies: dict[str, StudyData]) -> Table:
     """Two studies or runs side by side, one row per arm. `studies` is by title."""
-    arms = list(dict.fromkeys(arm for study in studies.values() for arm in study.arms))
+    arms = list(dict.fromkeys(arm for study in studies.values() for arm in study.plan.arms))
     columns, rows = [Column("variant", "variant")], [[plain(arm)] for arm in arms]
     facts = [fact for fact in (*FACTS, *GRID_FACTS) if fact.key in STUDY_COMPARISON]
     for letter, (title, study) in zip("ab", studies.items(), strict=True):
-        if study.strategy == RUN:
+        if study.plan.strategy == RUN:
             columns += [Column(f"{key}_{letter}", f"{title}, {key.replace('_', ' ')}") for key in RUN_COMPARISON]
         else:
             columns += [fact_column(fact, f"_{letter}", f"{title}, ") for fact in facts]
         for arm, row in zip(arms, rows, strict=True):
-            if study.strategy == RUN:
-                run = study.rows[0] if arm in study.arms else None
+            if study.plan.strategy == RUN:
+                run = study.rows[0] if arm in study.plan.arms else None
                 row += [result_cell(key, run and run.get(key)) for key in RUN_COMPARISON]
             else:
                 row += [fact_cell(fact, study.arm_summaries.get(arm)) for fact in facts]
