@@ -1,6 +1,5 @@
 """A worker: takes cells of a study from its ledger and trains them, one after another, until none is left."""
 
-import itertools
 import json
 import shutil
 import threading
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from stabrun.config import UserError
 from stabrun.record.jsonl import write_atomic
-from stabrun.record.schema import INTERRUPTED, Row, Summary
+from stabrun.record.schema import INTERRUPTED, Row
 from stabrun.study.ledger import LEASE, PLANNED, RUNNING, Claim, Ledger
 from stabrun.study.plan import Plan, load
 from stabrun.study.pool import stop_file
@@ -73,10 +72,10 @@ def plan_next(reader: SnapshotReader) -> bool:
     return run is not None
 
 
-def train_cell(plan: Plan, claim: Claim, stop: Stop) -> Summary | None:
-    """Train one cell, from the checkpoint of an earlier attempt if there is one. None if it failed or was lost.
+def train_cell(plan: Plan, claim: Claim, stop: Stop) -> None:
+    """Train one cell, from the checkpoint of an earlier attempt if there is one.
 
-    An error is recorded in the ledger, and the worker continues.
+    An error is recorded in the ledger, and the worker continues, as it does if the cell was lost.
     """
     config = plan.config(plan.cells[claim.cell])
     try:
@@ -84,7 +83,7 @@ def train_cell(plan: Plan, claim: Claim, stop: Stop) -> Summary | None:
         with heartbeats(claim) as watch:
             summary = train(config, claim.directory, watch, stop)
     except LostError:
-        return None
+        return
     except KeyboardInterrupt:
         claim.end("left", "interrupted")
         raise
@@ -93,14 +92,13 @@ def train_cell(plan: Plan, claim: Claim, stop: Stop) -> Summary | None:
         if not isinstance(error, UserError):
             (claim.directory / "error.txt").write_text(traceback.format_exc())
         claim.end("failed", f"{type(error).__name__}: {error}")
-        return None
+        return
     if summary["status"] == INTERRUPTED:
         claim.end("left", "interrupted")
         raise KeyboardInterrupt
-    counted = claim.finish()
+    claim.finish()
     for earlier in claim.ledger.study.attempts.glob(f"{claim.cell}.*"):
         shutil.rmtree(earlier, ignore_errors=True)
-    return summary if counted else None
 
 
 @contextmanager
@@ -132,16 +130,12 @@ def registered(ledger: Ledger, pool: str, number: int) -> Iterator[Stop]:
     ledger.make()
     write_atomic(ledger.path(pool, number, "claim"), json.dumps(ledger.owner) + "\n")
     stop.asked = file.exists()
-    seconds = itertools.count()
 
-    def check() -> None:
-        second = next(seconds)
-        if second % round(ledger.lease / HEARTBEATS) == 0:
-            claim.heartbeat(second)
+    def follow() -> None:
         stop.asked = stop.asked or file.exists()
 
     try:
-        with repeatedly(check, 1.0):
+        with heartbeats(claim), repeatedly(follow, 1.0):
             yield stop
     finally:
         claim.end("left", "it ended")
