@@ -1,7 +1,10 @@
-"""Numbers and tables as people read them."""
+"""Numbers and tables as people read them, and tables as CSV."""
 
+import csv
+import io
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 GAP = 2  # spaces between columns
 
@@ -45,6 +48,13 @@ def aligned(rows: Iterable[list[str]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield (" " * GAP).join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows of values as CSV; None is an empty field."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def warn(text: str) -> None:

@@ -1,7 +1,5 @@
 """The tables of a report: as CSV with every digit, and as Markdown and LaTeX to read."""
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from stabrun.report.selection import is_stable
 from stabrun.report.study_data import RUN, StudyData
 from stabrun.study.facts import FACTS, GRID_FACTS, Fact, estimate_text
 from stabrun.study.results import COLUMNS
-from stabrun.text import rate_text, run_name
+from stabrun.text import csv_text, rate_text, run_name
 from stabrun.verdict.judge import CONVERGED, DIVERGED
 
 MISSING = "-"
@@ -218,11 +216,8 @@ def quotient(over: float, under: float) -> float | None:
 
 
 def as_csv(table: Table) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([column.key + part for column in table.columns for part in column.parts])
-    writer.writerows([value for cell in row for value in cell.values] for row in table.rows)
-    return text.getvalue()
+    head = [column.key + part for column in table.columns for part in column.parts]
+    return csv_text([head, *([value for cell in row for value in cell.values] for row in table.rows)])
 
 
 MARKDOWN = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_|[]"} | {"<": "&lt;", ">": "&gt;", "\n": " "})

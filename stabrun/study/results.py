@@ -1,8 +1,5 @@
 """`results.csv`: the finished runs of a study, one row per run."""
 
-import csv
-import io
-from collections.abc import Iterable
 from typing import Any, cast
 
 from stabrun.record.jsonl import jsonable, write_atomic
@@ -10,6 +7,7 @@ from stabrun.record.schema import Result, StudySummary, Summary
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.plan import Plan
 from stabrun.study.summary import study_summary
+from stabrun.text import csv_text
 
 COLUMNS = tuple(Result.__annotations__)
 
@@ -20,7 +18,7 @@ def write(plan: Plan, rows: list[Summary], study: StudyDir) -> StudySummary:
     Both files are replaced atomically. `rows` are the runs' summaries with their `arm`.
     """
     summary: StudySummary = jsonable(study_summary(plan, rows))
-    write_atomic(study.results_file, as_csv(map(result, rows)))
+    write_atomic(study.results_file, csv_text([COLUMNS, *(result(row).values() for row in rows)]))
     study.write_summary(summary)
     return summary
 
@@ -29,12 +27,3 @@ def result(row: Summary) -> Result:
     """A run's summary, with its `arm`, as a row of `results.csv`."""
     flat: dict[str, Any] = {**row, **row["by_strictness"]}
     return cast(Result, {column: flat.get(column) for column in COLUMNS})
-
-
-def as_csv(rows: Iterable[Result]) -> str:
-    """CSV; None is an empty field."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
