@@ -5,6 +5,7 @@ Intervals therefore come from a bootstrap over whole seeds. A statistic takes th
 `[rates, draws]` for resampled seeds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,18 +34,13 @@ class LrCurve:
     losses: Floats
     initial_losses: Floats
 
-    def means(self, seeds: int | None = None) -> Floats:
-        """Mean over seeds of min(ℓ, ℓ₀), `[rates]`: a loss above the initial one, or NaN, counts as the initial one."""
-        return self._capped()[:, :seeds].mean(axis=1)
-
-    def resampled_means(self, seeds: int | None = None) -> Floats:
-        """The means with seeds resampled, `[rates, DRAWS]`; curves with equally many seeds share their draws."""
-        capped = self._capped()[:, :seeds]
-        count = capped.shape[1]
-        return capped[:, np.random.default_rng(0).integers(0, count, (DRAWS, count))].mean(axis=2)
-
-    def _capped(self) -> Floats:
+    def capped(self) -> Floats:
+        """min(ℓ, ℓ₀), `[rates, seeds]`: a loss above the initial one, or NaN, counts as the initial one."""
         return np.fmin(self.losses, self.initial_losses)
+
+    def means(self) -> Floats:
+        """Mean over seeds of the capped losses, `[rates]`."""
+        return self.capped().mean(axis=1)
 
 
 def lr_sensitivity(means: Floats) -> Floats:
@@ -63,24 +59,22 @@ def best_rate(curve: LrCurve) -> float:
     return float(curve.rates[curve.means().argmin()])
 
 
-def sensitivity_estimate(curve: LrCurve) -> Estimate:
-    return estimate(lr_sensitivity(curve.means()), lr_sensitivity(curve.resampled_means()), len(curve.initial_losses))
+def gain(means: Floats, baseline: Floats) -> Floats:
+    """The baseline's best loss minus the variant's, in nats."""
+    return best_loss(baseline) - best_loss(means)
 
 
-def best_loss_estimate(curve: LrCurve) -> Estimate:
-    return estimate(best_loss(curve.means()), best_loss(curve.resampled_means()), len(curve.initial_losses))
+def estimate(statistic: Callable[..., Floats], *curves: LrCurve) -> Estimate:
+    """A statistic of the curves' means over the seeds that all have, and its percentile interval.
 
-
-def gain_estimate(curve: LrCurve, baseline: LrCurve) -> Estimate:
-    """The baseline's best loss minus the variant's, in nats, over the seeds of both; each draw uses the same seeds."""
-    seeds = min(len(curve.initial_losses), len(baseline.initial_losses))
-    value = best_loss(baseline.means(seeds)) - best_loss(curve.means(seeds))
-    return estimate(value, best_loss(baseline.resampled_means(seeds)) - best_loss(curve.resampled_means(seeds)), seeds)
-
-
-def estimate(value: Floats, resampled: Floats, seeds: int) -> Estimate:
-    """The value and the percentile interval of its resampled values `[draws]`."""
+    Each draw takes the same seeds of all curves.
+    """
+    seeds = min(len(curve.initial_losses) for curve in curves)
+    losses = [curve.capped()[:, :seeds] for curve in curves]
+    value = float(statistic(*(part.mean(axis=1) for part in losses)))
     if seeds < 2:
-        return Estimate(float(value))
+        return Estimate(value)
+    draws = np.random.default_rng(0).integers(0, seeds, (DRAWS, seeds))
+    resampled = statistic(*(part[:, draws].mean(axis=2) for part in losses))
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(value), float(low), float(high))
+    return Estimate(value, float(low), float(high))

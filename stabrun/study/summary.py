@@ -10,7 +10,7 @@ from stabrun.record.jsonl import number
 from stabrun.record.schema import StudySummary, Summary
 from stabrun.study.cost import tokens_per_run
 from stabrun.study.frontier import Frontier, ratio
-from stabrun.study.grid import LrCurve, best_loss_estimate, best_rate, gain_estimate, sensitivity_estimate
+from stabrun.study.grid import LrCurve, best_loss, best_rate, estimate, gain, lr_sensitivity
 from stabrun.study.plan import FRONTIER, GRID, Plan
 from stabrun.study.search import frontier, outcome, parameter_grid
 from stabrun.verdict.judge import DIVERGED, RULE, STANDARD, STRICTNESS, UNDECIDED
@@ -120,10 +120,10 @@ def lr_curve_facts(plan: Plan, arm: str, rows_of: dict[str, list[Summary]]) -> d
         return {}
     compared = baseline is not None and counterpart(arm, BASELINE) != arm
     return {
-        "lr_sensitivity": asdict(sensitivity_estimate(curve)),
+        "lr_sensitivity": asdict(estimate(lr_sensitivity, curve)),
         "best_lr": best_rate(curve),
-        "best_final_loss": asdict(best_loss_estimate(curve)),
-        "gain": asdict(gain_estimate(curve, baseline)) if baseline and compared else None,
+        "best_final_loss": asdict(estimate(best_loss, curve)),
+        "gain": asdict(estimate(gain, curve, baseline)) if baseline and compared else None,
     }
 
 
