@@ -4,7 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,12 +19,8 @@ from stabrun.text import duration_text, rate_text
 
 # Prints the FLOP/s of float32 matrix products of size 1024, the best of three.
 BENCHMARK = """
-import time, numpy
-a, times = numpy.ones((1024, 1024), numpy.float32), []
-for _ in range(4):
-    began = time.perf_counter()
-    a @ a
-    times.append(time.perf_counter() - began)
+import timeit
+times = timeit.repeat("a @ a", "import numpy; a = numpy.ones((1024, 1024), numpy.float32)", number=1, repeat=4)
 print(2 * 1024**3 / min(times[1:]))
 """
 GPU_TOOLS = ("nvidia-smi", "rocm-smi")
@@ -37,13 +34,17 @@ def flops_per_run(config: Config) -> int:
     return tokens_per_run(config) * flops_per_token(config.model, config.data.seq_len)
 
 
-def measured_seconds(plan: Plan, rows: list[Summary]) -> dict[str, float]:
+def measured_seconds(rows: list[Summary]) -> dict[str, float]:
     """Seconds per step of each arm with finished runs: their median."""
-    seconds: dict[str, list[float]] = {arm: [] for arm in plan.arms}
-    for row in rows:
-        if row.get("steps") and row.get("seconds"):
-            seconds[row["arm"]].append(row["seconds"] / row["steps"])
-    return {arm: median(values) for arm, values in seconds.items() if values}
+    return medians((row["arm"], row["seconds"] / row["steps"]) for row in rows if row["steps"] and row["seconds"])
+
+
+def medians(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Arm → the median of its values."""
+    by_arm = defaultdict[str, list[float]](list)
+    for arm, value in values:
+        by_arm[arm].append(value)
+    return {arm: median(found) for arm, found in by_arm.items()}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Cost:
 
 def costs(plan: Plan, rows: list[Summary], speed: float | None) -> list[Cost]:
     """The cost of each arm. `rows`: finished runs. `speed`: FLOP/s of a worker, for arms without one, or None."""
-    done, seconds_per_step = {row["run_id"] for row in rows}, measured_seconds(plan, rows)
+    done, seconds_per_step = {row["run_id"] for row in rows}, measured_seconds(rows)
     found = []
     for arm, config in plan.arms.items():
         cells = [cell for cell in plan.cells_of(arm) if cell.id not in done]

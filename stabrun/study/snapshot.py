@@ -8,7 +8,7 @@ from statistics import median
 from stabrun.config import UserError
 from stabrun.record.schema import Summary
 from stabrun.record.study_dir import StudyDir
-from stabrun.study.cost import flops_per_run, measured_seconds
+from stabrun.study.cost import flops_per_run, measured_seconds, medians
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING, Entry, Ledger, has_ended
 from stabrun.study.plan import GRID, Cell, Plan, load
 
@@ -53,10 +53,9 @@ class Snapshot:
     @property
     def rows(self) -> list[Summary]:
         """The summaries with their `arm`, in the order of the plan."""
-        cells = self.plan.cells.values()
         return [
             {**self.summaries[cell.id], "arm": cell.arm, "lr": cell.lr, "seed": cell.seed}
-            for cell in cells
+            for cell in self.plan.cells.values()
             if cell.id in self.summaries
         ]
 
@@ -145,11 +144,8 @@ def seconds_per_step(snapshot: Snapshot) -> dict[str, float]:
     Empty while no arm has been timed.
     """
     plan = snapshot.plan
-    running: dict[str, list[float]] = {arm: [] for arm in plan.arms}
-    for attempt in snapshot.running:
-        if attempt.steps_per_second:
-            running[attempt.cell.arm].append(1 / attempt.steps_per_second)
-    timed = {arm: median(times) for arm, times in running.items() if times} | measured_seconds(plan, snapshot.rows)
+    running = ((attempt.cell.arm, attempt.steps_per_second) for attempt in snapshot.running)
+    timed = medians((arm, 1 / speed) for arm, speed in running if speed) | measured_seconds(snapshot.rows)
     if not timed:
         return {}
     flops = {arm: flops_per_run(config) / config.train.steps for arm, config in plan.arms.items()}
