@@ -11,21 +11,19 @@ from stabrun.text import aligned, rate_text
 from stabrun.verdict.judge import STANDARD, STRICTNESS
 
 
-def interval_text(interval: dict[str, Any] | None) -> str:
+def interval_text(interval: Mapping[str, Any] | None, middle: str = "median", digits: str = ".2g") -> str:
     """`0.15 (0.13–0.18)`, or a bound: `> 3`."""
     if not interval:
         return "-"
-    median, low, high = (interval[end] and f"{interval[end]:.2g}" for end in ("median", "low", "high"))
+    values = (interval[end] for end in (middle, "low", "high"))
+    median, low, high = (None if value is None else format(value, digits) for value in values)
     ends = f"{low}–{high}" if low and high else f"> {low}" if low else f"< {high}" if high else ""
     return f"{median} ({ends})" if median and ends else median or ends or "?"
 
 
 def estimate_text(estimate: Mapping[str, Any] | None) -> str:
     """`0.473 (0.450–0.490)`; a single seed has no interval."""
-    if estimate is None:
-        return "-"
-    value, low, high = (estimate[end] for end in ("value", "low", "high"))
-    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f}–{high:.3f})"
+    return interval_text(estimate, "value", ".3f")
 
 
 def strictness_text(frontiers: dict[str, Any]) -> str:

@@ -26,9 +26,8 @@ class LiveTable:
 
     def __init__(self, reader: SnapshotReader) -> None:
         self.reader, self.console = reader, Console(markup=False, emoji=False, highlight=False)
-        self.live: Live | None = None
-        if self.console.is_terminal:
-            self.live = Live(console=self.console, auto_refresh=False, transient=True)
+        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        if self.live:
             self.live.start()
 
     def update(self) -> Snapshot:
@@ -40,16 +39,12 @@ class LiveTable:
 
     def print_line(self, text: str) -> None:
         """Print a line that stays."""
-        if self.live:
-            self.console.print(text, soft_wrap=True)
-        else:
-            print(text, flush=True)
+        self.console.print(text, soft_wrap=True)
 
     def close(self) -> None:
         """Remove the live view from the terminal."""
         if self.live:
             self.live.stop()
-            self.live = None
 
 
 def rendered(snapshot: Snapshot, width: int, height: int) -> Group:
