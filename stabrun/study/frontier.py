@@ -176,9 +176,7 @@ class Frontier:
 
     def rate_at(self, probability: float) -> Interval:
         """The learning rate at which this share of the seeds diverges: 0.5 for lr50, 0.1 for lr10."""
-        return self._within_range(self.quantiles(self.octaves_at(probability)))
-
-    def _within_range(self, octaves: Floats) -> Interval:
+        octaves = self.quantiles(self.octaves_at(probability))
         low, high = np.log2(self.grid.low), np.log2(self.grid.high)
         if octaves[1] >= high:
             return Interval(None, self.grid.high, None)
@@ -199,8 +197,8 @@ class Frontier:
         return bool(beyond or high - low <= 2 * width)
 
 
-def ratio(one: Frontier, other: Frontier, probability: float = 0.5) -> Interval:
-    """The ratio of two variants' rates at `probability`, from independent draws of both posteriors.
+def ratio(one: Frontier, other: Frontier) -> Interval:
+    """The ratio of two variants' lr50, from independent draws of both posteriors.
 
     Ends that depend on a rate beyond its range are None. If one rate is only bounded, so is the ratio.
     """
@@ -210,8 +208,8 @@ def ratio(one: Frontier, other: Frontier, probability: float = 0.5) -> Interval:
         points = random.choice(len(frontier.posterior), DRAWS, p=frontier.posterior)
         jitter = random.uniform(-STEP / 2, STEP / 2, DRAWS)
         low, high = np.log2(frontier.grid.low), np.log2(frontier.grid.high)
-        draws.append(np.clip(frontier.octaves_at(probability)[points] + jitter, low, high))
-        rates.append(frontier.rate_at(probability))
+        draws.append(np.clip(frontier.octaves_at(0.5)[points] + jitter, low, high))
+        rates.append(frontier.rate_at(0.5))
     median, lower, upper = 2.0 ** np.quantile(draws[0] - draws[1], [0.5, TAIL, 1 - TAIL])
     numerator, denominator = rates
     return Interval(

@@ -1,7 +1,7 @@
 """A study's plan, `study.yaml`: what was asked, and the cells to train, each with a frozen configuration; no Hydra."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,9 @@ class Plan:
     def save(self, directory: Path) -> None:
         facts = {key: value for key, value in vars(self).items() if key not in ("arms", "cells")}
         arms = {arm: asdict(config) for arm, config in self.arms.items()}
-        cells = [[cell.id, cell.arm, cell.lr, cell.seed] for cell in self.cells.values()]
         text = yaml.dump({"format": FORMAT, **facts, "arms": arms}, Dumper=yaml.CSafeDumper, sort_keys=False)
-        rows = "".join(f"- {json.dumps(row)}\n" for row in cells)  # JSON is YAML, and fast to write
-        write_atomic(StudyDir(directory).plan_file, f"{text}cells:\n{rows}" if cells else f"{text}cells: []\n")
+        rows = [f"\n- {json.dumps(astuple(cell))}" for cell in self.cells.values()]  # JSON is YAML, and fast to write
+        write_atomic(StudyDir(directory).plan_file, f"{text}cells:{''.join(rows) or ' []'}\n")
 
 
 def at(config: Config, lr: float, seed: int) -> Config:

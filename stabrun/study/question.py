@@ -39,12 +39,10 @@ def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Pat
     arms = {name: in_group(arm, directory.resolve().name) for name, arm in arms.items()}
     plan = Plan(study.name, study.strategy, arms, list(study.lr_range), seeds, study.width, study.max_runs)
     last_seed = max(seeds) if study.strategy == GRID else seeds[0] + study.max_runs - 1
-    for arm, rate in itertools.product(arms.values(), rates if study.strategy == GRID else study.lr_range):
-        for seed in {min(seeds), last_seed}:
-            check(at(arm, rate, seed))
-    if study.strategy == GRID:
-        for name, rate, seed in itertools.product(arms, rates, seeds):
-            plan.add(name, rate, seed)
+    for arm, rate, seed in itertools.product(arms.values(), rates or study.lr_range, {min(seeds), last_seed}):
+        check(at(arm, rate, seed))
+    for name, rate, seed in itertools.product(arms, rates, seeds):  # a search has no rates yet
+        plan.add(name, rate, seed)
     return plan, directory, common
 
 

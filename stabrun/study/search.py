@@ -1,6 +1,7 @@
 """Adaptive search for the frontier: the next run of a study, given those that ended and those in progress; no torch."""
 
 from collections.abc import Container, Iterable
+from operator import itemgetter
 
 from stabrun.record.jsonl import number
 from stabrun.record.schema import Summary
@@ -52,7 +53,7 @@ def next_run(plan: Plan, rows: list[Summary], ended: Container[str]) -> tuple[st
     grid = parameter_grid(plan)
     if plan.strategy != FRONTIER or grid is None:
         return None
-    best: tuple[float, tuple[str, float, int]] | None = None
+    options = list[tuple[float, tuple[str, float, int]]]()
     for arm in plan.arms:
         cells, own = plan.cells_of(arm), [row for row in rows if row["arm"] == arm]
         expected = frontier(grid, own).expecting(cell.lr for cell in cells if cell.id not in ended)
@@ -60,6 +61,5 @@ def next_run(plan: Plan, rows: list[Summary], ended: Container[str]) -> tuple[st
             continue
         undecided = [row["lr"] for row in own if outcome(row) is None]  # avoid these rates in the next run
         rate, gain = expected.expecting(undecided).next_rate(diverged_cost(plan, arm, own))
-        if best is None or gain > best[0]:
-            best = gain, (arm, rate, plan.seeds[0] + len(cells))
-    return best and best[1]
+        options.append((gain, (arm, rate, plan.seeds[0] + len(cells))))
+    return max(options, key=itemgetter(0))[1] if options else None

@@ -50,25 +50,20 @@ def by_arm(plan: Plan, rows: list[Summary]) -> dict[str, Any]:
     """The summary of each arm. Only a grid, with every seed at every rate, has LR sensitivity and best loss."""
     rows_of = {arm: [row for row in rows if row["arm"] == arm] for arm in plan.arms}
     grid = parameter_grid(plan)
-    frontiers: dict[str, dict[str, Frontier]] = {}
-    if grid is not None:
-        for level in STRICTNESS:
-            frontiers[level] = {arm: frontier(grid, own, level) for arm, own in rows_of.items() if own}
-
-    def further(arm: str) -> dict[str, Any]:
-        if plan.strategy == GRID:
-            return lr_curve_facts(plan, arm, rows_of)
-        own = frontiers[STANDARD].get(arm)
-        return {"enough": own is not None and own.known_to(plan.width)}
-
-    return {
-        arm: {
-            **observed(rows_of[arm]),
-            "frontier": {strictness: frontier_facts(arm, found) for strictness, found in frontiers.items()},
-            **further(arm),
-        }
-        for arm in plan.arms
+    frontiers = {
+        level: {arm: frontier(grid, own, level) for arm, own in rows_of.items() if own}
+        for level in STRICTNESS
+        if grid is not None
     }
+    summaries = {}
+    for arm, own in rows_of.items():
+        facts = {level: frontier_facts(arm, found) for level, found in frontiers.items()}
+        summaries[arm] = observed(own) | {"frontier": facts}
+        if plan.strategy == GRID:
+            summaries[arm] |= lr_curve_facts(plan, arm, rows_of)
+        else:
+            summaries[arm]["enough"] = bool(own) and frontiers[STANDARD][arm].known_to(plan.width)
+    return summaries
 
 
 def observed(rows: list[Summary]) -> dict[str, Any]:
@@ -115,15 +110,15 @@ def counterpart(arm: str, variant: str) -> str:
 
 def lr_curve_facts(plan: Plan, arm: str, rows_of: dict[str, list[Summary]]) -> dict[str, Any]:
     """Statistics of an arm's losses by learning rate; empty until its grid is complete."""
-    curve, baseline = (lr_curve(plan, name, rows_of) for name in (arm, counterpart(arm, BASELINE)))
+    baseline_arm = counterpart(arm, BASELINE)
+    curve, baseline = (lr_curve(plan, name, rows_of) for name in (arm, baseline_arm))
     if curve is None:
         return {}
-    compared = baseline is not None and counterpart(arm, BASELINE) != arm
     return {
         "lr_sensitivity": asdict(estimate(lr_sensitivity, curve)),
         "best_lr": best_rate(curve),
         "best_final_loss": asdict(estimate(best_loss, curve)),
-        "gain": asdict(estimate(gain, curve, baseline)) if baseline and compared else None,
+        "gain": asdict(estimate(gain, curve, baseline)) if baseline and arm != baseline_arm else None,
     }
 
 
