@@ -129,40 +129,34 @@ def run_charts(study: StudyData, sides: list[Result], curves: Curves) -> list[Ch
 def loss_by_lr(study: StudyData) -> Chart | None:
     """Final loss by learning rate; one above the loss at initialization is drawn at that loss."""
     initial = [number(row["init_loss"]) for row in study.rows if row["init_loss"] is not None]
-    start = median(initial) if initial else math.inf
-    rules = [Rule("y", start, "loss at initialization")] if initial else []
+    start = median(initial) if initial else None
     labels = {
         arm: f"{arm}, LR sensitivity {estimate_text(sensitivity)}"
         for arm, summary in study.arm_summaries.items()
         if (sensitivity := summary.get("lr_sensitivity"))
     }
-    return by_learning_rate(
-        "loss_by_lr", study, "final_loss", Axis("final training loss (nats/token)"), start, rules, labels
-    )
+    return by_learning_rate("loss_by_lr", study, "final_loss", Axis("final training loss (nats/token)"), start, labels)
 
 
 def clipped_share(study: StudyData) -> Chart | None:
     axis = Axis("share of clipped steps", range=(-0.03, 1.03))
-    chart = by_learning_rate("clipped_share", study, "clipped_share", axis)
+    chart = by_learning_rate("clipped_share", study, "clipped_share", axis, None, {})
     return chart and replace(chart, width=COLUMN_WIDTH, row_height=2.0)
 
 
 def by_learning_rate(
-    name: str,
-    study: StudyData,
-    column: str,
-    y: Axis,
-    cap: float = math.inf,
-    rules: Sequence[Rule] = (),
-    labels: dict[str, str] | None = None,
+    name: str, study: StudyData, column: str, y: Axis, start: float | None, labels: dict[str, str]
 ) -> Chart | None:
-    """A column of `results.csv` by learning rate: one point per run, and a line through the medians of each arm."""
+    """A column of `results.csv` by learning rate: one point per run, and a line through the medians of each arm.
+
+    `start`: the value at initialization, if any; a higher one is drawn there. `labels`: those of some arms.
+    """
     rows = [row for row in study.rows if row.get(column) is not None]
     marks, legend = list[Marks](), list[Marks]()
     for arm, own in by_arm(study, rows).items():
         base = Marks(color=style.color(arm), arm=arm)
         dash, symbol = style.dash(arm, list(study.plan.arms)), style.marker(arm)
-        values = {row["run_id"]: capped(row.get(column), cap) for row in own}
+        values = {row["run_id"]: capped(row.get(column), math.inf if start is None else start) for row in own}
         at_rate = {
             rate: [values[row["run_id"]] for row in own if row["lr"] == rate] for rate in sorted({r["lr"] for r in own})
         }
@@ -175,8 +169,9 @@ def by_learning_rate(
             hover = [f"{run_title(row)}\n{column.replace('_', ' ')} {row.get(column)}" for row in part]
             places = ((row["lr"], values[row["run_id"]]) for row in part)
             marks.append(look.at(places, arm=arm, label="", hover=hover))
-        legend.append(replace(base, dash=dash, symbol=symbol, label=(labels or {}).get(arm, arm)))
-    panel = Panel(Axis("learning rate", RATE), y, marks, rules=list(rules))
+        legend.append(replace(base, dash=dash, symbol=symbol, label=labels.get(arm, arm)))
+    rules = [] if start is None else [Rule("y", start, "loss at initialization")]
+    panel = Panel(Axis("learning rate", RATE), y, marks, rules=rules)
     return Chart(name, [panel], legend=[*legend, DIVERGED_MARK]) if rows else None
 
 
