@@ -50,11 +50,8 @@ def overrides(study: StudyData) -> list[str]:
 
 def varies_within_variant(study: StudyData, path: str) -> bool:
     """Whether arms of one variant differ in this key: it is a further axis then, and not part of the variant."""
-    first: dict[str, Any] = {}
-    return any(
-        first.setdefault(config.variant, value_of(config, path)) != value_of(config, path)
-        for config in study.plan.arms.values()
-    )
+    settings = {(config.variant, hydra_text(value_of(config, path))) for config in study.plan.arms.values()}
+    return len(settings) > len({variant for variant, _ in settings})
 
 
 def hydra_text(value: Any) -> str:

@@ -149,7 +149,7 @@ def read_rows(run: RunDir, notes: list[str]) -> Iterator[Row]:
 
 def environment(study: StudyData) -> dict[str, str]:
     """The environments of all finished runs: key → its value, or all its different values."""
-    values: dict[str, list[str]] = {}
+    values: dict[str, dict[str, None]] = {}
     for row in study.rows:
         try:
             facts = study.run(row["run_id"]).environment()
@@ -157,7 +157,5 @@ def environment(study: StudyData) -> dict[str, str]:
             continue
         packages = facts.pop("packages", None)
         for key, value in {**facts, **(packages if isinstance(packages, dict) else {})}.items():
-            text = value if isinstance(value, str) else json.dumps(value)
-            if text not in values.setdefault(key, []):
-                values[key].append(text)
+            values.setdefault(key, {})[value if isinstance(value, str) else json.dumps(value)] = None
     return {key: ", ".join(found) for key, found in values.items()}

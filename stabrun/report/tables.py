@@ -174,14 +174,12 @@ def comparison(studies: dict[str, StudyData]) -> Table:
     for letter, (title, study) in zip("ab", studies.items(), strict=True):
         if study.plan.strategy == RUN:
             columns += [Column(f"{key}_{letter}", f"{title}, {key.replace('_', ' ')}") for key in RUN_COMPARISON]
+            run: dict[str, Any] = {row["arm"]: row for row in study.rows}
+            cells = [[result_cell(key, run.get(arm, {}).get(key)) for key in RUN_COMPARISON] for arm in arms]
         else:
             columns += [fact_column(fact, f"_{letter}", f"{title}, ") for fact in facts]
-        for arm, row in zip(arms, rows, strict=True):
-            if study.plan.strategy == RUN:
-                run = study.rows[0] if arm in study.plan.arms else None
-                row += [result_cell(key, run and run.get(key)) for key in RUN_COMPARISON]
-            else:
-                row += [fact_cell(fact, study.arm_summaries.get(arm)) for fact in facts]
+            cells = [[fact_cell(fact, study.arm_summaries.get(arm)) for fact in facts] for arm in arms]
+        rows = [row + more for row, more in zip(rows, cells, strict=True)]
     return Table("side_by_side", "By variant, side by side", columns, rows)
 
 
