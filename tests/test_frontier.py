@@ -8,7 +8,8 @@ import pytest
 import questplus
 from scipy.stats import norm
 
-from stabrun.study.frontier import LEVEL, Frontier, Interval, ParameterGrid, ratio
+from stabrun.record.schema import Interval
+from stabrun.study.frontier import LEVEL, Frontier, ParameterGrid, ratio
 
 LOW, OCTAVES = 2.0**-12, 10
 GRID = ParameterGrid(LOW, LOW * 2**OCTAVES)
@@ -37,8 +38,8 @@ def simulated(spread, shift, repetitions):
         random = np.random.default_rng(seed)
         truth = MIDDLE + shift + (0.0 if shift else float(np.clip(random.normal(0, 2), -4.5, 4.5)))
         found = searched(truth, spread, random).rate_at(0.5)
-        errors.append(math.log2(found.median) - truth)
-        low, high = (math.log2(end) if end else end for end in (found.low, found.high))
+        errors.append(math.log2(found["median"]) - truth)
+        low, high = (math.log2(end) if end else end for end in (found["low"], found["high"]))
         covered += (low is None or low <= truth) and (high is None or truth <= high)
     return float(np.sqrt(np.mean(np.square(errors)))), covered / repetitions
 
@@ -122,13 +123,14 @@ def test_rate_at_a_probability_follows_the_psychometric_function():
     """After many runs, lr50 and lr10 are where Φ is a half and a tenth."""
     grid = ParameterGrid(2.0**-12, 2.0**-2, spreads=(0.3,), lapses=(0.0,))
     known = Frontier.of(grid, [(2.0 ** (-6 + step / 10), step > 0) for step in range(-9, 10) for _ in range(20)])
-    assert math.log2(known.rate_at(0.5).median) == pytest.approx(-5.95, abs=0.06)
-    gap = math.log2(known.rate_at(0.5).median / known.rate_at(0.1).median)
+    assert math.log2(known.rate_at(0.5)["median"]) == pytest.approx(-5.95, abs=0.06)
+    gap = math.log2(known.rate_at(0.5)["median"] / known.rate_at(0.1)["median"])
     assert gap == pytest.approx(-0.3 * norm.ppf(0.1), abs=0.06)
 
 
 @pytest.mark.parametrize(
-    ("diverged", "bound"), [(False, Interval(None, GRID.high, None)), (True, Interval(None, None, GRID.low))]
+    ("diverged", "bound"),
+    [(False, Interval(median=None, low=GRID.high, high=None)), (True, Interval(median=None, low=None, high=GRID.low))],
 )
 def test_a_frontier_outside_the_range_is_a_bound(diverged, bound):
     frontier, runs = Frontier(GRID), 0
@@ -142,16 +144,16 @@ def test_a_frontier_outside_the_range_is_a_bound(diverged, bound):
 def test_equal_outcomes_give_one_bound(diverged):
     middle = 2.0**MIDDLE
     found = Frontier.of(GRID, [(middle, diverged)] * 2).rate_at(0.5)
-    assert found.median is None
-    assert (found.low is None, found.high is None) == (diverged, not diverged)
-    assert Frontier(GRID).rate_at(0.5) == Interval(None, None, None)
+    assert found["median"] is None
+    assert (found["low"] is None, found["high"] is None) == (diverged, not diverged)
+    assert Frontier(GRID).rate_at(0.5) == Interval(median=None, low=None, high=None)
 
 
 def test_a_frontier_at_the_end_of_the_range_has_one_end():
     runs = [(GRID.high, seed % 2 == 0) for seed in range(10)] + [(GRID.high / 2, False)] * 10
     found = Frontier.of(GRID, runs).rate_at(0.5)
-    assert GRID.high / 2 < found.low < GRID.high
-    assert found.high is None
+    assert GRID.high / 2 < found["low"] < GRID.high
+    assert found["high"] is None
     assert Frontier(GRID).known_to(0.25) is False
 
 
@@ -169,8 +171,8 @@ def test_a_search_ends_with_an_interval_of_the_width_asked(spread, searches):
             probability = norm.cdf((math.log2(rate) - truth) / spread)
             frontier, count = frontier.after(rate, random.random() < probability), count + 1
         found = frontier.rate_at(0.5)
-        assert math.log2(found.high / found.low) <= 0.5 + 1e-9
-        covered += math.log2(found.low) <= truth <= math.log2(found.high)
+        assert math.log2(found["high"] / found["low"]) <= 0.5 + 1e-9
+        covered += math.log2(found["low"]) <= truth <= math.log2(found["high"])
         counts.append(count)
     assert covered >= 0.92 * searches
     assert np.median(counts) < 33  # a grid of eleven rates × three seeds, which is less precise
@@ -207,11 +209,13 @@ def test_ratio_of_two_frontiers():
         return Frontier.of(grid, runs)
 
     found = ratio(known(-5.0), known(-7.0))
-    assert found.low < found.median < found.high
-    assert found.median == pytest.approx(4.0, rel=0.03)
+    assert found["low"] < found["median"] < found["high"]
+    assert found["median"] == pytest.approx(4.0, rel=0.03)
     # The variances of two independent normal errors add.
     one = known(-5.0).rate_at(0.5)
-    assert math.log2(found.high / found.low) == pytest.approx(math.log2(one.high / one.low) * math.sqrt(2), rel=0.35)
+    assert math.log2(found["high"] / found["low"]) == pytest.approx(
+        math.log2(one["high"] / one["low"]) * math.sqrt(2), rel=0.35
+    )
     assert LEVEL == 0.95
 
 
@@ -219,7 +223,7 @@ def test_ratio_to_a_frontier_beyond_the_range_is_a_bound():
     known = Frontier.of(GRID, [(2.0 ** (-6 + step / 10), step > 0) for step in range(-9, 10) for _ in range(5)])
     beyond = Frontier.of(GRID, [(GRID.high, False)] * 12)
     found = ratio(beyond, known)
-    assert (found.median, found.high) == (None, None)
-    assert found.low == pytest.approx(GRID.high / known.rate_at(0.5).high, rel=0.05)
-    assert ratio(known, beyond) == Interval(None, None, pytest.approx(1 / found.low, rel=0.05))
-    assert ratio(beyond, beyond) == Interval(None, None, None)
+    assert (found["median"], found["high"]) == (None, None)
+    assert found["low"] == pytest.approx(GRID.high / known.rate_at(0.5)["high"], rel=0.05)
+    assert ratio(known, beyond) == Interval(median=None, low=None, high=pytest.approx(1 / found["low"], rel=0.05))
+    assert ratio(beyond, beyond) == Interval(median=None, low=None, high=None)

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri, xlogy
 
+from stabrun.record.schema import Interval
+
 Floats = NDArray[np.float64]
 
 STEP = 0.05  # octaves between thresholds of the parameter grid
@@ -29,20 +31,6 @@ LAPSES, LAPSE_WEIGHTS = np.array([0.0, 0.05]), np.array([0.7, 0.3])
 LEVEL = 0.95  # of every interval
 TAIL = (1 - LEVEL) / 2
 DRAWS = 20_000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Posterior median of a learning rate (or another number) and the ends of its credible interval of LEVEL.
-
-    What would depend on the prior alone is None: whatever lies beyond the range searched and, unless both outcomes were
-    observed, the median and the end on the side without observations. If the whole interval lies beyond the range, the
-    end of the range is the bound: (None, high, None) above it, (None, None, low) below it.
-    """
-
-    median: float | None
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)
@@ -172,22 +160,28 @@ class Frontier:
 
     def spread(self) -> Interval:
         """s, in octaves."""
-        return Interval(*map(float, self.quantiles(self.grid.points[1])))
+        median, low, high = map(float, self.quantiles(self.grid.points[1]))
+        return Interval(median=median, low=low, high=high)
 
     def rate_at(self, probability: float) -> Interval:
-        """The learning rate at which this share of the seeds diverges: 0.5 for lr50, 0.1 for lr10."""
+        """The learning rate at which this share of the seeds diverges: 0.5 for lr50, 0.1 for lr10.
+
+        What would depend on the prior alone is None: whatever lies beyond the range searched and, unless both outcomes
+        were observed, the median and the end on the side without observations. If the whole interval lies beyond the
+        range, the end of the range is the bound: the low end above it, the high end below it.
+        """
         octaves = self.quantiles(self.octaves_at(probability))
         low, high = np.log2(self.grid.low), np.log2(self.grid.high)
         if octaves[1] >= high:
-            return Interval(None, self.grid.high, None)
+            return Interval(median=None, low=self.grid.high, high=None)
         if octaves[2] <= low:
-            return Interval(None, None, self.grid.low)
+            return Interval(median=None, low=None, high=self.grid.low)
         median, lower, upper = (float(2.0**end) if low <= end <= high else None for end in octaves)
         bounded_below, bounded_above = False in self.outcomes, True in self.outcomes
         return Interval(
-            median if bounded_below and bounded_above else None,
-            lower if bounded_below else None,
-            upper if bounded_above else None,
+            median=median if bounded_below and bounded_above else None,
+            low=lower if bounded_below else None,
+            high=upper if bounded_above else None,
         )
 
     def known_to(self, width: float) -> bool:
@@ -213,9 +207,9 @@ def ratio(one: Frontier, other: Frontier) -> Interval:
     median, lower, upper = 2.0 ** np.quantile(draws[0] - draws[1], [0.5, TAIL, 1 - TAIL])
     numerator, denominator = rates
     return Interval(
-        float(median) if numerator.median and denominator.median else None,
-        float(lower) if numerator.low and denominator.high else None,
-        float(upper) if numerator.high and denominator.low else None,
+        median=float(median) if numerator["median"] and denominator["median"] else None,
+        low=float(lower) if numerator["low"] and denominator["high"] else None,
+        high=float(upper) if numerator["high"] and denominator["low"] else None,
     )
 
 

@@ -9,21 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from stabrun.record.schema import Estimate
+from stabrun.study.frontier import TAIL, Floats
 
 DRAWS = 2000
-LEVEL = 0.95  # of every interval
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number and the ends of its interval; None for a single seed, which gives no interval."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +63,8 @@ def estimate(statistic: Callable[..., Floats], *curves: LrCurve) -> Estimate:
     losses = [curve.capped()[:, :seeds] for curve in curves]
     value = float(statistic(*(part.mean(axis=1) for part in losses)))
     if seeds < 2:
-        return Estimate(value)
+        return Estimate(value=value, low=None, high=None)
     draws = np.random.default_rng(0).integers(0, seeds, (DRAWS, seeds))
     resampled = statistic(*(part[:, draws].mean(axis=2) for part in losses))
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(low), float(high))
+    low, high = np.quantile(resampled, [TAIL, 1 - TAIL])
+    return Estimate(value=value, low=float(low), high=float(high))

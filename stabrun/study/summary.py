@@ -1,7 +1,6 @@
 """The summary of a study, `study.json`: its settings, and what its finished runs show by arm."""
 
 import math
-from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
@@ -96,10 +95,10 @@ def frontier_facts(arm: str, frontiers: dict[str, Frontier]) -> dict[str, Any] |
     own = frontiers[arm]
     others = {name: other for name in (BASELINE, QK_NORM) if (other := counterpart(arm, name)) != arm}
     return {
-        "lr50": asdict(own.rate_at(LR50)),
-        "lr10": asdict(own.rate_at(LR10)),
-        "spread": asdict(own.spread()),
-        "over": {name: asdict(ratio(own, frontiers[other])) for name, other in others.items() if other in frontiers},
+        "lr50": own.rate_at(LR50),
+        "lr10": own.rate_at(LR10),
+        "spread": own.spread(),
+        "over": {name: ratio(own, frontiers[other]) for name, other in others.items() if other in frontiers},
     }
 
 
@@ -115,10 +114,10 @@ def lr_curve_facts(plan: Plan, arm: str, rows_of: dict[str, list[Summary]]) -> d
     if curve is None:
         return {}
     return {
-        "lr_sensitivity": asdict(estimate(lr_sensitivity, curve)),
+        "lr_sensitivity": estimate(lr_sensitivity, curve),
         "best_lr": best_rate(curve),
-        "best_final_loss": asdict(estimate(best_loss, curve)),
-        "gain": asdict(estimate(gain, curve, baseline)) if baseline and arm != baseline_arm else None,
+        "best_final_loss": estimate(best_loss, curve),
+        "gain": estimate(gain, curve, baseline) if baseline and arm != baseline_arm else None,
     }
 
 
