@@ -23,7 +23,6 @@ import timeit
 times = timeit.repeat("a @ a", "import numpy; a = numpy.ones((1024, 1024), numpy.float32)", number=1, repeat=4)
 print(2 * 1024**3 / min(times[1:]))
 """
-GPU_TOOLS = ("nvidia-smi", "rocm-smi")
 
 
 def tokens_per_run(config: Config) -> int:
@@ -111,7 +110,7 @@ def trains_on_gpu(config: Config) -> bool:
     """Whether a run would train on a GPU of this machine. Determined without torch, whose import takes seconds."""
     if config.train.device != "auto":
         return config.train.device != "cpu"
-    return sys.platform == "darwin" or any(map(shutil.which, GPU_TOOLS))
+    return sys.platform == "darwin" or any(map(shutil.which, ("nvidia-smi", "rocm-smi")))
 
 
 def matrix_speed(threads: int) -> float:

@@ -105,7 +105,8 @@ def run_job(directory: str, pool: str, working_directory: str, jobs: int, config
     `scancel`.
     """
     os.chdir(working_directory)
-    os.environ.setdefault("OMP_NUM_THREADS", threads_per_job(jobs))
+    allocated = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
+    os.environ.setdefault("OMP_NUM_THREADS", allocated or str(threads_per_worker(jobs)))
     from stabrun.study.worker import registered, work
 
     handlers = {
@@ -121,12 +122,6 @@ def run_job(directory: str, pool: str, working_directory: str, jobs: int, config
     finally:
         for which, handler in previous.items():
             signal.signal(which, handler)
-
-
-def threads_per_job(jobs: int) -> str:
-    """CPU threads of a job: those that Slurm allocated, or its share of this machine."""
-    allocated = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
-    return allocated or str(threads_per_worker(jobs))
 
 
 if __name__ == "__main__":

@@ -101,9 +101,8 @@ class Ledger:
     def __init__(self, directory: Path, lease: float = LEASE, clock: Callable[[], float] = time.monotonic) -> None:
         self.study = StudyDir(directory)
         self.lease, self.clock, self.owner = lease, clock, this_process()
-        self.heartbeats: dict[
-            tuple[str, int], tuple[Any, float]
-        ] = {}  # (cell, attempt) → the last one, when first seen
+        # (cell, attempt) → the last heartbeat, and when it was first seen
+        self.heartbeats: dict[tuple[str, int], tuple[Any, float]] = {}
 
     def make(self) -> None:
         """Make the directories of the ledger if they do not exist."""
