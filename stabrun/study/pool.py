@@ -111,14 +111,10 @@ class LauncherPool(WorkerPool):
         self.ledger = Ledger(directory)
 
     def alive(self) -> int:
-        registered, alive = job_numbers(self.ledger, self.id) if self.batches else (set(), set())
-        total = 0
-        for batch in self.batches:
-            numbers = set(range(batch.first, batch.first + batch.jobs))
-            total += len(alive & numbers)
-            if batch.launcher.poll() is None:
-                total += len(numbers - registered)  # they wait in the queue
-        return total
+        registered, alive = job_numbers(self.ledger, self.id)
+        waiting = [batch for batch in self.batches if batch.launcher.poll() is None]
+        queued = [set(range(batch.first, batch.first + batch.jobs)) - registered for batch in waiting]
+        return len(alive) + sum(map(len, queued))
 
     def start(self, count: int) -> None:
         first = sum(batch.jobs for batch in self.batches) + 1
