@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from stabrun.record.jsonl import number
@@ -63,29 +64,28 @@ def read_curves(study: StudyData, run_id: str) -> RunCurves:
 
 def curves_of(rows: Iterable[Row]) -> RunCurves:
     curves = RunCurves()
-    steps, losses = list[int](), list[float]()
+    losses = list[tuple[int, float]]()
     for row in rows:
-        steps.append(row["step"])
-        losses.append(number(row["train/loss"]))
+        losses.append((row["step"], number(row["train/loss"])))
         for key, value in row.items():
             if key in SCALARS or isinstance(value, list):
                 if key not in curves.series:
                     curves.series[key] = Series(MAX_LAYER_POINTS if isinstance(value, list) else MAX_POINTS)
                 curves.series[key].add(row["step"], value)
-    curves.loss = extremes(steps, losses)
+    curves.loss = extremes(losses)
     return curves
 
 
-def extremes(steps: list[int], losses: list[float]) -> list[tuple[int, float]]:
+def extremes(losses: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """About MAX_POINTS of the points: the lowest and the highest of each stretch, and non-finite stretches."""
     if len(losses) <= MAX_POINTS:
-        return list(zip(steps, losses, strict=True))
-    stretch, kept = math.ceil(2 * len(losses) / MAX_POINTS), set[int]()
+        return losses
+    stretch, kept = math.ceil(2 * len(losses) / MAX_POINTS), {losses[0], losses[-1]}
     for start in range(0, len(losses), stretch):
-        part = range(start, min(start + stretch, len(losses)))
-        finite = [index for index in part if math.isfinite(losses[index])]
-        kept |= {min(finite, key=losses.__getitem__), max(finite, key=losses.__getitem__)} if finite else {part[0]}
-    return [(steps[index], losses[index]) for index in sorted(kept | {0, len(losses) - 1})]
+        part = losses[start : start + stretch]
+        finite = [point for point in part if math.isfinite(point[1])]
+        kept |= {min(finite, key=itemgetter(1)), max(finite, key=itemgetter(1))} if finite else {part[0]}
+    return sorted(kept)
 
 
 def spread(count: int, most: int) -> list[int]:
