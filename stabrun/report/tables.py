@@ -64,9 +64,7 @@ def rate(value: float | None) -> TableCell:
 
 
 def decimal(value: Any, digits: int = 3) -> TableCell:
-    if value is None:
-        return TableCell(MISSING, (None,))
-    return TableCell(f"{number(value):.{digits}f}" if math.isfinite(number(value)) else str(value), (value,))
+    return TableCell(MISSING if value is None else f"{number(value):.{digits}f}", (value,))
 
 
 def significant(value: float | None) -> TableCell:
