@@ -34,7 +34,7 @@ def test_a_verdict_by_another_rule_is_replaced(study):
     one, other = plan.cells
     before = changed(directory, one, rule=RULE - 1, verdict="diverged", by_strictness={}, scar=7.0)
     changed(directory, other, verdict="diverged")
-    rejudge(plan, directory, Ledger(directory))
+    rejudge(plan, Ledger(directory))
     now, same = (json.loads((directory / "runs" / cell / "summary.json").read_text()) for cell in (one, other))
     assert now == before
     assert same["verdict"] == "diverged", "a verdict by this rule is not touched"
@@ -54,7 +54,7 @@ def test_a_run_that_should_not_have_been_stopped_is_resumed_to_the_same_record(s
             folder.rmdir()
     (run / "metrics.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:13]))
     changed(directory, one, rule=RULE - 1, status="stopped", verdict="diverged")
-    rejudge(plan, directory, Ledger(directory))
+    rejudge(plan, Ledger(directory))
     assert statuses(plan, directory) == [PLANNED, DONE]
     work(directory)
     assert statuses(plan, directory) == [DONE, DONE]

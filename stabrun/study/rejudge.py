@@ -1,23 +1,21 @@
 """After a change of the rule: finished runs are judged again, and resumed if they should not have been stopped."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 from stabrun.record.jsonl import jsonable
 from stabrun.record.schema import COMPLETE, INTERRUPTED, STOPPED
-from stabrun.record.study_dir import StudyDir
 from stabrun.study.ledger import DONE, Ledger
 from stabrun.study.plan import Plan
 from stabrun.verdict.judge import RULE, Judge
 
 
-def rejudge(plan: Plan, directory: Path, ledger: Ledger) -> None:
+def rejudge(plan: Plan, ledger: Ledger) -> None:
     """Bring every finished run to the current rule.
 
     A run that an earlier rule stopped, and this one would not, continues from its checkpoint.
     """
     for cell, entry in ledger.entries(plan.cells).items():
-        run = StudyDir(directory).run(cell)
+        run = ledger.study.run(cell)
         summary = run.summary() if entry.status == DONE else None
         if summary is None or summary.get("rule") == RULE:
             continue

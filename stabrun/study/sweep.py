@@ -40,7 +40,7 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
     with study.lock():
         plan = _with_existing(asked, study)
         plan.save(directory)
-        rejudge(plan, directory, reader.ledger)
+        rejudge(plan, reader.ledger)
     reader.ledger.retry_failed(plan.cells)
     cells = f"{len(plan.cells)} cells" if plan.strategy == GRID else f"up to {plan.max_runs} runs per arm"
     print(f"{plan.name}: {cells}, {config.study.workers} workers → {directory}", flush=True)
