@@ -2,10 +2,10 @@
 
 from stabrun.record.jsonl import number
 from stabrun.record.schema import Result
+from stabrun.study.summary import BASELINE
 from stabrun.verdict.judge import CONVERGED, DIVERGED, RECOVERED
 
 MAX_RUNS = 30
-BASELINE = "baseline"
 
 
 def selected(rows: list[Result]) -> list[Result]:

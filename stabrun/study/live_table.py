@@ -16,7 +16,7 @@ from stabrun.text import GAP, aligned, duration_text, rate_text
 
 MARKS = {"converged": "c", "recovered": "r", "diverged": "D", "undecided": "?", RUNNING: ">", PLANNED: ".", FAILED: "!"}
 COLORS = {"c": "green", "r": "yellow", "D": "red", "?": "magenta", ">": "cyan", "!": "bold red", ".": "dim", "-": "dim"}
-LEGEND = "c converged, r recovered, D diverged, ? undecided, > running, . planned, ! failed; one mark per seed"
+LEGEND = ", ".join(f"{mark} {state}" for state, mark in MARKS.items()) + "; one mark per seed"
 BAR = 8  # characters of a progress bar
 TICKS = (1, 3, 2, 5)  # of each decade, the most useful ones first
 
