@@ -53,7 +53,6 @@ def draw(chart: Chart) -> Figure:
         for name, axis in (("x", panel.x), ("y", panel.y)):
             if axis.share and first.setdefault((name, axis.share), axes) is not axes:
                 getattr(axes, f"share{name}")(first[name, axis.share])
-    for axes, panel in zip(grid.flat, chart.panels, strict=False):
         draw_panel(axes, panel, int(chart.row_height * CHARACTERS))
     for place, (axes, panel) in enumerate(zip(grid.flat, chart.panels, strict=False)):
         format_axis(axes.xaxis, panel.x)
