@@ -64,22 +64,20 @@ def total(name: str) -> Callable[[ArmSummary], int]:
     return lambda arm: sum(point[name] for point in arm["runs"])
 
 
-def of_frontier(strictness: str, *path: str) -> Callable[[ArmSummary], Any]:
-    """Reads the interval at this path of an arm's frontier; None if it is unknown."""
+def frontier_of(arm: ArmSummary, strictness: str) -> Mapping[str, Any]:
+    """The frontier of an arm; empty if it is unknown."""
+    return arm["frontier"].get(strictness) or {}
 
-    def read(arm: ArmSummary) -> Any:
-        node: Any = arm["frontier"].get(strictness)
-        for name in path:
-            node = (node or {}).get(name)
-        return node
 
-    return read
+def lr50_over(arm: ArmSummary, variant: str) -> Any:
+    """lr50 of an arm divided by that of another variant; None if it is unknown."""
+    return frontier_of(arm, STANDARD).get("over", {}).get(variant)
 
 
 def of_rule(name: str, strictness: str) -> Fact:
     """lr50 or lr10 at one strictness of the rule."""
     key, label = (name, name) if strictness == STANDARD else (f"{name}_{strictness}", f"{name}, {strictness}")
-    return Fact(key, label, of_frontier(strictness, name), interval_text, "median")
+    return Fact(key, label, lambda arm: frontier_of(arm, strictness).get(name), interval_text, "median")
 
 
 LEVELS = sorted(STRICTNESS, key=STANDARD.__ne__)  # the standard one first
@@ -88,8 +86,8 @@ FACTS = (
     Fact("diverged", "diverged", total("diverged")),
     Fact("undecided", "undecided", total("undecided")),
     *(of_rule(name, strictness) for name in ("lr50", "lr10") for strictness in LEVELS),
-    Fact("over_baseline", "lr50 / baseline's", of_frontier(STANDARD, "over", BASELINE), interval_text, "median"),
-    Fact("over_qk_norm", "lr50 / qk_norm's", of_frontier(STANDARD, "over", QK_NORM), interval_text, "median"),
+    Fact("over_baseline", "lr50 / baseline's", lambda arm: lr50_over(arm, BASELINE), interval_text, "median"),
+    Fact("over_qk_norm", "lr50 / qk_norm's", lambda arm: lr50_over(arm, QK_NORM), interval_text, "median"),
     Fact("max_stable_lr", "highest stable LR", lambda arm: arm["max_stable_lr"], optional_rate_text),
     Fact("min_diverged_lr", "lowest diverged LR", lambda arm: arm["min_diverged_lr"], optional_rate_text),
 )
