@@ -18,7 +18,7 @@ from stabrun.report.run_curves import Curves, RunCurves, Series, spread
 from stabrun.report.selection import is_stable
 from stabrun.report.study_data import StudyData
 from stabrun.report.tables import lead
-from stabrun.study.facts import estimate_text
+from stabrun.study.facts import end_texts, estimate_text
 from stabrun.text import rate_text, run_name
 from stabrun.verdict.judge import CONVERGED, DIVERGED
 
@@ -241,11 +241,9 @@ def interval(ends: Interval, label: str, y: float, look: Marks) -> Iterator[Mark
         look, x=[left, right], y=[y, y], dash="solid", symbol=symbols, hollow=False, width=0.7 if look.hollow else 1.3
     )
     if middle is not None:
-        below = "below the range" if low is None else rate_text(low)
-        above = "above the range" if high is None else rate_text(high)
-        yield replace(
-            look, x=[middle], y=[y], hover=[f"{label}: {rate_text(middle)}, 95 % interval {below} to {above}"]
-        )
+        known_middle, below, above = end_texts(ends, rate_text)
+        range_text = f"{below or 'below the range'} to {above or 'above the range'}"
+        yield replace(look, x=[middle], y=[y], hover=[f"{label}: {known_middle}, 95 % interval {range_text}"])
 
 
 def lead_times(study: StudyData) -> Chart | None:

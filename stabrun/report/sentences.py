@@ -1,9 +1,10 @@
 """The results in words: one sentence per variant, and what is still missing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from stabrun.record.schema import ArmSummary, Estimate, Interval
 from stabrun.report.study_data import RUN, StudyData
+from stabrun.study.facts import end_texts
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING
 from stabrun.study.plan import GRID
 from stabrun.study.summary import BASELINE
@@ -36,7 +37,7 @@ def clauses(summary: ArmSummary, single_seed: bool) -> Iterator[str]:
 
 def lr50_text(lr50: Interval) -> str:
     """lr50 with its interval, or the bound that is known."""
-    median, low, high = texts(lr50, rate_text)
+    median, low, high = end_texts(lr50, rate_text)
     if median is None:
         return f"lr50 > {low}" if low else f"lr50 < {high}" if high else "lr50 unknown"
     if low is None and high is None:
@@ -48,7 +49,7 @@ def ratio_text(ratio: Interval | None) -> str:
     """`, 9.6 times the baseline's (3.0 to 22)`; empty if there is no baseline, or nothing is known."""
     if ratio is None:
         return ""
-    median, low, high = texts(ratio, two_digits)
+    median, low, high = end_texts(ratio, two_digits)
     if median is None:
         bound = f"more than {low}" if low else f"less than {high}" if high else ""
         return f", {bound} times the baseline's" if bound else ""
@@ -56,12 +57,6 @@ def ratio_text(ratio: Interval | None) -> str:
         f" ({low} to {high})" if low and high else f" (at least {low})" if low else f" (at most {high})" if high else ""
     )
     return f", {median} times the baseline's{ends}"
-
-
-def texts(interval: Interval, form: Callable[[float], str]) -> tuple[str | None, ...]:
-    """Median, low and high end; None for those that are unknown."""
-    ends = interval["median"], interval["low"], interval["high"]
-    return tuple(end if end is None else form(end) for end in ends)
 
 
 def two_digits(ratio: float) -> str:

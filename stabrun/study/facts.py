@@ -11,12 +11,18 @@ from stabrun.text import aligned, rate_text
 from stabrun.verdict.judge import STANDARD, STRICTNESS
 
 
+def end_texts(
+    interval: Mapping[str, Any], form: Callable[[float], str], middle: str = "median"
+) -> tuple[str | None, ...]:
+    """The middle, the low and the high end as text; None for those that are unknown."""
+    return tuple(None if interval[end] is None else form(interval[end]) for end in (middle, "low", "high"))
+
+
 def interval_text(interval: Mapping[str, Any] | None, middle: str = "median", digits: str = ".2g") -> str:
     """`0.15 (0.13–0.18)`, or a bound: `> 3`."""
     if not interval:
         return "-"
-    values = (interval[end] for end in (middle, "low", "high"))
-    median, low, high = (None if value is None else format(value, digits) for value in values)
+    median, low, high = end_texts(interval, lambda end: format(end, digits), middle)
     ends = f"{low}–{high}" if low and high else f"> {low}" if low else f"< {high}" if high else ""
     return f"{median} ({ends})" if median and ends else median or ends or "?"
 
