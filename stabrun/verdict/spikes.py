@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import median_filter
 
 from stabrun.verdict.chart import LEAST_WINDOW, Floats, noise, trailing_means
 
@@ -56,7 +57,5 @@ def spike_rate(losses: Floats) -> float | None:
     """
     if len(losses) < RATE_ROWS:
         return None
-    from scipy.ndimage import median_filter  # takes 0.3 s to import
-
     median = median_filter(losses, RATE_ROWS, mode="nearest", origin=RATE_ROWS // 2)
     return 1e4 * float(np.mean((losses > median + RATE_RISE)[RATE_ROWS - 1 :]))
