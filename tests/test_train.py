@@ -139,6 +139,21 @@ def test_killed_and_resumed(tmp_path, whole, rows):
     assert len(events(tmp_path / "run", "start")) == 2
 
 
+def test_training_does_not_import_the_compiler(tmp_path):
+    """torch imports it, which takes 3 s, in its optimizers and where it sets determinism."""
+    program = (
+        "import sys\n"
+        "from stabrun.cli.main import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "except SystemExit as done:\n"
+        "    sys.exit(done.code or {'torch._dynamo', 'torch._inductor'} & set(sys.modules) or 0)\n"
+    )
+    command = [sys.executable, "-c", program, "train", *TINY, "train.compile=false", "run_dir=run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
     config = tiny(f"run_dir={tmp_path / 'run'}", "train.steps=3")
     first = train(config)
