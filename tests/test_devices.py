@@ -107,18 +107,22 @@ def test_the_guard_accepts_a_correct_module():
         model(x).sum().backward()
 
 
-AHEAD = ("baseline", "qk_norm_cap", "sigma_reparam")  # of these also the backward graph, and a step of few statistics
+AHEAD = ("baseline", "qk_norm_cap", "sigma_reparam")  # of these, and of all by the slow test, also the backward graph
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_compiles_to_one_graph_with_the_probe(variant):
+QUICK = [(variant, variant in AHEAD) for variant in VARIANTS]
+FULL = [pytest.param(variant, True, marks=pytest.mark.slow) for variant in VARIANTS if variant not in AHEAD]
+
+
+@pytest.mark.parametrize(("variant", "ahead"), [*QUICK, *FULL])
+def test_compiles_to_one_graph_with_the_probe(variant, ahead):
     torch._dynamo.reset()
     counters.clear()
     model = GPT(small(variant, "model.n_layer=1").model, SEQ_LEN)
     probe = probed(model)
-    compiled = torch.compile(model, backend="aot_eager" if variant in AHEAD else "eager")
+    compiled = torch.compile(model, backend="aot_eager" if ahead else "eager")
     tokens = torch.randint(40, (BATCH, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-    for step in (0, 1) if variant in AHEAD else (0,):
+    for step in (0, 1) if ahead else (0,):
         probe.arm(step)
         losses, gradients, seen = [], [], []
         for forward in (model, compiled):

@@ -217,7 +217,14 @@ def clean(page, directory):
     assert {request for request in page.requests if not request.startswith(("data:", "blob:"))} == {file}
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)], ids=["wide, light", "narrow, dark"])
+WINDOWS = [
+    (1280, False),
+    (390, True),
+    *(pytest.param(*shape, marks=pytest.mark.slow) for shape in [(1280, True), (390, False)]),
+]
+
+
+@pytest.mark.parametrize(("width", "dark"), WINDOWS)
 class TestInChromium:
     pytestmark = browsed
 
