@@ -56,7 +56,7 @@ def a_study(directory: Path, runs: int, steps: int) -> None:
 
 def record(steps: int, lost: bool) -> tuple[str, dict[str, Any]]:
     """The text of a `metrics.jsonl` and its verdict, shared by all runs with the same outcome."""
-    draw, judge, lines = random.Random(lost), Judge(), []
+    draw, judge, lines = random.Random(lost), Judge(steps), []
     for step in range(steps):
         rise = max(0.0, step / steps - 0.4) if lost else 0.0
         row: dict[str, Any] = {"step": step, "tokens": 1024 * (step + 1), "train/lr": 0.03}
@@ -71,7 +71,7 @@ def record(steps: int, lost: bool) -> tuple[str, dict[str, Any]]:
             row[key] = [math.exp(5 * rise) + draw.random() for _ in range(NANO_LAYERS)]
         judge.add(row)
         lines.append(dumps(row) + "\n")
-    return "".join(lines), asdict(judge.conclude(steps))
+    return "".join(lines), asdict(judge.conclude())
 
 
 def a_run(folder: Path, plan: Plan, cell: Cell, rows: str, verdict: dict[str, Any]) -> None:

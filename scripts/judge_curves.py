@@ -20,7 +20,8 @@ import numpy as np
 from stabrun.record.metrics import signals
 from stabrun.record.run_dir import RunDir
 from stabrun.record.schema import Row
-from stabrun.verdict.judge import STRICTNESS, Judge
+from stabrun.verdict.judge import Judge
+from stabrun.verdict.rule import STRICTNESS
 
 CORPUS = Path(__file__).parent.parent / "tests" / "data" / "curves.npz.xz"
 HEALTHY, LOST = 0.05, 0.3  # nats; see HEAD
@@ -71,8 +72,7 @@ def corpus(path: Path = CORPUS) -> Iterator[Run]:
             yield Run(facts, rows, np.array(columns["train/loss"]))
 
 
-def judged(rows: Iterable[Row]) -> Judge:
-    judge = Judge()
+def judged(judge: Judge, rows: Iterable[Row]) -> Judge:
     for row in rows:
         judge.add(row)
     return judge
@@ -100,7 +100,7 @@ def print_signals(folder: Path) -> None:
     verdicts: Counter[str] = Counter()
     sites: Counter[str] = Counter()
     for file in sorted(folder.glob("*/metrics.jsonl")):
-        verdict = judged(RunDir(file.parent).rows()).conclude()
+        verdict = judged(Judge(), RunDir(file.parent).rows()).conclude()
         verdicts[verdict.verdict] += 1
         if verdict.verdict == "converged":
             alarms.update(verdict.signals.keys())
@@ -160,7 +160,14 @@ def main() -> None:
         print_signals(folder)
     else:
         runs = list(corpus())
-        print("\n".join(page(runs, [judged(run.rows) for run in runs])))
+        print(
+            "\n".join(
+                page(
+                    runs,
+                    [judged(Judge(run.facts["steps"], run.facts["schedule"] == "constant"), run.rows) for run in runs],
+                )
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from stabrun.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from stabrun.api import Run, Study, load_run, load_study, train
+    from stabrun.api import Run, Study, judge, load_run, load_study, train
     from stabrun.composition import compose
     from stabrun.config import Config, UserError
 
-__all__ = ["Config", "Run", "Study", "UserError", "compose", "load_run", "load_study", "train"]
+__all__ = ["Config", "Run", "Study", "UserError", "compose", "judge", "load_run", "load_study", "train"]
 
 MODULES = {"Config": "stabrun.config", "UserError": "stabrun.config", "compose": "stabrun.composition"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +14,13 @@ from stabrun.record.schema import Event, StudySummary, Summary
 from stabrun.record.study_dir import StudyDir
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from pandas import DataFrame
 
     from stabrun.data.tokenizer import Tokenizer
     from stabrun.model.gpt import GPT
     from stabrun.training.evaluate import Evaluation
+    from stabrun.verdict.judge import Verdict
 
 
 class Run:
@@ -183,3 +186,43 @@ def train(config: Config) -> Run:
 
 
 load_run, load_study = Run, Study
+
+
+def judge(
+    losses: ArrayLike,
+    steps: ArrayLike | None = None,
+    lr: ArrayLike | None = None,
+    grad_norm: ArrayLike | None = None,
+    val_loss: ArrayLike | None = None,
+) -> Verdict:
+    """The verdict on a loss curve, as `stabrun judge` gives it for a file.
+
+    Args:
+        losses: training losses `[n]` in the order of training; NaN and infinity are divergences.
+        steps: their steps `[n]`, ascending; 0, 1, 2, … by default.
+        lr: learning rates `[n]`, which show where a schedule begins again.
+        grad_norm: gradient norms `[n]`; NaN and infinity are divergences.
+        val_loss: validation losses `[n]`, NaN at steps without a validation.
+
+    Raises UserError if the shapes differ, or the steps do not ascend.
+    """
+    import numpy as np
+
+    from stabrun.verdict.judge import Judge
+
+    columns = {"train/loss": losses, "step": steps, "train/lr": lr, "grad/norm": grad_norm, "val/loss": val_loss}
+    arrays = {key: np.asarray(values, dtype=float) for key, values in columns.items() if values is not None}
+    shape = arrays["train/loss"].shape
+    for name, array in arrays.items():
+        if array.ndim != 1 or array.shape != shape:
+            raise UserError(f"judge: {name} has shape {array.shape}; all arrays must have the shape [n] of the losses.")
+    arrays.setdefault("step", np.arange(len(arrays["train/loss"]), dtype=float))
+    if not (np.diff(arrays["step"]) > 0).all():
+        raise UserError("judge: steps must ascend. Judge the parts of a curve whose steps begin again one by one.")
+    fold = Judge()
+    for values in zip(*(array.tolist() for array in arrays.values()), strict=True):
+        row = dict(zip(arrays, values, strict=True))
+        if math.isnan(row.get("val/loss", 0.0)):
+            del row["val/loss"]
+        fold.add(row)
+    return fold.conclude()

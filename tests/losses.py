@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from stabrun.verdict.judge import Judge
 
 
-def folded(rows):
+def folded(rows, planned=None, constant=True):
     """A judge that has taken these rows."""
-    judge = Judge()
+    judge = Judge(planned, constant)
     for row in rows:
         judge.add(row)
     return judge
@@ -25,7 +25,7 @@ def judged(losses, planned=None, **columns):
     for key, values in columns.items():
         for row, value in zip(rows, values, strict=False):
             row[key.replace("__", "/")] = value
-    return folded(rows).conclude(planned)
+    return folded(rows, planned).conclude()
 
 
 def falling(count, noise=0.03, seed=0):

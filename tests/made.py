@@ -10,7 +10,8 @@ from helpers import TINY
 from studies import asked, write_results
 
 from stabrun.record.jsonl import dumps
-from stabrun.verdict.judge import STRICTNESS, Judge
+from stabrun.verdict.judge import Judge
+from stabrun.verdict.rule import STRICTNESS
 
 SITES = "qkv", "proj", "fc1", "fc2"
 EVERY = "norm/out", "norm/in", "norm/weight", "norm/grad"
@@ -43,13 +44,13 @@ def a_study(
 def a_run(folder, config, cell, lost):
     """A finished run directory: its rows, and the verdict that they get."""
     folder.mkdir()
-    judge, layers, steps = Judge(), config.model.n_layer, config.train.steps
+    judge, layers, steps = Judge.of(config), config.model.n_layer, config.train.steps
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(steps):
             row = a_row(step, steps, layers, cell, lost)
             judge.add(row)
             file.write(dumps(row) + "\n")
-    verdict = asdict(judge.conclude(steps))
+    verdict = asdict(judge.conclude())
     facts = {"run_id": cell.id, "variant": config.variant, "lr": cell.lr, "seed": cell.seed, "status": "complete"}
     val = None if lost else verdict["final_loss"] + 0.05
     ends = {"val_loss": val, "val_perplexity": val and math.exp(val), "clipped_share": 0.25 if lost else 0.05}

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, tiny, train_interrupted
+from made_up_curves import drawn
 from safetensors.torch import load_file
 from studies import trained_alone
 
@@ -128,6 +130,29 @@ def test_a_study_holds_its_files(tmp_path):
 def test_another_directory_is_refused(load, tmp_path):
     with pytest.raises(stabrun.UserError, match=r"not a \w+ directory: (config|study)\.yaml is missing"):
         load(tmp_path)
+
+
+def test_judging_arrays_is_judging_their_rows():
+    run = drawn("runaway", 3)
+    found = stabrun.judge(run.losses)
+    assert found == run.verdict()
+    assert found.verdict == "diverged"
+    steps = 10 * np.arange(len(run.losses))
+    assert stabrun.judge(run.losses, steps).first_bad_step == 10 * found.first_bad_step
+    changed = drawn("a changed objective", 3)
+    val = np.full(len(changed.losses), np.nan)
+    val[list(changed.validations)] = list(changed.validations.values())
+    assert stabrun.judge(changed.losses, val_loss=val).reason == "objective_changed"
+    restart = drawn("restart with a recorded rate", 3)
+    assert stabrun.judge(torch.tensor(restart.losses), lr=restart.rates) == restart.verdict()
+    norms = np.ones(len(run.losses))
+    norms[20] = math.inf
+    assert stabrun.judge(run.losses, grad_norm=norms).reason == "nonfinite_grad"
+    assert stabrun.judge([]).reason == "too_short"
+    with pytest.raises(stabrun.UserError, match=r"train/lr has shape \(3,\)"):
+        stabrun.judge([1.0, 2.0], lr=[1, 2, 3])
+    with pytest.raises(stabrun.UserError, match="must ascend"):
+        stabrun.judge([1.0, 2.0], [3, 3])
 
 
 def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch, capsys):

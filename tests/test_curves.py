@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from stabrun.record.jsonl import dumps, jsonable
 from stabrun.record.run_dir import RunDir, RunWriter
-from stabrun.verdict.judge import STRICTNESS
+from stabrun.verdict.judge import Judge
+from stabrun.verdict.rule import STRICTNESS
 
 DATA = Path(__file__).parent / "data"
 ROOT = DATA.parent.parent
@@ -37,7 +38,7 @@ def curves():
 @pytest.fixture(scope="session")
 def judges(curves):
     """The judge of each run, which has taken all of its rows."""
-    return [folded(rows) for _, rows, _ in curves]
+    return [folded(rows, facts["steps"], facts["schedule"] == "constant") for facts, rows, _ in curves]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,10 @@ def same_bytes(rows, directory, cut, capsys):
     (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     text = "".join(dumps(row) + "\n" for row in rows)
     (directory / "metrics.jsonl").write_text(text)
-    live = folded(rows).conclude(len(rows))
+    live = Judge.of(config)
+    for row in rows:
+        live.add(row)
+    live = live.conclude()
     kept, _ = RunWriter(RunDir(directory)).cut(cut)
     resumed = folded(kept + rows[len(kept) :]).conclude(len(rows))
     (directory / "metrics.jsonl").write_text(text)

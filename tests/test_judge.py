@@ -361,7 +361,7 @@ def test_ctrl_c_ends_following_with_the_verdict_so_far(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "recovered (came_back) at step 150; loss" in out
+    assert "converged (fell); loss" in out
     assert "Traceback" not in err
 
 

@@ -51,7 +51,7 @@ def test_a_run_that_learned_nothing_does_not_overfit():
     judge = Judge()
     for step in range(200):
         row = {"step": step, "train/loss": 5.5 + random.Random(step).gauss(0, 0.01)}
-        judge.add(row | ({"val/loss": 5.5 + 1e-5 * step} if step % 20 == 19 else {}))
+        judge.add(row | ({"val/loss": 5.5 + 1e-5 * (step % 30)} if step % 20 == 19 else {}))
     verdict = judge.conclude()
     assert (verdict.reason, verdict.overfit) == ("no_learning", None)
 

@@ -76,7 +76,7 @@ def test_an_object_that_is_not_a_row_is_refused(run, row, message):
 
 def test_nothing_is_read_from_an_empty_directory(run):
     assert list(run.rows()) == list(run.readable_rows()) == run.events() == run.restarts() == []
-    assert (run.last_row(), run.summary(), run.planned_steps(), run.checkpoint_step()) == (None,) * 4
+    assert (run.last_row(), run.summary(), run.checkpoint_step()) == (None,) * 3
     assert (run.steps_done(), run.steps_per_second(), run.seconds_spent(), run.environment()) == (0, None, 0.0, {})
     assert list(run.path.iterdir()) == []
 
@@ -106,7 +106,6 @@ def test_one_process_holds_the_lock_and_one_experiment_the_directory(run):
     with pytest.raises(UserError, match=r"optim.lr=0.01 \(now 0.02\)"), run.lock(tiny("optim.lr=0.02")):
         pass
     assert run.config() == tiny()
-    assert run.planned_steps() == 30
 
 
 def test_a_directory_with_other_content_is_refused(tmp_path):

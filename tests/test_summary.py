@@ -9,7 +9,7 @@ from stabrun.study.facts import FACTS, GRID_FACTS, interval_text, summary_lines
 from stabrun.study.frontier import Frontier, ParameterGrid
 from stabrun.study.results import COLUMNS
 from stabrun.study.summary import by_arm, counterpart
-from stabrun.verdict.judge import STRICTNESS
+from stabrun.verdict.rule import STRICTNESS
 
 
 def test_one_row_per_run(tmp_path):

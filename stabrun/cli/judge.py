@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from stabrun.config import UserError
+from stabrun.config import Config, UserError
 from stabrun.record.foreign import read_foreign_runs
 from stabrun.record.jsonl import jsonable, parse_line
 from stabrun.record.run_dir import RunDir, check_row
@@ -36,18 +36,18 @@ class Request:
 
 @dataclass
 class Saved:
-    """The rows of a run, read again at each call, and its planned number of steps, if known."""
+    """The rows of a run, read again at each call, and its configuration, if it is one of stabrun."""
 
     name: str
     rows: Callable[[], Iterable[Row]]
-    planned: int | None = None
+    config: Config | None = None
     notes: list[str] = field(default_factory=list)
 
     def verdict(self) -> Verdict:
-        judge = Judge()
+        judge = judge_of(self.config)
         for row in self.rows():
             judge.add(row)
-        return judge.conclude(self.planned)
+        return judge.conclude()
 
 
 def judge(request: Request) -> int:
@@ -84,7 +84,11 @@ def read(path: Path, request: Request) -> list[Saved]:
 
 def of_directory(directory: Path) -> Saved:
     run = RunDir(directory)
-    return Saved(str(directory), run.rows, run.planned_steps())
+    return Saved(str(directory), run.rows, run.config() if run.is_run() else None)
+
+
+def judge_of(config: Config | None) -> Judge:
+    return Judge.of(config) if config else Judge()
 
 
 def show(record: Saved, request: Request) -> dict[str, Any]:
@@ -117,37 +121,37 @@ def follow(request: Request) -> int:
         raise UserError(f"--follow {request.path}: not a run directory.")
     if not request.path.is_dir() and file.suffix != ".jsonl":
         raise UserError(f"--follow {file}: must be a run directory or a JSON lines file.")
-    planned = run.planned_steps()
-    printed, fold, check_at = set[str](), Judge(), 0
+    config = run.config() if run.is_run() else None
+    printed, fold, check_at = set[str](), judge_of(config), 0
 
     def enough() -> bool:
-        return over(request.path, fold, planned)
+        return over(request.path, fold)
 
     status = 0
     try:
         for row in grown(file, enough):
             if row is None:  # the file was truncated or replaced
-                printed, fold, check_at = set(), Judge(), 0
+                printed, fold, check_at = set(), judge_of(config), 0
                 continue
             fold.add(row)
             if len(fold.losses) >= check_at or fold.over:
                 check_at = len(fold.losses) + max(10, len(fold.losses) // 100)
-                for what, line in alarm_lines(fold.conclude()):
+                for what, line in alarm_lines(fold.conclude(running=True)):
                     if what not in printed and not request.as_json:
                         print(line, flush=True)
                     printed.add(what)
     except KeyboardInterrupt:
         status = 130
-    facts = {"path": str(request.path), **jsonable(asdict(fold.conclude(planned))), "notes": []}
+    facts = {"path": str(request.path), **jsonable(asdict(fold.conclude())), "notes": []}
     print(json.dumps(facts, indent=1) if request.as_json else "\n  ".join([verdict_line(facts), *details(facts)]))
     return status
 
 
-def over(path: Path, fold: Judge, planned: int | None) -> bool:
+def over(path: Path, fold: Judge) -> bool:
     """Whether a followed run has ended, or is certain to have diverged."""
     if fold.over or fold.certain is not None:
         return fold.verdict().verdict == DIVERGED
-    if planned is not None and fold.losses and fold.steps[-1] + 1 >= planned:
+    if fold.planned is not None and fold.losses and fold.steps[-1] + 1 >= fold.planned:
         return True
     return RunDir(path).final_summary() is not None
 

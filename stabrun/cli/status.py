@@ -88,10 +88,10 @@ def run_facts(run: RunDir) -> dict[str, Any]:
     verdict: Any = summary
     steps = summary["steps"] if summary else run.steps_done()
     if verdict is None and steps:
-        judge = Judge()
+        judge = Judge.of(config)
         for row in run.rows():
             judge.add(row)
-        verdict = asdict(judge.conclude(None if state == RUNNING else config.train.steps))
+        verdict = asdict(judge.conclude(running=state == RUNNING))
     speed = run.steps_per_second() if state == RUNNING else None
     return {
         "path": str(run.path),

@@ -146,10 +146,6 @@ class RunDir:
         """Whether the directory holds a run: a configuration, at least."""
         return self.config_file.is_file()
 
-    def planned_steps(self) -> int | None:
-        """The steps the run was planned for; None without a configuration."""
-        return self.config().train.steps if self.is_run() else None
-
     def checkpoint_step(self) -> int | None:
         """The updates that the newest complete checkpoint holds."""
         names = [meta.parent.name for meta in self.checkpoints.glob("step_*/meta.json")]

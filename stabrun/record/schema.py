@@ -33,10 +33,14 @@ class Summary(TypedDict, total=False):
     verdict: str
     reason: str
     horizon: int
+    direction: str | None
+    last_healthy_step: int | None
     first_bad_step: int | None
     first_bad_site: str | None
     certain_step: int | None
     scar: Number | None
+    lost_steps: int | None
+    restarts: list[int]
     init_loss: Number | None
     best_loss: Number | None
     final_loss: Number | None

@@ -99,12 +99,12 @@ def read_run(run: RunDir) -> StudyData:
         summary = None
     if summary is None:
         notes.append("summary.json is missing: the run is not finished, and is judged on the rows recorded so far.")
-        judge = Judge()
+        judge = Judge.of(config)
         for row in read_rows(run, notes):
             judge.add(row)
         steps = judge.steps[-1] + 1 if judge.steps else 0
         facts = {"run_id": run_id(config), "variant": config.variant, "lr": config.optim.lr, "seed": config.seed}
-        summary = jsonable(facts | asdict(judge.conclude()) | {"status": STILL_RUNNING, "steps": steps})
+        summary = jsonable(facts | asdict(judge.conclude(running=True)) | {"status": STILL_RUNNING, "steps": steps})
     plan = Plan(run_name(config.variant, config.optim.lr, config.seed), RUN, {config.variant: config})
     rows = [result({**summary, "arm": config.variant})]
     over = summary["status"] in OVER

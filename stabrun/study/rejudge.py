@@ -19,10 +19,10 @@ def rejudge(plan: Plan, ledger: Ledger) -> None:
         summary = run.summary() if entry.status == DONE else None
         if summary is None or summary.get("rule") == RULE:
             continue
-        judge = Judge()
+        judge = Judge.of(plan.config(plan.cells[cell]))
         for row in run.rows():
             judge.add(row)
-        verdict = jsonable(asdict(judge.conclude(plan.config(plan.cells[cell]).train.steps)))
+        verdict = jsonable(asdict(judge.conclude()))
         reopened = summary.get("status") == STOPPED and not judge.over and judge.certain is None
         run.write_summary(
             {**summary, **verdict, "status": INTERRUPTED if reopened else summary.get("status", COMPLETE)}

@@ -69,7 +69,7 @@ class Run:
             warn(f"{self.run_dir.path}: {lost} of {self.done + lost} recorded steps have no checkpoint; trained again.")
         if path:
             trainer.scaling.load(checkpoint.load(path, trainer.model, trainer.optimizer))
-        self.judge = Judge()
+        self.judge = Judge.of(self.config)
         self.tally = Tally()
         for row in earlier:
             self.judge.add(row)
@@ -187,7 +187,7 @@ class Run:
     def summary(self, status: str, seconds: float) -> Summary:
         """The content of `summary.json`; also writes the event that ends this start."""
         config, val = self.config, self.val_loss
-        verdict = self.judge.conclude(config.train.steps)
+        verdict = self.judge.conclude()
         rate = round((self.tokens - self.resumed_at["tokens"]) / seconds, 1)
         self.record.event(status, step=verdict.horizon + 1, seconds=round(seconds, 3), tokens_per_second=rate)
         facts = {

@@ -1,21 +1,26 @@
-"""Control charts of a loss: its trailing mean relative to the lowest one so far, compared with its own noise.
+"""Control charts of a loss: its trailing median relative to the lowest one so far, compared with its own noise.
 
-No constant is in nats, so scaling or shifting the loss does not change the chart. Arrays are over rows of the record.
+No constant is in nats, so scaling the loss does not change the chart. Arrays are over rows of the record.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import median_filter
 
 Floats = NDArray[np.float64]
-LEAST_WINDOW, WINDOW_SHARE = 20, 0.05  # 5 % of the rows, at least 20; also for best_loss and final_loss
+LEAST_WINDOW, WINDOW_SHARE = 5, 0.05  # 5 % of the rows, at least 5; also for best_loss and final_loss
+LEAST_ROWS = 4 * LEAST_WINDOW  # of a record that has a verdict
 NORMAL_MAD = 1.4826  # standard deviation of a normal variable over its median absolute deviation
 NORMAL_QUARTILE = 3.1383  # standard deviation of a normal variable over the lower quartile of its absolute deviation
 NORMAL_MEAN = 1.2533  # standard deviation of a normal variable over its mean absolute deviation
-LATER, LEAST_SHARE = 3.0, 0.1  # see `first_level`
+NORMAL_MEDIAN = 1.2533  # standard error of a median over that of a mean, of normal variables
+LATER, LEAST_SHARE = 3.0, 0.1  # see `Level.learned`
+NOISIER = 2.0  # times the noise at the floor; a loss with more noise than this is not excused by it
 BACK = 0.5  # a rise ends below this share of the threshold
-CREEPING = 2.0  # windows from half of the threshold to the threshold; a step or a ramp takes less than one
+CREEPING = 2  # windows from half of the threshold to the threshold; a jump or a steep rise takes less
 
 
 @dataclass(frozen=True)
@@ -28,63 +33,94 @@ class Strictness:
 
 @dataclass(frozen=True)
 class Level:
-    """A chart. Entry i of each array belongs to the window that ends at row `i + window − 1`."""
+    """The chart of finite losses `[n]`, n ≥ window. Entry i of an array belongs to the window that ends at row
+    `i + window − 1`. `start` is the loss before learning.
+    """
 
+    losses: Floats
     window: int
-    means: Floats
-    floor: Floats  # the lowest mean so far
-    init: float  # the loss before learning, from `first_level`
-    noise: Floats  # standard deviation of a row's loss, when the level was last at its floor
-    error: Floats  # standard error of a window's mean there, corrected for autocorrelation
-    threshold: Floats
+    start: float
+
+    @cached_property
+    def levels(self) -> Floats:
+        """The median of each window."""
+        return trailing_medians(self.losses, self.window)
+
+    @cached_property
+    def floor(self) -> Floats:
+        """The lowest level so far."""
+        return np.minimum.accumulate(self.levels)
 
     @property
     def excess(self) -> Floats:
-        return self.means - self.floor
+        return self.levels - self.floor
 
-    def rises(self) -> list[tuple[int, int]]:
+    @cached_property
+    def learned(self) -> Floats:
+        """What was learned so far: the start minus the floor, limited.
+
+        An initialization may start at hundreds of nats and lose them in a few steps. A share of those would hide any
+        rise. They therefore count for at most LATER times what is left at the floor, or what was learned after the
+        first window, whichever is more; but for at least LEAST_SHARE.
+        """
+        fall = np.maximum(0.0, self.start - self.floor)
+        second = self.levels[min(self.window, len(self.levels) - 1)]
+        left = np.maximum(np.abs(self.floor), second - self.floor)
+        return np.maximum(LEAST_SHARE * fall, np.minimum(fall, LATER * left))
+
+    @cached_property
+    def spread(self) -> Floats:
+        """Standard deviation of a row's loss around its trend, over the two windows up to each row."""
+        jumps = NORMAL_MAD * np.abs(np.diff(self.losses, 2)) / 6**0.5
+        trailing = trailing_medians(jumps, min(2 * self.window + 1, len(jumps)))
+        digit = np.abs(np.diff(self.losses))  # of losses that were rounded: most jumps may be zero
+        trailing = np.maximum(trailing, digit[digit > 0].min(initial=np.inf) / 12**0.5 if digit.any() else 0.0)
+        return np.concatenate([np.full(len(self.levels) - len(trailing), trailing[0]), trailing])[-len(self.levels) :]
+
+    @cached_property
+    def error(self) -> Floats:
+        """Standard error of the excess: of the median of a window now, and of one at the floor."""
+        at_floor = np.maximum.accumulate(np.where(self.levels <= self.floor, np.arange(len(self.levels)), 0))
+        then = self.spread[at_floor]
+        both = np.hypot(np.minimum(self.spread, NOISIER * then), then)
+        until_lowest = self.losses[: int(np.argmin(self.levels)) + self.window]
+        return NORMAL_MEDIAN * both * autocorrelation_factor(until_lowest, self.window) / self.window**0.5
+
+    def threshold(self, strictness: Strictness) -> Floats:
+        """The excess above which the level has risen. Below 1e-9 of the largest loss are rounding errors."""
+        smallest = 1e-9 * float(np.abs(self.losses).max())
+        return np.maximum(np.maximum(strictness.share * self.learned, strictness.sigmas * self.error), smallest)
+
+    def rises(self, strictness: Strictness) -> list[tuple[int, int]]:
         """[first row, row after the last) of each rise: from above the threshold until below BACK of it."""
-        excess = self.excess
-        mark = np.where(excess > self.threshold, 1, np.where(excess < BACK * self.threshold, 0, -1))
+        excess, threshold = self.excess, self.threshold(strictness)
+        mark = np.where(excess > threshold, 1, np.where(excess < BACK * threshold, 0, -1))
         last_mark = np.maximum.accumulate(np.where(mark >= 0, np.arange(len(mark)), 0))
         up = mark[last_mark] == 1
         edges = np.flatnonzero(np.diff(np.concatenate([[False], up, [False]])))
         ends = [edge + self.window - 1 for edge in edges.tolist()]
         return list(zip(ends[::2], ends[1::2], strict=True))
 
-    def creeps(self, row: int) -> bool:
+    def creeps(self, row: int, strictness: Strictness) -> bool:
         """Whether the rise at `row` took more than CREEPING windows from half of the threshold to the threshold."""
         index = row - self.window + 1
-        low = np.flatnonzero(self.excess[: index + 1] < BACK * self.threshold[: index + 1])
+        low = np.flatnonzero((self.excess < BACK * self.threshold(strictness))[: index + 1])
         return len(low) > 0 and index - int(low[-1]) > CREEPING * self.window
 
     def lowest_before(self, row: int) -> int:
         """The last row before `row` at which the level was at its floor."""
-        until = self.means[: row - self.window + 2]
-        return int(np.flatnonzero(until <= self.floor[: len(until)])[-1]) + self.window - 1
+        until = max(1, row - self.window + 2)
+        return int(np.flatnonzero(self.levels[:until] <= self.floor[:until])[-1]) + self.window - 1
 
 
 def window_of(count: int) -> int:
-    """Rows in a window of a record with `count` rows."""
-    return max(LEAST_WINDOW, round(WINDOW_SHARE * count))
+    """Rows in a window of a record with `count` rows. The number is odd: its median is the loss of one row."""
+    return max(LEAST_WINDOW, round(WINDOW_SHARE * count)) | 1
 
 
-def level(losses: Floats, window: int, strictness: Strictness) -> Level:
-    """The chart of finite losses `[n]`, n ≥ 2 × window.
-
-    A rise counts if it exceeds a share of what was learned (the first loss minus the floor) and a number of standard
-    errors. The error is estimated from rows up to the floor, so that a later rise does not inflate it.
-    """
-    means = trailing_means(losses, window)
-    floor = np.minimum.accumulate(means)
-    init = first_level(losses, float(floor[-1]))
-    at_floor = np.maximum.accumulate(np.where(means <= floor, np.arange(len(means)), 0))
-    spread = noise(losses, 2 * window)[at_floor + window - 1]
-    error = spread * autocorrelation_factor(losses[: int(np.argmin(means)) + window], window) / window**0.5
-    learned = np.maximum(0.0, init - floor)
-    smallest = 1e-9 * float(np.abs(losses).max())  # smaller differences are rounding errors
-    threshold = np.maximum(np.maximum(strictness.share * learned, strictness.sigmas * error), smallest)
-    return Level(window, means, floor, init, spread, error, threshold)
+def trailing_medians(values: Floats, window: int) -> Floats:
+    """Median of each `window` consecutive values: `[n]` → `[n − window + 1]`. Of an even number, the upper one."""
+    return median_filter(values, window, mode="nearest", origin=(window - 1) // 2)[window - 1 :]
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -99,18 +135,6 @@ def noise(losses: Floats, span: int) -> Floats:
     return np.concatenate([np.repeat(trailing[:1], len(losses) - len(trailing), axis=0), trailing])
 
 
-def first_level(losses: Floats, floor: float) -> float:
-    """The loss before learning: the median of five rows, or less if these are far above all later ones.
-
-    An initialization may start at hundreds of nats and lose them in a few steps. A share of those would hide any rise.
-    The result is therefore at most the early level (rows 20 to 40) plus LATER times what is learned after it, but at
-    least LEAST_SHARE of the whole fall above the floor.
-    """
-    first, early = float(np.median(losses[:5])), float(np.median(losses[LEAST_WINDOW : 2 * LEAST_WINDOW]))
-    later = early + LATER * max(0.0, early - floor)
-    return min(first, max(later, floor + LEAST_SHARE * (first - floor)))
-
-
 def autocorrelation_factor(losses: Floats, window: int) -> float:
     """Factor, at least 1, by which autocorrelation increases the standard error of a window's mean.
 
@@ -118,7 +142,7 @@ def autocorrelation_factor(losses: Floats, window: int) -> float:
     for noise with a long correlation time. `losses` end at the lowest level.
     """
     white = float(np.median(noise(losses, 2 * window)))
-    half, quarter = (excess_variance(losses, white, window // parts) for parts in (2, 4))
+    half, quarter = (excess_variance(losses, white, max(1, window // parts)) for parts in (2, 4))
     return max(1.0, half + 2 * max(0.0, half - quarter)) ** 0.5
 
 

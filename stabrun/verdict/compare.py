@@ -6,8 +6,9 @@ import numpy as np
 
 from stabrun.record.metrics import by_site
 from stabrun.record.schema import Row
-from stabrun.verdict.chart import NORMAL_MAD, trailing_means, window_of
+from stabrun.verdict.chart import NORMAL_MAD, WINDOW_SHARE, trailing_means
 
+LEAST_WINDOW = 20  # rows in the window of the mean difference, and at least WINDOW_SHARE of them
 SIGMAS = 6.0  # standard errors of the difference between two losses that differ
 FACTOR = 1.5  # between two output norms that differ
 
@@ -26,7 +27,7 @@ def compare(this: list[Row], other: list[Row]) -> dict[str, Any]:
     result: dict[str, Any] = dict.fromkeys(("loss_step", "difference", "site", "site_step", "site_factor"))
     losses = np.array([[float(a["train/loss"]), float(b["train/loss"])] for a, b in pairs], dtype=float).reshape(-1, 2)
     finite = int(np.argmin(np.append(np.isfinite(losses).all(axis=1), False)))
-    window = window_of(len(pairs))
+    window = max(LEAST_WINDOW, round(WINDOW_SHARE * len(pairs)))
     if finite < len(pairs):
         result["loss_step"] = steps[finite]
     if finite >= window:

@@ -6,53 +6,66 @@ This module does not import torch. The rule, its error rates and its limitations
 import math
 from array import array
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from stabrun.config import Config
 from stabrun.record.jsonl import number
 from stabrun.record.schema import Row
-from stabrun.verdict.chart import BACK, Floats, Level, Strictness, level, trailing_means, window_of
+from stabrun.verdict.chart import LEAST_ROWS, trailing_medians, window_of
+from stabrun.verdict.direction import FALLING, direction
 from stabrun.verdict.overfit import overfit
+from stabrun.verdict.rule import (
+    CONVERGED,
+    DIVERGED,
+    RECOVERED,
+    STANDARD,
+    STRICTNESS,
+    UNDECIDED,
+    Curve,
+    Decision,
+    above_start,
+    decide,
+    went_nonfinite,
+)
 from stabrun.verdict.signals import LONGEST, Signals, alarms, first_nonfinite
 from stabrun.verdict.spikes import spikes
 
-RULE = 3
+RULE = 4
 """Version of the rule. It is incremented by any change that can alter a verdict."""
 
-STRICTNESS = {
-    "lenient": Strictness(share=0.1, sigmas=8.0),
-    "standard": Strictness(share=0.03, sigmas=6.0),  # at nano, 3 % of what is learned is 0.1 nats
-    "strict": Strictness(share=0.015, sigmas=5.0),
-}
-STANDARD, LENIENT = "standard", "lenient"
-SLOW = 4  # windows in the window of the second chart, which detects slow rises that noise hides from the first
-OVERSHOOT = 0.1  # a rise that ends before this share is learned belongs to the warmup
-CERTAIN_SHARE = 0.75  # a rise that lasts for this share of all rows, at an unlowered learning rate, never came back
-CERTAIN_WINDOWS = 5  # nor did one that lasts for this many windows above the loss before learning
-UNLOWERED = 0.9  # of the highest learning rate so far; below it, a run may come back
-CHECK_EVERY, CHECK_SHARE = 10, 0.05  # least rows between two checks for certainty, also as a share of the rows so far
+CERTAIN_ABOVE = 0.9  # of the rows so far above the first loss: such a run has not come back
+CERTAIN_DONE = 0.5  # of the planned steps, at which this is looked at: an overshoot may last for long
 
-CONVERGED, RECOVERED, DIVERGED, UNDECIDED = "converged", "recovered", "diverged", "undecided"
+Step = int | float  # a float if the clock is a fraction of an epoch
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The verdict on a run as seen up to `horizon`, its last step.
 
-    From `certain_step` on, `diverged` cannot change. `scar` is the last level of a recovered run minus its lowest one,
-    in units of the loss. `signals` contains the first alarm of each signal: step, site, and lead over the loss in
-    steps. `by_strictness` is the verdict at each strictness of the rule. `val_gap` is the last validation loss minus
-    the last level of the training loss. `overfit` contains the fields of `Overfit`.
+    `direction` says whether the loss is rising, flat or falling there. `last_healthy_step` is the last step at which
+    the level was at its lowest before the loss rose, or the horizon if it did not. From `certain_step` on, `diverged`
+    cannot change. `scar` is the last level of a run that rose and did not diverge minus its lowest one, in units of
+    the loss; `lost_steps` are the steps until it was back at the level from which it rose, or up to the horizon.
+    `restarts` are the steps at which the schedule or the whole run began again; the verdict is on what follows.
+    `signals` contains the first alarm of each signal: step, site, and lead over the loss in steps. `by_strictness` is
+    the verdict at each strictness of the rule. `val_gap` is the last validation loss minus the last level of the
+    training loss. `overfit` contains the fields of `Overfit`.
     """
 
     verdict: str
     reason: str
-    horizon: int
-    first_bad_step: int | None = None
+    horizon: Step
+    direction: str | None = None
+    last_healthy_step: Step | None = None
+    first_bad_step: Step | None = None
     first_bad_site: str | None = None
-    certain_step: int | None = None
+    certain_step: Step | None = None
     scar: float | None = None
+    lost_steps: Step | None = None
+    restarts: list[Step] = field(default_factory=list)
     init_loss: float | None = None
     best_loss: float | None = None
     final_loss: float | None = None
@@ -69,19 +82,25 @@ class Verdict:
         return self.verdict in (CONVERGED, RECOVERED)
 
 
-Span = tuple[int, int]  # the rows of the lowest level and of the alarm
-
-
 class Judge:
-    """Takes the rows of a record in order (`add`); `verdict` and `conclude` return the verdict so far."""
+    """Takes the rows of a record in order (`add`); `verdict` and `conclude` return the verdict so far.
 
-    def __init__(self) -> None:
-        self.steps, self.losses, self.rates = array("q"), array("d"), array("d")
+    `planned` is the number of steps of the whole run, if known. A divergence can only be certain before the end if the
+    learning rate is `constant`: a lowered one can bring a run back.
+    """
+
+    def __init__(self, planned: int | None = None, constant: bool = False) -> None:
+        self.planned, self.constant = planned, constant
+        self.steps, self.losses, self.rates = array("d"), array("d"), array("d")
         self.validations: list[tuple[int, float]] = []  # (row, loss)
         self.signals = Signals()
         self.nonfinite: tuple[int, str, str | None] | None = None  # (row, reason, site) of the first such value
         self.certain: int | None = None  # the row from which `diverged` is certain
-        self.next_check = 0
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """A judge of a run of stabrun."""
+        return cls(config.train.steps, config.schedule.kind == "constant")
 
     def add(self, row: Row) -> None:
         loss, gradient = number(row["train/loss"]), number(row.get("grad/norm", 0.0))
@@ -99,150 +118,119 @@ class Judge:
             self.nonfinite = index, "nonfinite_loss", first_nonfinite(row, "norm/out/")
         elif self.nonfinite is None and not math.isfinite(gradient) and not overflow:
             self.nonfinite = index, "nonfinite_grad", first_nonfinite(row, "norm/grad/")
-        if self.certain is None and self.nonfinite is None and count >= self.next_check:
-            self.next_check = count + max(CHECK_EVERY, round(CHECK_SHARE * count))
-            if self._is_certain():
-                self.certain = index
+        if self.constant and self.planned and count == round(CERTAIN_DONE * self.planned) and self._is_certain():
+            self.certain = index
 
     @property
     def over(self) -> bool:
         """Whether training cannot continue: a loss or gradient is not finite."""
         return self.nonfinite is not None
 
+    def step(self, row: int) -> Step:
+        """The step of a row."""
+        step = self.steps[row]
+        return int(step) if step.is_integer() else step
+
+    def curve(self) -> Curve:
+        """What was recorded before the first loss that is not finite."""
+        losses = np.array(self.losses)
+        bad = np.flatnonzero(~np.isfinite(losses))
+        count = int(bad[0]) if len(bad) else len(losses)
+        validations = [(row, loss) for row, loss in self.validations if row < count]
+        return Curve(losses[:count], np.array(self.rates[:count]), validations)
+
+    @np.errstate(over="ignore", invalid="ignore")  # losses near the largest number
     def _is_certain(self) -> bool:
-        count, window = len(self.losses), window_of(len(self.losses))
-        if count < 2 * window:
-            return False
-        losses = np.asarray(self.losses)
-        chart = level(losses, window, STRICTNESS[LENIENT])
-        rises = chart.rises()
-        if not rises or rises[-1][1] < count:
-            return False
-        start, rates = rises[-1][0], np.asarray(self.rates)
-        if not (rates >= UNLOWERED * np.maximum.accumulate(rates))[start:].all():  # also if no rate is recorded
-            return False
-        above = chart.means[-CERTAIN_WINDOWS * window :] > chart.init + chart.threshold[-1]
-        above_init = len(above) == CERTAIN_WINDOWS * window and bool(above.all())
-        return above_init or count - start >= max(CERTAIN_SHARE * count, CERTAIN_WINDOWS * window)
+        """Whether the run was above its start almost from the beginning, for half of its steps, and is not falling."""
+        curve = self.curve()
+        return (
+            not self.over
+            and len(curve.losses) >= LEAST_ROWS
+            and curve.above >= CERTAIN_ABOVE
+            and above_start(curve, STRICTNESS[STANDARD]) is not None
+            and direction(curve.losses[len(curve.losses) // 2 :]) != FALLING
+        )
 
     def verdict(self, strictness: str = STANDARD) -> Verdict:
         """The verdict so far at one strictness, without the fields that `conclude` adds."""
-        return self._judge(STRICTNESS[strictness])[0]
+        return self._verdict(self.curve(), strictness)[0]
 
-    def conclude(self, planned: int | None = None) -> Verdict:
+    def conclude(self, running: bool = False) -> Verdict:
         """The verdict with the site that diverged first, signals, spikes and overfitting.
 
-        A run that ended before its `planned` steps is not called stable.
+        A run that ended before its planned steps, and is not still `running`, is not called stable.
         """
-        judged = {name: self._judge(strictness) for name, strictness in STRICTNESS.items()}
-        ended = {name: interrupted(verdict, planned) for name, (verdict, _) in judged.items()}
-        verdict, span = ended[STANDARD], judged[STANDARD][1]
+        curve = self.curve()
+        judged = {name: self._verdict(curve, name) for name in STRICTNESS}
+        verdicts = {name: verdict if running else self._ended(verdict) for name, (verdict, _) in judged.items()}
+        verdict, span = verdicts[STANDARD], judged[STANDARD][1]
         deviations = self.signals.deviations()
         signals = {
-            name: {"step": self.steps[row], "site": site, "lead": span and self.steps[span[1]] - self.steps[row]}
+            name: {"step": self.step(row), "site": site, "lead": span and self.step(span[1]) - self.step(row)}
             for name, (row, site) in alarms(deviations, since=span[0] - LONGEST if span else 0).items()
         }
         return replace(
             verdict,
             first_bad_site=verdict.first_bad_site or (self.signals.first_site(deviations, *span) if span else None),
             signals=signals,
-            spikes=spikes(self._finite(), self.steps),
-            by_strictness={name: verdict.verdict for name, verdict in ended.items()},
-            **self._validated(verdict.stable or verdict.reason == "interrupted"),
+            spikes=spikes(curve.all_losses, self.step),
+            by_strictness={name: verdict.verdict for name, verdict in verdicts.items()},
+            **self._validated(curve, verdict.stable or verdict.reason == "interrupted"),
         )
 
-    def _validated(self, stable: bool) -> dict[str, Any]:
+    def _ended(self, verdict: Verdict) -> Verdict:
+        """The verdict; `undecided` in place of a stable one if the run ended before its planned steps."""
+        if self.planned is not None and verdict.stable and verdict.horizon + 1 < self.planned:
+            return replace(verdict, verdict=UNDECIDED, reason="interrupted")
+        return verdict
+
+    def _validated(self, curve: Curve, stable: bool) -> dict[str, Any]:
         """The fields that validations determine; only a run that is stable so far can overfit."""
-        losses, window = self._finite(), window_of(len(self.losses))
-        inside = [(row, loss) for row, loss in self.validations if window - 1 <= row < len(losses)]
+        window = window_of(len(self.losses))
+        inside = [(row, loss) for row, loss in curve.all_validations if row >= window - 1]
         if not inside:
             return {}
-        means = trailing_means(losses, window)
-        val, levels = [loss for _, loss in inside], [float(means[row - window + 1]) for row, _ in inside]
-        steps, init = [self.steps[row] for row, _ in inside], float(np.median(losses[:5]))
-        over = overfit(steps, val, levels, init) if stable else None
+        medians = trailing_medians(curve.all_losses, window)
+        val, levels = [loss for _, loss in inside], [float(medians[row - window + 1]) for row, _ in inside]
+        over = overfit([self.step(row) for row, _ in inside], val, levels, curve.start) if stable else None
         return {"best_val_loss": min(val), "val_gap": val[-1] - levels[-1], "overfit": over and asdict(over)}
 
-    def _finite(self) -> Floats:
-        """The losses before the first that is not finite."""
-        losses = np.asarray(self.losses)
-        bad = np.flatnonzero(~np.isfinite(losses))
-        return losses[: bad[0]] if len(bad) else losses
-
-    def _judge(self, strictness: Strictness) -> tuple[Verdict, Span | None]:
-        count, losses = len(self.losses), self._finite()
-        window = window_of(count)
-        verdict = Verdict(UNDECIDED, "too_short", self.steps[-1] if count else -1)
-        if len(losses):
-            means = trailing_means(losses, min(window, len(losses)))
-            final = float(self.losses[-1]) if self.nonfinite else float(means[-1])
-            verdict = replace(verdict, init_loss=float(losses[0]), best_loss=float(means.min()), final_loss=final)
+    def _decide(self, curve: Curve, strictness: str) -> Decision:
+        """What the rule says, unless a value is not finite, or the divergence was certain before."""
         if self.nonfinite is not None:
-            row, reason, site = self.nonfinite
-            verdict = replace(verdict, verdict=DIVERGED, reason=reason, first_bad_site=site)
-            span = max(0, row - window), row
-            return replace(verdict, first_bad_step=self.steps[row], certain_step=self.steps[row]), span
-        if count < 2 * window:
-            return verdict, None
-        return self._judge_charts(verdict, losses, window, strictness)
+            return went_nonfinite(curve, STRICTNESS[strictness], *self.nonfinite[:2])
+        decision = decide(curve, STRICTNESS[strictness])
+        if self.certain is not None and decision.verdict != DIVERGED:
+            return Decision(DIVERGED, "above_start", self.certain - curve.origin)
+        return decision
 
-    def _judge_charts(
-        self, verdict: Verdict, losses: Floats, window: int, strictness: Strictness
-    ) -> tuple[Verdict, Span | None]:
-        count = len(losses)
-
-        def risen(name: str, reason: str, chart: Level, row: int) -> tuple[Verdict, Span]:
-            certain = None if self.certain is None else self.steps[self.certain]
-            dated = replace(verdict, first_bad_step=self.steps[row], certain_step=certain)
-            return replace(dated, verdict=name, reason=reason), (chart.lowest_before(row), row)
-
-        charts = [level(losses, window, strictness)]
-        if count >= 4 * SLOW * window:
-            charts.append(level(losses, SLOW * window, strictness))
-        # A spike raises a long mean even after the loss is back, so the short one must be raised as well.
-        lasting = [
-            (chart, rises[-1][0])
-            for chart in charts
-            if (rises := chart.rises()) and rises[-1][1] == count and charts[0].excess[-1] > BACK * chart.threshold[-1]
-        ]
-        for chart, start in lasting:
-            if count - start >= window or self.certain is not None:
-                return risen(DIVERGED, "creep" if chart.creeps(start) else "runaway", chart, start)
-        if lasting and not came_back(losses, lasting[0][0]):
-            return replace(verdict, reason="rising"), None
-        chart = charts[0]
-        rises = [rise for rise in chart.rises() if not is_overshoot(chart, rise[0])]
-        if self.certain is not None:
-            return risen(DIVERGED, "runaway", chart, rises[0][0] if rises else self.certain)
-        if not has_learned(chart, strictness):
-            return replace(verdict, reason="no_learning"), None
-        if rises:
-            recovered, span = risen(RECOVERED, "came_back", chart, rises[0][0])
-            return replace(recovered, scar=max(0.0, (verdict.final_loss or 0.0) - (verdict.best_loss or 0.0))), span
-        return replace(verdict, verdict=CONVERGED, reason="fell"), None
-
-
-def interrupted(verdict: Verdict, planned: int | None) -> Verdict:
-    """The verdict; `undecided` in place of a stable one if the run ended before its `planned` steps."""
-    if planned is not None and verdict.stable and verdict.horizon + 1 < planned:
-        return replace(verdict, verdict=UNDECIDED, reason="interrupted")
-    return verdict
-
-
-def came_back(losses: Floats, chart: Level) -> bool:
-    """Whether the median of the last half window is near the floor, while the mean still contains a spike."""
-    return bool(np.median(losses[-(chart.window // 2) :]) - chart.floor[-1] < BACK * chart.threshold[-1])
-
-
-def is_overshoot(chart: Level, row: int) -> bool:
-    """Whether the rise at `row` came before the run had learned a share of OVERSHOOT: it belongs to the warmup."""
-    index = row - chart.window + 1
-    return bool(chart.init - chart.floor[index] < OVERSHOOT * (chart.init - chart.floor[-1]))
-
-
-def has_learned(chart: Level, strictness: Strictness) -> bool:
-    """Whether the lowest level is below the first one by more than noise explains."""
-    spread = strictness.sigmas * float(chart.noise[int(np.argmin(chart.means))])
-    low = float(chart.floor[-1])
-    # The first loss is a median of five rows; the mean of the first window distinguishes a slower fall from noise.
-    return chart.init - low > spread / 5**0.5 or float(chart.means[0]) - low > spread / chart.window**0.5
+    @np.errstate(over="ignore", invalid="ignore")
+    def _verdict(self, curve: Curve, strictness: str) -> tuple[Verdict, tuple[int, int] | None]:
+        """The verdict, and the rows of the lowest level before the loss rose and of the rise."""
+        decision, origin, count = self._decide(curve, strictness), curve.origin, len(self.losses)
+        verdict = Verdict(decision.verdict, decision.reason, self.step(count - 1) if count else -1)
+        if len(curve.losses):
+            levels = curve.charts[0].levels
+            verdict = replace(
+                verdict,
+                direction=curve.direction,
+                restarts=[
+                    self.step(row)
+                    for row in sorted({*curve.begins, *(row + origin for row in curve.schedule_restarts)})
+                ],
+                init_loss=curve.start,
+                best_loss=float(levels.min()),
+                final_loss=float(self.losses[-1]) if self.over else float(levels[-1]),
+            )
+        if decision.since is None:
+            return replace(verdict, last_healthy_step=verdict.horizon if verdict.stable else None), None
+        since, low = origin + decision.since, origin + decision.low
+        verdict = replace(verdict, first_bad_step=self.step(since), last_healthy_step=self.step(low) if since else None)
+        if verdict.verdict == DIVERGED:
+            certain, site = self.nonfinite[::2] if self.nonfinite else (self.certain, None)
+            verdict = replace(verdict, first_bad_site=site, certain_step=certain and self.step(certain))
+        elif verdict.best_loss is not None and verdict.final_loss is not None:
+            back = origin + curve.back(decision.since)
+            lost = self.step(min(back, count - 1)) - self.step(since)
+            verdict = replace(verdict, scar=verdict.final_loss - verdict.best_loss, lost_steps=lost)
+        return verdict, (low, since)

@@ -12,12 +12,12 @@ SHARE = 0.03  # of what was learned, by validation loss; the same share as in th
 class Overfit:
     """The validation loss stayed above its lowest (at `best_step`) from `step` on, and ended `rise` nats above it."""
 
-    step: int
-    best_step: int
+    step: float
+    best_step: float
     rise: float
 
 
-def overfit(steps: Sequence[int], val: Sequence[float], train: Sequence[float], init: float) -> Overfit | None:
+def overfit(steps: Sequence[float], val: Sequence[float], train: Sequence[float], init: float) -> Overfit | None:
     """Whether a run overfits, from its validations: `val` and the training loss's level `train`, at each of `steps`.
 
     `init` is the loss before learning. At least two validations, up to the last, must be above the lowest one by a

@@ -1,37 +1,38 @@
 """Spikes of a loss: their number, steps and heights. They do not affect the verdict."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from scipy.ndimage import median_filter
 
-from stabrun.verdict.chart import LEAST_WINDOW, Floats, noise, trailing_means
+from stabrun.verdict.chart import Floats, noise, trailing_means
 
 SIGMAS = 7.0  # standard deviations above the mean of the rows before, as in OLMo 2's score (arXiv 2501.00656)
+BEFORE = 20  # rows before a row whose mean it is compared with
 APART = 5  # rows between two spikes; closer ones count as one
 LISTED = 100  # the highest are listed
 SCORE_ROWS = 1000  # see `spike_score`
 RATE_ROWS, RATE_RISE = 201, 0.1  # see `spike_rate`
 
 
-def spikes(losses: Floats, steps: Sequence[int]) -> dict[str, Any] | None:
-    """The spikes of finite losses `[n]`; None if there are too few rows.
+def spikes(losses: Floats, step: Callable[[int], float]) -> dict[str, Any] | None:
+    """The spikes of finite losses `[n]`; `step` gives the step of a row. None if there are too few rows.
 
     `count`; `list`: the highest in order of their step, each [step, height above the mean of the rows before]; `score`
     and `rate`: see `spike_score` and `spike_rate`.
     """
-    if len(losses) <= 2 * LEAST_WINDOW:
+    if len(losses) <= 2 * BEFORE:
         return None
-    before = trailing_means(losses, LEAST_WINDOW)[:-1]
-    height = losses[LEAST_WINDOW:] - before
-    high = np.flatnonzero(height > SIGMAS * noise(losses, 2 * LEAST_WINDOW)[LEAST_WINDOW - 1 : -1])
+    before = trailing_means(losses, BEFORE)[:-1]
+    height = losses[BEFORE:] - before
+    high = np.flatnonzero(height > SIGMAS * noise(losses, 2 * BEFORE)[BEFORE - 1 : -1])
     groups = np.split(high, np.flatnonzero(np.diff(high) > APART) + 1) if len(high) else []
-    peaks = [(int(group[0]) + LEAST_WINDOW, float(height[group].max())) for group in groups]
+    peaks = [(int(group[0]) + BEFORE, float(height[group].max())) for group in groups]
     largest = sorted(sorted(peaks, key=lambda spike: -spike[1])[:LISTED])
     return {
         "count": len(peaks),
-        "list": [[int(steps[row]), round(size, 6)] for row, size in largest],
+        "list": [[step(row), round(size, 6)] for row, size in largest],
         "score": spike_score(losses),
         "rate": spike_rate(losses),
     }

@@ -4,8 +4,16 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stabrun.verdict.chart import LEAST_WINDOW
-from stabrun.verdict.judge import Verdict
+from stabrun.verdict.compare import LEAST_WINDOW
+from stabrun.verdict.judge import CONVERGED, UNDECIDED, Verdict
+
+EXPLAINED = {
+    "objective_changed": "the training loss rises while the validation loss falls: the objective may have changed",
+    "restarted": "the loss rose when the schedule began again",
+    "starts_at_zero": "the first loss is 0, and later ones are above it: what was learned cannot be measured",
+    "above_start": "the loss stays above its first value",
+}
+"""Reasons that need a sentence."""
 
 
 def verdict_line(facts: Mapping[str, Any]) -> str:
@@ -22,6 +30,12 @@ def verdict_line(facts: Mapping[str, Any]) -> str:
     return f"{text}; loss {' → '.join(values)}" if values else text
 
 
+def above_lowest(facts: Mapping[str, Any]) -> str:
+    """`, 0.312 above its lowest level`; empty if it is not above, or not a number."""
+    best, final = (float(facts[name] if facts[name] is not None else "nan") for name in ("best_loss", "final_loss"))
+    return f", {short(final - best)} above its lowest level" if final > best and math.isfinite(final) else ""
+
+
 def short(loss: float) -> str:
     return f"{loss:.3f}" if loss == 0 or 0.05 <= abs(loss) < 1e5 or not math.isfinite(loss) else f"{loss:.4g}"
 
@@ -33,8 +47,17 @@ def details(facts: dict[str, Any]) -> Iterator[str]:
         yield "by strictness: " + ", ".join(f"{name} {verdict}" for name, verdict in facts["by_strictness"].items())
     if facts["certain_step"] is not None:
         yield f"certain from step {facts['certain_step']}"
-    if facts["scar"]:
-        yield f"scar: the last level of the loss is {short(facts['scar'])} above the lowest"
+    if facts["verdict"] != CONVERGED and facts["direction"] and facts["reason"] != "too_short":
+        yield f"at the end, the loss is {facts['direction']}{above_lowest(facts)}"
+    if facts["reason"] in EXPLAINED:
+        yield EXPLAINED[facts["reason"]]
+    if facts["restarts"]:
+        yield f"begins again at step {', '.join(str(step) for step in facts['restarts'])}"
+    if facts["first_bad_step"] is not None and facts["last_healthy_step"] is not None:
+        yield f"last healthy step: {facts['last_healthy_step']}"
+    if facts["lost_steps"]:
+        above = f", and the level is {short(facts['scar'])} above the lowest" if facts["scar"] else ""
+        yield f"scar: {facts['lost_steps']} steps were lost{above}"
     if over := facts.get("overfit"):
         rise = f"the validation loss is {short(over['rise'])} above its lowest value at step {over['best_step']}"
         yield f"overfitting: {rise}, while the training loss fell; their gap is {short(facts['val_gap'])}"
@@ -80,7 +103,7 @@ def alarm_lines(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield name, f"step {signal['step']}: {alarm(name, signal)}"
     if verdict.reason == "rising":
         yield "rising", f"step {verdict.horizon}: the loss is rising"
-    elif verdict.first_bad_step is not None:
+    elif verdict.first_bad_step is not None and verdict.verdict != UNDECIDED:
         first = f", first in {verdict.first_bad_site}" if verdict.first_bad_site else ""
         yield verdict.verdict, f"step {verdict.first_bad_step}: {verdict.verdict} ({verdict.reason}){first}"
     if verdict.certain_step is not None:
