@@ -87,9 +87,9 @@ def a_row(step, steps, layers, cell, lost):
 RATES = (1e-2, 1e-1, 1.0)
 
 
-def summaries(directory, arms=("baseline", "qk_norm"), seeds=2, missing=()):
+def summaries(directory, arms=("baseline", "qk_norm"), seeds=2, missing=(), rates=RATES):
     """`results.csv` and `study.json` of a study with all of its runs but the `missing` ones: (arm, rate, seed)."""
-    words = f"study.variants=[{','.join(arms)}]", f"study.lrs=[{','.join(map(str, RATES))}]", f"study.seeds={seeds}"
+    words = f"study.variants=[{','.join(arms)}]", f"study.lrs=[{','.join(map(str, rates))}]", f"study.seeds={seeds}"
     plan = asked(*TINY, *words)
     for cell in plan.cells.values():
         if (cell.arm, cell.lr, cell.seed) in missing:

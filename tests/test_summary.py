@@ -35,7 +35,8 @@ def test_numbers_by_arm(tmp_path):
     assert baseline["best_lr"] == 1e-2
     # Means over seeds of min(loss, 6): 2.015, 2.105 and 6, above the lowest by 0, 0.09 and 3.985.
     assert baseline["lr_sensitivity"]["value"] == pytest.approx((0.09 + 3.985) / 3)
-    assert baseline["lr_sensitivity"]["low"] <= baseline["lr_sensitivity"]["value"]
+    assert baseline["lr_sensitivity"]["low"] < baseline["lr_sensitivity"]["value"] < baseline["lr_sensitivity"]["high"]
+    assert len(list(summary_lines(summary))) == 4, "a header, two arms and the legend"
     assert (baseline["separated"], normed["separated"]) == (True, False), "no run of qk_norm diverged"
     lenient, standard, strict = (baseline["frontier"][name]["lr50"] for name in STRICTNESS)
     assert lenient == standard
@@ -107,6 +108,15 @@ def test_an_incomplete_grid_has_no_sensitivity(tmp_path):
     assert "lr_sensitivity" not in summary["qk_norm"]
     assert summary["qk_norm"]["runs"][2]["runs"] == 1
     assert summary["baseline"]["lr_sensitivity"]["value"] > 0
+
+
+def test_one_rate_has_no_sensitivity(tmp_path):
+    _, summary = summaries(tmp_path, rates=(0.1,))
+    arm = summary["variants"]["qk_norm"]
+    assert (arm["lr_sensitivity"], arm["best_final_loss"]["value"]) == (None, pytest.approx(2.005))
+    (row,) = (line for line in summary_lines(summary) if line.startswith("qk_norm"))
+    assert row.endswith(" -")
+    assert "LR sensitivity needs at least two learning rates" in summary_lines(summary)
 
 
 def test_one_seed_and_nothing_finished(tmp_path):

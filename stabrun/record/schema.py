@@ -134,7 +134,7 @@ class ArmSummary(TypedDict):
     separated: bool
     frontier: dict[str, ArmFrontier | None]
     enough: NotRequired[bool]  # of a search
-    lr_sensitivity: NotRequired[Estimate]  # these four of a grid that is complete
+    lr_sensitivity: NotRequired[Estimate | None]  # these four of a grid that is complete; of one rate: None
     best_lr: NotRequired[float]
     best_final_loss: NotRequired[Estimate]
     gain: NotRequired[Estimate | None]

@@ -109,7 +109,8 @@ def variants(study: StudyData) -> Table:
     ]
     note = (
         "Intervals: 95 %. lr50, lr10: learning rates at which half, a tenth of the seeds diverge. lenient, strict: the "
-        "same runs judged at other strictnesses of the rule. Losses: training, in nats/token; perplexity: exp(loss)."
+        "same runs judged at other strictnesses of the rule. Losses: training, in nats/token; perplexity: exp(loss). "
+        "LR sensitivity needs at least two learning rates."
     )
     return Table("variants", "By variant", columns, rows, note)
 

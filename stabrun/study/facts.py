@@ -122,6 +122,8 @@ def summary_lines(summary: StudySummary) -> Iterator[str]:
     """The short table, and what a search took compared to a grid of the same resolution."""
     yield from aligned(short_table(summary))
     yield "lr50, lr10: half, a tenth of the seeds diverge; in parentheses 95 % intervals; > and <: bounds"
+    if any(arm.get("lr_sensitivity", ...) is None for arm in summary["variants"].values()):
+        yield "LR sensitivity needs at least two learning rates"
     if grid := summary.get("grid"):
         yield (
             f"{summary['runs']} runs, {summary['tokens']:,} tokens; a grid of the same resolution "

@@ -9,7 +9,7 @@ from stabrun.record.jsonl import number
 from stabrun.record.schema import StudySummary, Summary
 from stabrun.study.cost import tokens_per_run
 from stabrun.study.frontier import Frontier, ratio
-from stabrun.study.grid import LrCurve, best_loss, best_rate, estimate, gain, lr_sensitivity
+from stabrun.study.grid import LrCurve, best_loss, gain, lr_sensitivity
 from stabrun.study.plan import FRONTIER, GRID, Plan
 from stabrun.study.search import frontier, outcome, parameter_grid
 from stabrun.verdict.judge import DIVERGED, RULE, STANDARD, STRICTNESS, UNDECIDED
@@ -114,10 +114,10 @@ def lr_curve_facts(plan: Plan, arm: str, rows_of: dict[str, list[Summary]]) -> d
     if curve is None:
         return {}
     return {
-        "lr_sensitivity": estimate(lr_sensitivity, curve),
-        "best_lr": best_rate(curve),
-        "best_final_loss": estimate(best_loss, curve),
-        "gain": estimate(gain, curve, baseline) if baseline and arm != baseline_arm else None,
+        "lr_sensitivity": lr_sensitivity(curve),
+        "best_lr": curve.best_rate(),
+        "best_final_loss": best_loss(curve),
+        "gain": gain(curve, baseline) if baseline and arm != baseline_arm else None,
     }
 
 
