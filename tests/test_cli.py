@@ -8,6 +8,7 @@ from helpers import PRESETS, TINY, VARIANTS, run, stabrun, tiny
 
 import stabrun as package
 from stabrun.training.run import train
+from stabrun.verdict.chart import LEAST_ROWS
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +163,16 @@ def test_a_refused_job_of_a_multirun_does_not_stop_the_others(capsys, tmp_path):
     assert (tmp_path / "runs" / "3" / "summary.json").exists()
 
 
+@pytest.mark.parametrize("steps", [LEAST_ROWS - 1, LEAST_ROWS])
+def test_a_run_too_short_for_a_verdict_is_warned_about(capsys, tmp_path, steps):
+    status, out, err = run(capsys, "train", *TINY, f"train.steps={steps}", "run_dir=run")
+    assert status == 0
+    short = steps < LEAST_ROWS
+    assert ("undecided (too_short)" in out) == short
+    named = f"stabrun: warning: train.steps={steps} is too short for a verdict, which needs at least {LEAST_ROWS} steps"
+    assert err.startswith(named) if short else err == ""
+
+
 @pytest.mark.parametrize("redirect", [">&-", ">/dev/full"])
 def test_standard_output_closed_or_full(redirect):
     call = f"{__import__('sys').executable} -m stabrun variants {redirect}"
@@ -219,7 +230,7 @@ def limited():
 
 def test_a_full_disk_is_status_1_and_resumable(capsys):
     """A file size limit takes the place of a disk that fills up while the record grows."""
-    words = ["train", *TINY, "train.checkpoint_every=0", "run_dir=run"]
+    words = ["train", *TINY, "train.steps=50", "train.checkpoint_every=0", "run_dir=run"]
     assert run(capsys, "data", "prepare")[0] == 0
     stopped = stabrun(*words, cwd=".", preexec_fn=limited)
     assert stopped.returncode == 1, stopped.stderr
@@ -239,7 +250,7 @@ def test_a_file_system_that_is_full(tmp_path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a file system is not permitted")
     try:
-        stopped = stabrun("train", *TINY, f"run_dir={disk}/run", cwd=tmp_path)
+        stopped = stabrun("train", *TINY, "train.steps=50", f"run_dir={disk}/run", cwd=tmp_path)
         assert stopped.returncode == 1, stopped.stderr
         assert "No space left" in stopped.stderr
         assert len(stopped.stderr.splitlines()) == 1

@@ -15,6 +15,7 @@ from studies import QUESTION, ended, recorded, rows, sweep_here, sweeping, swept
 from wandb_files import inspected
 
 from stabrun.record.study_dir import StudyDir
+from stabrun.verdict.chart import LEAST_ROWS
 
 ONE = "study.workers=1"
 
@@ -209,6 +210,25 @@ def test_a_sweep_imports_no_torch():
     """Its workers do. The import takes seconds."""
     program = "import sys; from stabrun.study.sweep import sweep; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+SHORT = (
+    "stabrun: warning: train.steps={} is too short for a verdict, which needs at least "
+    f"{LEAST_ROWS} steps; every run whose loss stays finite will be undecided (too_short).\n"
+)
+
+
+def test_a_study_too_short_for_a_verdict_is_warned_about_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in QUESTION if not word.startswith("train.steps")]
+    steps = f"train.steps={LEAST_ROWS},3,{LEAST_ROWS - 1}"
+    status, _, err = run(capsys, "sweep", *words, steps, "--dry-run")
+    assert (status, err) == (0, SHORT.format(f"3,{LEAST_ROWS - 1}"))
+    assert run(capsys, "sweep", *words, f"train.steps={LEAST_ROWS}", "--dry-run")[2] == ""
+    words = ["study.lrs=[1e-2]", "study.seeds=2", "train.steps=3"]
+    status, out, err = sweep_here(monkeypatch, capsys, tmp_path, *words)
+    assert (status, err) == (0, SHORT.format("3"))
+    assert out.count("undecided (too_short)") == 4
 
 
 def test_dry_run_shows_the_cost_and_creates_nothing(tmp_path, monkeypatch, capsys):

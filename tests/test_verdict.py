@@ -14,6 +14,7 @@ from losses import NOISE, drawn, falling, folded, judged, rising, sampled
 
 from stabrun.record.run_dir import RunDir
 from stabrun.training.run import train
+from stabrun.verdict.chart import LEAST_ROWS
 from stabrun.verdict.judge import Judge
 
 
@@ -65,8 +66,8 @@ def test_not_learning_is_not_diverging():
 
 
 def test_a_short_record_is_undecided():
-    assert judged(falling(19)).reason == "too_short"
-    assert judged(falling(20)).reason != "too_short"
+    assert judged(falling(LEAST_ROWS - 1)).reason == "too_short"
+    assert judged(falling(LEAST_ROWS)).reason != "too_short"
     assert Judge().verdict().reason == "too_short"
 
 

@@ -195,8 +195,10 @@ def trained(config: Config) -> Any:
     """The summary of a run, trained now and printed."""
     from stabrun.record.schema import INTERRUPTED
     from stabrun.training.run import train as train_run
-    from stabrun.verdict.wording import verdict_line
+    from stabrun.verdict.wording import too_short, verdict_line
 
+    if warning := too_short([config.train.steps]):
+        warn(warning)
     summary = train_run(config)
     print(verdict_line(summary))
     if summary["val_loss"] is not None:

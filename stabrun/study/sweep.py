@@ -19,6 +19,7 @@ from stabrun.study.search import next_run
 from stabrun.study.snapshot import SnapshotReader
 from stabrun.study.tracking import track_study
 from stabrun.text import warn
+from stabrun.verdict.wording import too_short
 
 POLL = 0.3  # seconds between two readings of the ledger
 
@@ -33,6 +34,7 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
     study, reader = StudyDir(directory), SnapshotReader(directory)
     if dry_run:
         plan = _with_existing(asked, study)
+        _warn_if_short(plan)
         print("\n".join(cost_lines(plan, reader.read(plan).rows, directory, config.study.workers)))
         return 0
     with naming("study_dir", directory):
@@ -41,6 +43,7 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
         plan = _with_existing(asked, study)
         plan.save(directory)
         rejudge(plan, reader.ledger)
+    _warn_if_short(plan)
     reader.ledger.retry_failed(plan.cells)
     cells = f"{len(plan.cells)} cells" if plan.strategy == GRID else f"up to {plan.max_runs} runs per arm"
     print(f"{plan.name}: {cells}, {config.study.workers} workers → {directory}", flush=True)
@@ -65,6 +68,11 @@ def _with_existing(asked: Plan, study: StudyDir) -> Plan:
         return extended(load(study.path, to_train=True), asked)
     study.refuse_other_content()
     return asked
+
+
+def _warn_if_short(plan: Plan) -> None:
+    if warning := too_short(arm.train.steps for arm in plan.arms.values()):
+        warn(warning)
 
 
 def _supervise(reader: SnapshotReader, pool: WorkerPool) -> int:

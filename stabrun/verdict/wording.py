@@ -1,9 +1,10 @@
 """A verdict as text."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from stabrun.verdict.chart import LEAST_ROWS
 from stabrun.verdict.compare import LEAST_WINDOW
 from stabrun.verdict.judge import CONVERGED, UNDECIDED, Verdict
 
@@ -38,6 +39,15 @@ def above_lowest(facts: Mapping[str, Any]) -> str:
 
 def short(loss: float) -> str:
     return f"{loss:.3f}" if loss == 0 or 0.05 <= abs(loss) < 1e5 or not math.isfinite(loss) else f"{loss:.4g}"
+
+
+def too_short(steps: Iterable[int]) -> str | None:
+    """A warning before training if runs of these lengths, in steps, will have no verdict; else None."""
+    short = ",".join(map(str, sorted({count for count in steps if count < LEAST_ROWS})))
+    if not short:
+        return None
+    needs = f"train.steps={short} is too short for a verdict, which needs at least {LEAST_ROWS} steps"
+    return f"warning: {needs}; every run whose loss stays finite will be undecided (too_short)."
 
 
 def details(facts: dict[str, Any]) -> Iterator[str]:
