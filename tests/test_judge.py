@@ -277,6 +277,43 @@ def test_against_another_run(capsys, tmp_path):
     assert (gone["loss_step"], gone["difference"]) == (0, None)
 
 
+def test_the_same_within_a_tolerance(capsys, tmp_path):
+    train(tiny(f"run_dir={tmp_path / 'run'}", "train.steps=120"))
+    own = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    copies = {"near": 0.005, "far": 0.5}
+    for name, offset in copies.items():
+        values = [row["train/loss"] + offset for row in own]
+        (tmp_path / f"{name}.csv").write_text(csv_of(values))
+    capsys.readouterr()
+
+    def compared(other, tolerance):
+        against = "--against", tmp_path / other, "--tolerance", tolerance
+        status, out, err = run(capsys, "judge", tmp_path / "run", *against)
+        told = [line.strip() for line in out.splitlines() if " same within " in line]
+        status_of_json, facts, _ = run(capsys, "judge", tmp_path / "run", "--json", *against)
+        assert (status_of_json, len(told), err) == (status, 1, "")
+        return status, told[0], json.loads(facts)["against"]
+
+    status, line, facts = compared("near.csv", 0.01)
+    assert (status, facts["same"], facts["tolerance"]) == (0, True, 0.01)
+    assert line.startswith("the losses are the same within 0.01, and within 0.005")
+    status, line, facts = compared("far.csv", 0.01)
+    assert (status, facts["same"], facts["apart"]) == (3, False, pytest.approx(-0.5, abs=1e-4))
+    step = facts["apart_step"]
+    assert line == f"not the same within 0.01: at step {step}, the level of this run's loss is 0.500 below the other's"
+    noisy = [row["train/loss"] + random.Random(i).gauss(0, 0.05) for i, row in enumerate(own)]
+    (tmp_path / "noisy.csv").write_text(csv_of(noisy))
+    status, line, facts = compared("noisy.csv", 0.01)
+    assert (status, facts["same"]) == (3, None)
+    shown = float(line.split("no tolerance below ")[1].split(";")[0])
+    assert compared("noisy.csv", shown)[0] == 0
+    assert compared("run", 0)[0] == 0
+    (tmp_path / "gone.csv").write_text(csv_of([row["train/loss"] for row in own[:60]] + [math.nan] * 60))
+    status, line, _ = compared("gone.csv", 0.01)
+    assert (status, line) == (3, "not the same within 0.01: at step 60, one of the losses is not finite")
+    assert run(capsys, "judge", tmp_path / "run", "--against", tmp_path / "far.csv")[0] == 0, "without a tolerance"
+
+
 def following(path, *words):
     command = [sys.executable, "-m", "stabrun", "judge", str(path), "--follow", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -373,6 +410,11 @@ def test_ctrl_c_ends_following_with_the_verdict_so_far(tmp_path):
         (["--json=3"], "'--json' does not take a value"),
         (["b"], "unexpected extra argument (b). Usage: stabrun judge [OPTIONS] PATH"),
         (["--follow", "--step", "x"], "--follow can be combined with --json only"),
+        (["--tolerance", "0.1"], "--tolerance 0.1: --against OTHER is missing"),
+        (["--against", "b", "--tolerance", "-1"], "--tolerance -1: must be a finite number of at least zero"),
+        (["--against", "b", "--tolerance", "nan"], "--tolerance nan: must be a finite number of at least zero"),
+        (["--against", "b", "--tolerance", "inf"], "--tolerance inf: must be a finite number of at least zero"),
+        (["--against", "b", "--tolerance", "much"], "'much' is not a valid float"),
     ],
 )
 def test_mistakes_in_judge(capsys, words, said):

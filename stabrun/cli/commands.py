@@ -300,6 +300,7 @@ def evaluate(directory: Path, overrides: list[str], step: int | None) -> None:
         "stabrun judge runs/0123456789ab --follow",
         "stabrun judge trainer_state.json --json",
         "stabrun judge curve.csv --step iteration --loss train_loss --against other.csv",
+        "stabrun judge runs/fp8 --against runs/bf16 --tolerance 0.01",
     ),
 )
 @click.argument("path", metavar="PATH", type=DIRECTORY)
@@ -310,6 +311,12 @@ def evaluate(directory: Path, overrides: list[str], step: int | None) -> None:
     metavar="OTHER",
     type=DIRECTORY,
     help="Compare with another run: from which step losses and sites differ.",
+)
+@click.option(
+    "--tolerance",
+    metavar="NATS",
+    type=float,
+    help="With --against: are the levels of the losses the same within this? Exit status 3 unless that is shown.",
 )
 @click.option("--step", metavar="COLUMN", help="Name of the step column.")
 @click.option("--loss", metavar="COLUMN", help="Name of the loss column.")

@@ -1,6 +1,7 @@
 """`stabrun judge`: the verdict on saved records of a run, a study, or another tool."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +16,11 @@ from stabrun.record.run_dir import RunDir, check_row
 from stabrun.record.schema import Row
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.plan import planned_runs
-from stabrun.verdict.compare import compare
+from stabrun.verdict.compare import compare, sameness
 from stabrun.verdict.judge import DIVERGED, Judge, Verdict
 from stabrun.verdict.wording import alarm_lines, details, verdict_line
 
+NOT_SAME = 3  # exit status
 POLL = 0.2  # seconds between two reads of a growing file
 
 
@@ -30,6 +32,7 @@ class Request:
     as_json: bool = False
     follow: bool = False
     against: Path | None = None
+    tolerance: float | None = None
     step: str | None = None
     loss: str | None = None
 
@@ -51,7 +54,10 @@ class Saved:
 
 
 def judge(request: Request) -> int:
-    """Print the verdict on each run at a path; returns the exit status."""
+    """Print the verdict on each run at a path. Returns the exit status: NOT_SAME if a tolerance is not kept."""
+    if request.tolerance is not None and not (request.against and 0 <= request.tolerance < math.inf):
+        needs = "must be a finite number of at least zero" if request.against else "--against OTHER is missing"
+        raise UserError(f"--tolerance {request.tolerance:g}: {needs}.")
     if request.follow:
         return follow(request)
     records = read(request.path, request)
@@ -60,7 +66,8 @@ def judge(request: Request) -> int:
     verdicts = [show(record, request) for record in records]
     if request.as_json:
         print(json.dumps(verdicts[0] if len(verdicts) == 1 else verdicts, indent=1))
-    return 0
+    kept = all(verdict["against"]["same"] for verdict in verdicts) if request.tolerance is not None else True
+    return 0 if kept else NOT_SAME
 
 
 def read(path: Path, request: Request) -> list[Saved]:
@@ -99,10 +106,12 @@ def show(record: Saved, request: Request) -> dict[str, Any]:
         others = read(request.against, request)
         if len(others) != 1:
             raise UserError(f"--against {request.against}: contains {len(others)} runs; choose one.")
-        facts["against"] = {
-            "verdict": others[0].verdict().verdict,
-            **compare(list(record.rows()), list(others[0].rows())),
-        }
+        this, other = list(record.rows()), list(others[0].rows())
+        other_verdict = others[0].verdict().verdict
+        facts["against"] = {"verdict": other_verdict, **compare(this, other)}
+        if request.tolerance is not None:
+            one_diverged = (verdict.verdict == DIVERGED) != (other_verdict == DIVERGED)
+            facts["against"] |= jsonable(sameness(this, other, request.tolerance, one_diverged))
     if not request.as_json:
         name = "" if request.path == Path(record.name) else f"{record.name}: "
         print(name + verdict_line(facts))

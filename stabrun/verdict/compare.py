@@ -1,16 +1,21 @@
-"""Two runs side by side: from which step their losses differ, which output norm differs first, and by how much."""
+"""Two runs side by side: from which step their losses differ, which output norm differs first, and by how much.
+
+`sameness` decides whether their losses are the same within a tolerance.
+"""
 
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from stabrun.record.metrics import by_site
 from stabrun.record.schema import Row
-from stabrun.verdict.chart import NORMAL_MAD, WINDOW_SHARE, trailing_means
+from stabrun.verdict.chart import LEAST_ROWS, LEAST_WINDOW, NORMAL_MAD, WINDOW_SHARE, trailing_means
 
-LEAST_WINDOW = 20  # rows in the window of the mean difference, and at least WINDOW_SHARE of them
+WINDOW = 20  # rows in the window of the mean difference: at least WINDOW_SHARE of all, at most a quarter if they are few
 SIGMAS = 6.0  # standard errors of the difference between two losses that differ
 FACTOR = 1.5  # between two output norms that differ
+TAIL = 0.025  # of the errors of `sameness`, on each side
 
 
 def compare(this: list[Row], other: list[Row]) -> dict[str, Any]:
@@ -21,13 +26,11 @@ def compare(this: list[Row], other: list[Row]) -> dict[str, Any]:
     `site_factor`: the first site whose output norms differ up to the end, from which step on, and the factor at the
     end. None for what does not differ.
     """
-    others = {row["step"]: row for row in other}
-    pairs = [(row, others[row["step"]]) for row in this if row["step"] in others]
+    pairs, losses = paired(this, other)
     steps = [row["step"] for row, _ in pairs]
     result: dict[str, Any] = dict.fromkeys(("loss_step", "difference", "site", "site_step", "site_factor"))
-    losses = np.array([[float(a["train/loss"]), float(b["train/loss"])] for a, b in pairs], dtype=float).reshape(-1, 2)
     finite = int(np.argmin(np.append(np.isfinite(losses).all(axis=1), False)))
-    window = max(LEAST_WINDOW, round(WINDOW_SHARE * len(pairs)))
+    window = window_of(len(pairs))
     if finite < len(pairs):
         result["loss_step"] = steps[finite]
     if finite >= window:
@@ -42,6 +45,66 @@ def compare(this: list[Row], other: list[Row]) -> dict[str, Any]:
     norms = [(step, *(by_site(row, "norm/out/") for row in pair)) for step, pair in zip(steps, pairs, strict=True)]
     norms = [(step, a, b) for step, a, b in norms if a and a.keys() == b.keys()]
     return {"steps": len(pairs), **result, **(first_site(norms) if norms else {})}
+
+
+def paired(this: list[Row], other: list[Row]) -> tuple[list[tuple[Row, Row]], np.ndarray]:
+    """The rows of both runs at their common steps, and the losses of these rows `[steps, 2]`."""
+    others = {row["step"]: row for row in other}
+    pairs = [(row, others[row["step"]]) for row in this if row["step"] in others]
+    losses = [[float(a["train/loss"]), float(b["train/loss"])] for a, b in pairs]
+    return pairs, np.array(losses, dtype=float).reshape(-1, 2)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # differences of huge losses may be infinite
+def sameness(this: list[Row], other: list[Row], tolerance: float, one_diverged: bool = False) -> dict[str, Any]:
+    """Whether the losses of two runs are the same within `tolerance`, in units of the loss (nats in own runs).
+
+    The level of the difference is the mean over a window of this run's loss minus the other's, at every common step
+    from the end of the first window on. `same` is
+
+    - True if each level is within ± tolerance together with its 95 % interval. If one is in truth outside, this happens
+      with a probability of at most 2.5 %, whatever the number of windows (an intersection-union test, Berger 1982,
+      Technometrics 24).
+    - False if a level is outside together with its interval at 95 % for all windows at once (Bonferroni), if a loss is
+      not finite at a common step where the other one is, or if one of the runs diverged by its verdict, `one_diverged`.
+      Steps at which neither loss is finite are left out.
+    - None if neither is shown: the difference is too noisy, or there are fewer than LEAST_ROWS common steps.
+
+    The standard error of a level comes from the differences δ of successive means over half a window: √(mean δ² / 4)
+    (von Neumann 1941, Annals of Mathematical Statistics 12). It includes correlations that are much shorter than half a
+    window. Intervals are Student's, with one degree of freedom per δ.
+
+    `within`: the smallest tolerance within which the losses are shown to be the same. `apart_step`: the step at which
+    the level is farthest outside, or the first at which one loss is not finite; `apart`: the level there. None for what
+    does not exist.
+    """
+    pairs, losses = paired(this, other)
+    result: dict[str, Any] = dict.fromkeys(("within", "apart_step", "apart"))
+    result |= {"tolerance": tolerance, "same": False if one_diverged else None}
+    finite = np.isfinite(losses)
+    if (unlike := finite[:, 0] != finite[:, 1]).any():
+        return result | {"same": False, "apart_step": pairs[int(unlike.argmax())][0]["step"]}
+    rows = np.flatnonzero(finite[:, 0])
+    if len(rows) < LEAST_ROWS:
+        return result
+    window = window_of(len(rows))
+    difference = losses[rows, 0] - losses[rows, 1]
+    levels = trailing_means(difference, window)
+    halves = np.diff(trailing_means(difference, window // 2)[:: window // 2])
+    error = float(np.mean(halves**2) / 4) ** 0.5
+    within = float(np.abs(levels).max() + stdtrit(len(halves), 1 - TAIL) * error)
+    index = int(np.abs(levels).argmax())
+    if within <= tolerance and not one_diverged:
+        result["same"] = True
+    elif abs(levels[index]) - stdtrit(len(halves), 1 - TAIL / len(levels)) * error > tolerance:
+        step = pairs[rows[index + window - 1]][0]["step"]
+        result |= {"same": False, "apart_step": step, "apart": float(levels[index])}
+    return result | {"within": within}
+
+
+def window_of(count: int) -> int:
+    """Rows in a window of the difference of `count` losses."""
+    return max(LEAST_WINDOW, min(WINDOW, count // 4), round(WINDOW_SHARE * count))
 
 
 def first_site(norms: list[tuple[int, dict[str, float], dict[str, float]]]) -> dict[str, Any]:

@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from stabrun.verdict.chart import LEAST_ROWS
-from stabrun.verdict.compare import LEAST_WINDOW
+from stabrun.verdict.chart import LEAST_ROWS, LEAST_WINDOW
 from stabrun.verdict.judge import CONVERGED, UNDECIDED, Verdict
 
 EXPLAINED = {
@@ -90,6 +89,8 @@ def alarm(name: str, signal: dict[str, Any]) -> str:
 
 
 def comparison_lines(other: dict[str, Any]) -> Iterator[str]:
+    if "tolerance" in other:
+        yield sameness_line(other)
     yield f"other run: {other['verdict']}; {other['steps']} common step{'s' * (other['steps'] != 1)}"
     if other["loss_step"] is None and other["steps"] < LEAST_WINDOW:
         yield "too few common steps to compare the losses"
@@ -103,6 +104,33 @@ def comparison_lines(other: dict[str, Any]) -> Iterator[str]:
     if other["site"]:
         start, factor = f"step {other['site_step']}", f"{other['site_factor']:.2f}"
         yield f"the output norm of {other['site']} is the first to differ, from {start} on; at the end by ×{factor}"
+
+
+def sameness_line(other: Mapping[str, Any]) -> str:
+    """Whether the losses of two runs are the same within the tolerance asked for, and what would be shown otherwise."""
+    tolerance, within, step = f"{other['tolerance']:g}", other["within"], other["apart_step"]
+    if other["same"]:
+        return f"the losses are the same within {tolerance}, and within {rounded_up(float(within))}"
+    if other["same"] is None and within is None:
+        needs = f"fewer than {LEAST_ROWS} common steps with finite losses"
+        return f"not shown to be the same within {tolerance}: {needs}"
+    if other["same"] is None:
+        shown = f"these steps show no tolerance below {rounded_up(float(within))}; more steps may"
+        return f"not shown to be the same within {tolerance}: the difference is too noisy; {shown}"
+    if step is None:
+        return f"not the same within {tolerance}: one run diverged, and the other did not"
+    if other["apart"] is None:
+        return f"not the same within {tolerance}: at step {step}, one of the losses is not finite"
+    end = f"{short(abs(other['apart']))} {'above' if other['apart'] > 0 else 'below'} the other's"
+    return f"not the same within {tolerance}: at step {step}, the level of this run's loss is {end}"
+
+
+def rounded_up(value: float) -> str:
+    """Two digits, not less than the value: a tolerance that is shown."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / unit) * unit:.3g}"
 
 
 def alarm_lines(verdict: Verdict) -> Iterator[tuple[str, str]]:
