@@ -290,6 +290,7 @@ def test_the_same_within_a_tolerance(capsys, tmp_path):
         against = "--against", tmp_path / other, "--tolerance", tolerance
         status, out, err = run(capsys, "judge", tmp_path / "run", *against)
         told = [line.strip() for line in out.splitlines() if " same within " in line]
+        assert "the losses do not differ" not in out, "a tolerance says it more precisely"
         status_of_json, facts, _ = run(capsys, "judge", tmp_path / "run", "--json", *against)
         assert (status_of_json, len(told), err) == (status, 1, "")
         return status, told[0], json.loads(facts)["against"]

@@ -89,16 +89,15 @@ def alarm(name: str, signal: dict[str, Any]) -> str:
 
 
 def comparison_lines(other: dict[str, Any]) -> Iterator[str]:
+    yield f"other run: {other['verdict']}; {other['steps']} common step{'s' * (other['steps'] != 1)}"
     if "tolerance" in other:
         yield sameness_line(other)
-    yield f"other run: {other['verdict']}; {other['steps']} common step{'s' * (other['steps'] != 1)}"
-    if other["loss_step"] is None and other["steps"] < LEAST_WINDOW:
-        yield "too few common steps to compare the losses"
     elif other["loss_step"] is None:
-        yield "the losses do not differ"
-    elif other["difference"] is None:
+        few = other["steps"] < LEAST_WINDOW
+        yield "too few common steps to compare the losses" if few else "the losses do not differ"
+    if other["loss_step"] is not None and other["difference"] is None:
         yield f"the losses differ from step {other['loss_step']} on; one of them is not finite at the end"
-    else:
+    elif other["loss_step"] is not None:
         end = f"{short(abs(other['difference']))} {'above' if other['difference'] > 0 else 'below'} the other"
         yield f"the losses differ from step {other['loss_step']} on; at the end, this run is {end}"
     if other["site"]:
