@@ -35,7 +35,7 @@ class LrCurve:
 
         The best rate was chosen for its noise too, so that its mean tends to be below the lowest expected loss. A rate
         may be the best if its mean is above by at most one standard error of their difference (the rule of Breiman et
-        al., Classification and Regression Trees, 1984, section 3.4.3, for the choice of a model).
+        al., Classification and Regression Trees, 1984, for the choice of a model).
         """
         losses = self.capped()[:, :seeds]
         chosen = losses[losses.mean(axis=1).argmin()]
