@@ -102,7 +102,7 @@ def read_run(run: RunDir) -> StudyData:
         judge = Judge.of(config)
         for row in read_rows(run, notes):
             judge.add(row)
-        steps = judge.steps[-1] + 1 if judge.steps else 0
+        steps = int(judge.steps[-1]) + 1 if judge.steps else 0
         facts = {"run_id": run_id(config), "variant": config.variant, "lr": config.optim.lr, "seed": config.seed}
         summary = jsonable(facts | asdict(judge.conclude(running=True)) | {"status": STILL_RUNNING, "steps": steps})
     plan = Plan(run_name(config.variant, config.optim.lr, config.seed), RUN, {config.variant: config})

@@ -12,7 +12,7 @@ from stabrun.record.metrics import by_site
 from stabrun.record.schema import Row
 from stabrun.verdict.chart import LEAST_ROWS, LEAST_WINDOW, NORMAL_MAD, WINDOW_SHARE, trailing_means
 
-WINDOW = 20  # rows in the window of the mean difference: at least WINDOW_SHARE of all, at most a quarter if they are few
+WINDOW = 20  # rows in the window of the difference, at most a quarter of all; at least WINDOW_SHARE of them
 SIGMAS = 6.0  # standard errors of the difference between two losses that differ
 FACTOR = 1.5  # between two output norms that differ
 TAIL = 0.025  # of the errors of `sameness`, on each side
