@@ -1,5 +1,6 @@
 """The verdict on recorded runs: the corpus of losses, and records with a fault injected into one layer."""
 
+import hashlib
 import json
 import lzma
 import sys
@@ -123,3 +124,10 @@ def test_live_resumed_and_recorded_runs_have_the_same_verdict(curves, faults, tm
     for index in range(0, 50, 50 // count):
         rows = records[index]
         assert same_bytes(rows, tmp_path / str(index), len(rows) * index // 50, capsys), index
+
+
+def test_the_rule_is_the_one_that_was_frozen():
+    """An edit of these files needs a new freeze: a new date, and counts on what the rule was not made with."""
+    files = [ROOT / "stabrun" / "verdict" / f"{name}.py" for name in ("chart", "direction", "restarts", "rule")]
+    frozen = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    assert frozen in (ROOT / "docs" / "verdict.md").read_text()
