@@ -278,7 +278,7 @@ COMMANDS = {
     "sweep": ("--dry-run", "--cfg", "--info", "study.lrs"),
     "status": ("--json",),
     "rerun": ("--cfg",),
-    "judge": ("--follow", "--against", "--step", "--loss", "--json"),
+    "judge": ("--follow", "--against", "--step", "--loss", "--split", "--json"),
     "report": ("[OTHER]",),
     "upload": ("--dry-run",),
     "dashboard": ("[STUDY_DIR]", "--dry-run"),

@@ -237,7 +237,8 @@ def test_a_study_has_a_verdict_for_each_run(capsys, tmp_path):
     facts = judged(capsys, tmp_path / "study")
     assert [(fact["reason"] == "too_short", fact["horizon"]) for fact in facts] == [(True, -1), (False, 49)]
     assert "not a run directory" in refused(capsys, tmp_path / "study", "--follow")
-    assert "neither a run nor a study" in refused(capsys, tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "neither a run nor a study, and no file in it" in refused(capsys, tmp_path / "empty")
 
 
 def test_memory_does_not_grow_by_a_dictionary_a_row(tmp_path):
@@ -410,7 +411,7 @@ def test_ctrl_c_ends_following_with_the_verdict_so_far(tmp_path):
         (["--fast"], "no such option '--fast'"),
         (["--json=3"], "'--json' does not take a value"),
         (["b"], "unexpected extra argument (b). Usage: stabrun judge [OPTIONS] PATH"),
-        (["--follow", "--step", "x"], "--follow can be combined with --json only"),
+        (["--follow", "--against", "b"], "--follow cannot be combined with --against"),
         (["--tolerance", "0.1"], "--tolerance 0.1: --against OTHER is missing"),
         (["--against", "b", "--tolerance", "-1"], "--tolerance -1: must be a finite number of at least zero"),
         (["--against", "b", "--tolerance", "nan"], "--tolerance nan: must be a finite number of at least zero"),

@@ -11,7 +11,7 @@ FLOORS = (  # from the ground up; rooms of one floor do not import each other
     ("config", "text", "version"),
     ("composition",),
     ("record",),
-    ("verdict",),
+    ("foreign", "verdict"),
     ("observe", "model", "data"),
     ("training",),
     ("study",),
@@ -22,7 +22,7 @@ FLOORS = (  # from the ground up; rooms of one floor do not import each other
     ("__main__",),
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-TORCH_FREE = ("config", "text", "composition", "record", "verdict")
+TORCH_FREE = ("config", "text", "composition", "record", "foreign", "verdict")
 
 
 def modules():

@@ -299,13 +299,15 @@ def evaluate(directory: Path, overrides: list[str], step: int | None) -> None:
     examples=(
         "stabrun judge runs/0123456789ab --follow",
         "stabrun judge trainer_state.json --json",
+        "stabrun judge wandb/offline-run-20250101_120000-a1b2c3d4",
+        "stabrun judge logs/",
         "stabrun judge curve.csv --step iteration --loss train_loss --against other.csv",
         "stabrun judge runs/fp8 --against runs/bf16 --tolerance 0.01",
     ),
 )
 @click.argument("path", metavar="PATH", type=DIRECTORY)
 @json_option
-@click.option("--follow", is_flag=True, help="Watch a run until it ends or its divergence is certain.")
+@click.option("--follow", is_flag=True, help="Watch a run or a log until it ends or its divergence is certain.")
 @click.option(
     "--against",
     metavar="OTHER",
@@ -320,8 +322,10 @@ def evaluate(directory: Path, overrides: list[str], step: int | None) -> None:
 )
 @click.option("--step", metavar="COLUMN", help="Name of the step column.")
 @click.option("--loss", metavar="COLUMN", help="Name of the loss column.")
+@click.option("--split", metavar="COLUMN", help="Name of the column that says train or val.")
 def judge(**words: Any) -> int:
-    """Print the verdict on saved records. PATH: a run, a study, a CSV, JSON lines, trainer_state.json or log file."""
+    """Print the verdict on saved records. PATH: a run, a study, another tool's file (a table, JSON, a log, TensorBoard
+    events, W&B's .wandb), or a folder of such files."""
     from stabrun.cli.judge import Request, judge
 
     return judge(Request(**words))

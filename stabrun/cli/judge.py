@@ -2,26 +2,27 @@
 
 import json
 import math
-import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from stabrun.config import Config, UserError
-from stabrun.record.foreign import read_foreign_runs
-from stabrun.record.jsonl import jsonable, parse_line
+from stabrun.foreign.follow import POLL, followed, replaced
+from stabrun.foreign.read import read_foreign_runs
+from stabrun.record.jsonl import jsonable, parse_line, read_lines
 from stabrun.record.run_dir import RunDir, check_row
 from stabrun.record.schema import Row
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.plan import planned_runs
 from stabrun.verdict.compare import compare, sameness
-from stabrun.verdict.judge import DIVERGED, Judge, Verdict
+from stabrun.verdict.judge import Judge, Verdict
+from stabrun.verdict.rule import CONVERGED, DIVERGED, RECOVERED, UNDECIDED
 from stabrun.verdict.wording import alarm_lines, details, verdict_line
 
 NOT_SAME = 3  # exit status
-POLL = 0.2  # seconds between two reads of a growing file
 
 
 @dataclass
@@ -35,6 +36,11 @@ class Request:
     tolerance: float | None = None
     step: str | None = None
     loss: str | None = None
+    split: str | None = None
+
+    @property
+    def columns(self) -> tuple[str | None, str | None, str | None]:
+        return self.step, self.loss, self.split
 
 
 @dataclass
@@ -60,6 +66,8 @@ def judge(request: Request) -> int:
         raise UserError(f"--tolerance {request.tolerance:g}: {needs}.")
     if request.follow:
         return follow(request)
+    if is_folder(request.path):
+        return judge_folder(request)
     records = read(request.path, request)
     if len(records) == 1 and next(iter(records[0].rows()), None) is None:
         raise UserError(f"{records[0].name}: metrics.jsonl has no rows yet, or is not a record.")
@@ -73,20 +81,108 @@ def judge(request: Request) -> int:
 def read(path: Path, request: Request) -> list[Saved]:
     """The runs at `path`: a run, a study, or a foreign file. Raises UserError if it is none of these."""
     if path.is_dir():
-        if RunDir(path).metrics.is_file():
+        if is_record(path):
             return [of_directory(path)]
-        study = StudyDir(path)
-        recorded = planned_runs(study) if study.is_study() else study.recorded_runs()
-        runs = [run.path for run in recorded]
+        if file := wandb_file(path):
+            return of_file(file, request)
+        runs = runs_of_study(path)
         if not runs:
             raise UserError(f"{path}: neither a run nor a study directory: {RunDir(path).metrics.name} is missing.")
         return [of_directory(run) for run in runs]
     if not path.is_file():
         raise UserError(f"{path}: no such file or directory.")
     beside = RunDir(path.parent)
-    if path == beside.metrics and beside.is_run():
+    if path == beside.metrics and beside.is_run() and is_record(path.parent):
         return [of_directory(path.parent)]
-    return [Saved(str(path), run.rows, None, run.notes) for run in read_foreign_runs(path, request.step, request.loss)]
+    return of_file(path, request)
+
+
+def of_file(path: Path, request: Request) -> list[Saved]:
+    return [Saved(str(path), run.rows, None, run.notes) for run in read_foreign_runs(path, *request.columns)]
+
+
+def runs_of_study(path: Path) -> list[Path]:
+    """The directories of the runs of a study; none if it is not one."""
+    study = StudyDir(path)
+    return [run.path for run in (planned_runs(study) if study.is_study() else study.recorded_runs())]
+
+
+def is_record(directory: Path) -> bool:
+    """Whether a directory has a `metrics.jsonl` that may be stabrun's: other tools use this name for other rows."""
+    metrics = RunDir(directory).metrics
+    if not metrics.is_file():
+        return False
+    first = next(read_lines(metrics), None)
+    foreign = first is not None and first.value is not None and "train/loss" not in first.value
+    return not foreign or RunDir(directory).events_file.is_file()
+
+
+def wandb_file(path: Path) -> Path | None:
+    """The record in the directory of a W&B run."""
+    files = list(path.glob("run-*.wandb"))
+    return files[0] if len(files) == 1 else None
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a directory of files, not of a run or a study."""
+    return path.is_dir() and not (is_record(path) or runs_of_study(path) or wandb_file(path))
+
+
+def judge_folder(request: Request) -> int:
+    """Judge each record in a folder, and print a line for each, and their number by verdict."""
+    facts: list[dict[str, Any]] = []
+    waiting: list[str] = []  # lines about files before the first that can be read: there may be none
+    verdicts: Counter[str] = Counter()
+    for count, path in enumerate(records_in(request.path), 1):
+        try:
+            found = [(record, record.verdict()) for record in read(path, request)]
+            lines = [f"{record.name}: {verdict_line(asdict(verdict))}" for record, verdict in found]
+            facts += [{"path": r.name, **jsonable(asdict(verdict)), "notes": r.notes} for r, verdict in found]
+            verdicts.update(verdict.verdict for _, verdict in found)
+        except (UserError, OSError) as error:
+            why = str(error) if isinstance(error, UserError) else f"{path}: {error.strerror}."
+            lines = [why if why.startswith(str(path)) else f"{path}: {why}"]
+            facts.append({"path": str(path), "error": why})
+            verdicts["not read"] += 1
+        waiting += lines
+        if not request.as_json and count > verdicts["not read"]:
+            print("\n".join(waiting), flush=True)
+            waiting = []
+    files = len({fact["path"] for fact in facts})
+    if verdicts["not read"] == files:
+        raise UserError(f"{request.path}: neither a run nor a study, and {none_of(files)} can be judged.")
+    if request.as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        named = (*(name for name in (CONVERGED, RECOVERED, DIVERGED, UNDECIDED)), "not read")
+        print(f"{files} file{'s' * (files != 1)}: " + ", ".join(f"{verdicts[n]} {n}" for n in named if verdicts[n]))
+    return 0
+
+
+def none_of(files: int) -> str:
+    return (
+        f"none of its {files} files"
+        if files > 1
+        else "its only file cannot be read, so that nothing"
+        if files
+        else "no file in it"
+    )
+
+
+def records_in(folder: Path) -> Iterator[Path]:
+    """The files in a folder and below it, in order of their names, without hidden ones. A directory of a run, of W&B as
+    well, is one record.
+    """
+    for item in sorted(folder.iterdir()):
+        if item.name.startswith("."):
+            continue
+        if item.is_dir() and not item.is_symlink():
+            if is_folder(item):
+                yield from records_in(item)
+            else:
+                yield item
+        elif item.is_file():
+            yield item
 
 
 def of_directory(directory: Path) -> Saved:
@@ -124,12 +220,12 @@ def follow(request: Request) -> int:
     """Watch a growing run: print each alarm once; end when the run ends or is certain to have diverged."""
     run = RunDir(request.path)
     file = run.metrics if request.path.is_dir() else request.path
-    if request.against or request.step or request.loss:
-        raise UserError("--follow can be combined with --json only.")
+    if request.against:
+        raise UserError("--follow cannot be combined with --against.")
     if request.path.is_dir() and not (file.is_file() or run.is_run()):
         raise UserError(f"--follow {request.path}: not a run directory.")
-    if not request.path.is_dir() and file.suffix != ".jsonl":
-        raise UserError(f"--follow {file}: must be a run directory or a JSON lines file.")
+    if request.path.is_dir() and any(request.columns):
+        raise UserError("--step, --loss and --split name columns of another tool's file, not of a run directory.")
     config = run.config() if run.is_run() else None
     printed, fold, check_at = set[str](), judge_of(config), 0
 
@@ -138,7 +234,7 @@ def follow(request: Request) -> int:
 
     status = 0
     try:
-        for row in grown(file, enough):
+        for row in rows_of(request, file, enough):
             if row is None:  # the file was truncated or replaced
                 printed, fold, check_at = set(), judge_of(config), 0
                 continue
@@ -163,6 +259,14 @@ def over(path: Path, fold: Judge) -> bool:
     if fold.planned is not None and fold.losses and fold.steps[-1] + 1 >= fold.planned:
         return True
     return RunDir(path).final_summary() is not None
+
+
+def rows_of(request: Request, file: Path, enough: Callable[[], bool]) -> Iterator[Row | None]:
+    """The rows of a growing record of stabrun or of another tool, and None if it was truncated or replaced."""
+    own = file.name == RunDir(file.parent).metrics.name and (not file.is_file() or is_record(file.parent))
+    if request.path.is_dir() or (own and not any(request.columns)):
+        return grown(file, enough)
+    return followed(file, enough, *request.columns)
 
 
 def grown(file: Path, enough: Callable[[], bool]) -> Iterator[Row | None]:
@@ -193,13 +297,3 @@ def grown(file: Path, enough: Callable[[], bool]) -> Iterator[Row | None]:
             return
         else:
             time.sleep(POLL)
-
-
-def replaced(handle: IO[bytes], file: Path) -> bool:
-    """Whether the open file is no longer the one with this name, or is now shorter than what was read."""
-    try:
-        now = os.stat(file)
-    except FileNotFoundError:
-        return True
-    opened = os.fstat(handle.fileno())
-    return (now.st_ino, now.st_dev) != (opened.st_ino, opened.st_dev) or now.st_size < handle.tell()
