@@ -324,4 +324,5 @@ SAMPLES = {
     "tuples.txt": Sample(by("({i}, {x:.4f})\n")),
     "losses.json": Sample(lambda v: json.dumps([round(x, 4) for x in v]), counted=True),
     "units.csv": Sample(by("{i},{x:.4f},0.5\n", before="Step,Loss (nats),Time (s)\n")),
+    "wikitext.log": Sample(lambda v: "".join(f"| epoch {i // 50:3d} | {i % 50 * 200:5d}/10000 batches | lr 20.00 | ms/batch 10.00 | loss {x:5.3f} | ppl 9.00\n" for i, x in enumerate(v)), lambda i: i * 200, digits=3, rate=20.0),
 }  # fmt: skip

@@ -24,7 +24,7 @@ def length(rows: Rows, clock: str, epoch: str, loss: str) -> tuple[float, float]
     if len(long) < 2 or 2 * sum(map(len, long.values())) < sum(map(len, found.values())):
         return None
     first, last = min(long), max(long)
-    begin = min(long[first])
+    begin = Counter(map(min, long.values())).most_common(1)[0][0]  # not that of the first epoch: it may be damaged
     strides = Counter(b - a for steps in long.values() for a, b in itertools.pairwise(sorted(steps)) if b > a)
     stride = max(strides, key=lambda each: (strides[each], each), default=1.0)
     restarted = [number for number in long if number > first and min(long[number]) <= begin]

@@ -15,7 +15,9 @@ PAIR = re.compile(
     rf"\s*(?:[:=]+>?|->|→|\bis\b|\bof\b|\bwas\b|#)?\s*['\"(\[]*\s*(?:[a-zA-Z_][\w.]*\()?({NUMBER})",
     re.IGNORECASE,
 )
-COUNTER = re.compile(r"(?<![\w./])(\d+)\s*/\s*\d+(?= ?\[| ?\]| ?\(| ?━| ?\|| loss| - |,|:|\s{2,}|\s*$)")
+COUNTER = re.compile(
+    r"(?<![\w./])(\d+)\s*/\s*\d+(?= ?\[| ?\]| ?\(| (?:batch|step|iter)| ?━| ?\|| loss| - |,|:|\s{2,}|\s*$)"
+)
 LEADING = re.compile(r"^\s*(\d+)\s*[:|]\s")
 BATCHES = ("batch", "mini_batch", "minibatch", "batch_idx", "batch_index")
 BRACKET = re.compile(r"(?:^|\s)\[(\d+)\](?=[\s:])")
