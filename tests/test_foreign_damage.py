@@ -77,3 +77,13 @@ def test_damaged_event_files(tmp_path, variants):
         except UserError:
             continue
         assert set(found) <= whole
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_damaged_byte_does_not_change_the_names_of_columns(tmp_path, mark):
+    """One that is not valid UTF-8: the file is still UTF-8, and its byte-order mark is not part of a name."""
+    lines = [b"Schritt \xc3\xbc,Step,Loss"] + [b"0,%d,%.4f" % (10 * i, x) for i, x in enumerate(losses(100))]
+    lines[50] = lines[50][:-2] + b"\xff" + lines[50][-1:]
+    (tmp_path / "file.csv").write_bytes(mark + b"\n".join(lines) + b"\n")
+    (run,) = read_foreign_runs(tmp_path / "file.csv")
+    assert list(run.steps) == [10 * i for i in range(100) if i != 49]

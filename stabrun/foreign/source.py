@@ -119,6 +119,8 @@ def encoding_of(path: Path, start: bytes) -> str:
     controls = len(start) - len(start.translate(None, CONTROLS)) + start[: PROBE // 16].count(0)
     if controls > LARGEST_SHARE * len(start):
         raise UserError(f"{path}: no loss column found; it is not text.")
+    if start.startswith(codecs.BOM_UTF8):
+        return "utf-8-sig"
     try:
         codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
