@@ -30,8 +30,10 @@ def length(rows: Rows, clock: str, epoch: str, loss: str) -> tuple[float, float]
     restarted = [number for number in long if number > first and min(long[number]) <= begin]
     if len(restarted) < MOST * (len(long) - 1):
         return None
-    lengths = Counter(max(steps) - begin + stride for number, steps in long.items() if number != last)
-    return first, lengths.most_common(1)[0][0]
+    each = {number: max(steps) - begin + stride for number, steps in long.items()}
+    if len(each) == 2:  # either may lack its last row
+        return first, max(each.values())
+    return first, Counter(each[number] for number in each if number != last).most_common(1)[0][0]
 
 
 class Counted:
