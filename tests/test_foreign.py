@@ -200,8 +200,8 @@ def test_a_table_of_trials_is_no_curve(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("epoch,train/box_loss,train/cls_loss,val/box_loss\n1,2,3,4\n2,2,3,4\n",
-         "no total loss found; choose one with --loss: train/box_loss, train/cls_loss"),
+        ("epoch,gen_loss,disc_loss,val/box_loss\n1,2,3,4\n2,2,3,4\n",
+         "no total loss found; choose one with --loss: gen_loss, disc_loss"),
         ("step,loss\n" + "1,2\n" * 30 + "x,y\n" * 20, "'y' in column loss is not a number"),
         ('{"log_history": [\n{"step": 1, "loss": 2},\n{"step"', "line 3: not JSON"),
         (b"\x89PNG\r\n\x1a\n" + bytes(range(32)) * 9, "it is not text"),
@@ -321,3 +321,25 @@ def test_usual_names(tmp_path, header, expected):
     run = run_of(tmp_path, header + "\n" + "".join(",".join(row) + "\n" for row in rows))
     assert list(run.losses) == [round(x, 4) for x in losses()]
     assert list(run.steps) == list(range(300))
+
+
+def test_the_parts_of_a_detectors_loss_are_added(tmp_path):
+    file = tmp_path / "results.csv"
+    head = "   epoch,  train/box_loss,  train/cls_loss,  train/dfl_loss,  val/box_loss,  val/cls_loss,  val/dfl_loss\n"
+    file.write_text(head + "".join(f"{i},{1 + i},{0.5},{0.25},{2},{3},{4}\n" for i in range(60)))
+    (run,) = read_foreign_runs(file)
+    assert list(run.losses) == [i + 1.75 for i in range(60)]
+    assert run.validations[3] == (3, 9.0)
+    assert "the loss is the sum of train/box_loss, train/cls_loss, train/dfl_loss" in run.notes
+    (run,) = read_foreign_runs(file, loss="train/cls_loss")
+    assert set(run.losses) == {0.5}
+
+
+def test_a_loss_that_repeats_until_the_next_one_is_read_once(tmp_path):
+    file = tmp_path / "policy.csv"
+    file.write_text("step,loss\n" + "".join(f"{i},{1 / (1 + i // 10)}\n" for i in range(600)))
+    (run,) = read_foreign_runs(file)
+    assert list(run.steps) == list(range(0, 600, 10))
+    assert any("repeats until the next" in note for note in run.notes)
+    file.write_text("step,loss\n" + "".join(f"{i},2.5\n" for i in range(600)))
+    assert len(read_foreign_runs(file)[0].steps) == 600

@@ -174,3 +174,20 @@ def test_validations_that_only_get_worse_are_a_rise():
     assert folded(rows).conclude().reason == "rising"
     rows[240]["val/loss"] = 3.55
     assert folded(rows).conclude().reason == "no_learning"
+
+
+def test_an_objective_that_changes_at_the_start_is_named():
+    """The training loss rises from its first value on, and the validation loss falls all along."""
+    rows = [{"step": i, "train/loss": 1e-3 * (1 + i) + 1e-4 * math.sin(i * i)} for i in range(300)]
+    for i in range(0, 300, 10):
+        rows[i]["val/loss"] = 0.01 + 0.02 * math.exp(-i / 50)
+    verdict = folded(rows).conclude()
+    assert (verdict.verdict, verdict.reason) == ("undecided", "objective_changed")
+
+
+def test_a_late_peak_that_the_loss_has_left_is_coming_back():
+    """The loss rises for half of the rise and falls for the other."""
+    bump = [max(0.0, 1.5 - abs(i - 350) / 40) for i in range(400)]
+    losses = [loss + up for loss, up in zip(falling(400, noise=0.01), bump, strict=True)]
+    assert judged(losses[:350]).reason == "runaway"
+    assert judged(losses[:385]).reason == "coming_back"

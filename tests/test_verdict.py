@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from helpers import tiny
 from hypothesis import strategies as st
@@ -244,3 +245,29 @@ def test_the_three_strictnesses_are_ordered():
             judge.add({"step": step, "train/loss": loss})
         diverged = [judge.verdict(name).verdict == "diverged" for name in ("lenient", "standard", "strict")]
         assert diverged == sorted(diverged)
+
+
+def test_columns_are_judged_as_their_rows_are():
+    source = np.random.default_rng(0)
+    for bad in (None, ("losses", 50), ("gradients", 60)):
+        columns = {"losses": np.array(falling(120)), "gradients": source.uniform(0.5, 1, 120)}
+        columns["gradients"][::3] = -1.0  # not recorded
+        if bad:
+            columns[bad[0]][bad[1]] = math.inf
+        steps, rates = np.arange(0, 1200, 10), np.where(np.arange(120) % 2, 0.1, math.nan)
+        judge = Judge()
+        judge.add_columns(steps, columns["losses"], rates, columns["gradients"])
+        rows = []
+        for step, loss, rate, norm in zip(steps, columns["losses"], rates, columns["gradients"], strict=True):
+            row = {"step": int(step), "train/loss": loss, "train/lr": rate, "grad/norm": norm}
+            rows.append({key: value for key, value in row.items() if key != "grad/norm" or not norm < 0})
+        assert judge.conclude() == folded(rows, constant=False).conclude()
+
+
+def test_fractions_of_epochs_are_steps():
+    judge = Judge()
+    for i, loss in enumerate(rising(falling(200), 100, 2.0)):
+        judge.add({"step": i / 8, "train/loss": loss})
+    verdict = judge.conclude()
+    assert verdict.horizon == 199 / 8
+    assert 100 / 8 < verdict.first_bad_step < 120 / 8

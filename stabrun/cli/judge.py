@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from stabrun.config import Config, UserError
 from stabrun.foreign.follow import POLL, followed, replaced
 from stabrun.foreign.read import read_foreign_runs
+from stabrun.foreign.runs import ForeignRun
 from stabrun.record.jsonl import jsonable, parse_line, read_lines
 from stabrun.record.run_dir import RunDir, check_row
 from stabrun.record.schema import Row
@@ -51,11 +54,17 @@ class Saved:
     rows: Callable[[], Iterable[Row]]
     config: Config | None = None
     notes: list[str] = field(default_factory=list)
+    foreign: ForeignRun | None = None
 
     def verdict(self) -> Verdict:
         judge = judge_of(self.config)
-        for row in self.rows():
-            judge.add(row)
+        if self.foreign:
+            columns = self.foreign.steps, self.foreign.losses, self.foreign.rates, self.foreign.gradients
+            judge.add_columns(*map(np.asarray, columns))
+            judge.validations = self.foreign.validations
+        else:
+            for row in self.rows():
+                judge.add(row)
         return judge.conclude()
 
 
@@ -98,7 +107,7 @@ def read(path: Path, request: Request) -> list[Saved]:
 
 
 def of_file(path: Path, request: Request) -> list[Saved]:
-    return [Saved(str(path), run.rows, None, run.notes) for run in read_foreign_runs(path, *request.columns)]
+    return [Saved(str(path), run.rows, None, run.notes, run) for run in read_foreign_runs(path, *request.columns)]
 
 
 def runs_of_study(path: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from stabrun.config import UserError
 from stabrun.foreign.columns import Cells, Columns, choose
+from stabrun.foreign.detectors import parts_of, summed
 from stabrun.foreign.formats import HEAD, file_format, text_format
 from stabrun.foreign.melted import melted, pivoted
 from stabrun.foreign.points import points
@@ -49,10 +50,16 @@ def prepared(
 ) -> tuple[Iterable[Cells], Columns]:
     """The rows, with a number a column, and the columns to be read."""
     sample = list(itertools.islice(rows, SAMPLE))
-    long = melted(sample)
-    columns = choose(path, list(pivoted(sample, *long)) if long else sample, step, loss, split)
-    whole = itertools.chain(sample, rows)
-    return pivoted(whole, *long) if long else whole, columns
+    whole: Iterable[Cells] = itertools.chain(sample, rows)
+    if long := melted(sample):
+        sample, whole = list(pivoted(sample, *long)), pivoted(whole, *long)
+    parts = parts_of(sample) if loss is None else {}
+    if parts:
+        sample, whole = list(summed(sample, parts)), summed(whole, parts)
+    columns = choose(path, sample, step, loss, split)
+    if parts and columns.loss == "train/loss":
+        columns.notes.append(f"the loss is the sum of {', '.join(name.strip() for name in parts['train/loss'])}")
+    return whole, columns
 
 
 def rows_of(source: Source) -> Iterator[Cells]:

@@ -16,6 +16,8 @@ from stabrun.config import UserError
 # recorded), loss on held-out data, and the name of its run where a table holds several.
 Point = tuple[float | None, float | None, float, float, float | None, str]
 
+HELD = "each loss repeats until the next one: repeated rows were skipped"
+LEAST_DISTINCT = 20  # losses that are left; fewer say that the loss is constant
 REPEATED = "steps repeat or go back: the later rows are used"
 OUT_OF_PLACE = "rows out of order were skipped"
 UNRECORDED = "rows without a recorded loss were skipped"
@@ -208,6 +210,9 @@ def corrected(run: ForeignRun) -> tuple[ForeignRun, np.ndarray]:
         before = unknown  # if NaN meant "not recorded" before, it also does at the end
     if before.any():
         run.note(UNRECORDED)
+    before |= repeated(losses, before)
+    if (before & ~unknown).any():
+        run.note(HELD)
     steps = np.array(run.steps)[~before]
     integral = bool((steps == np.floor(steps)).all())
     found = ForeignRun(
@@ -219,6 +224,18 @@ def corrected(run: ForeignRun) -> tuple[ForeignRun, np.ndarray]:
         run.notes,
     )
     return found, ~before
+
+
+def repeated(losses: np.ndarray, skipped: np.ndarray) -> np.ndarray:
+    """Which of the losses that are not `skipped` repeat the one before, if most do: a tool that logs a loss more often
+    than it computes one.
+    """
+    kept = np.flatnonzero(~skipped)
+    same = kept[1:][losses[kept[1:]] == losses[kept[:-1]]]
+    found = np.zeros(len(losses), dtype=bool)
+    if len(kept) - len(same) >= LEAST_DISTINCT and 2 * len(same) > len(kept):
+        found[same] = True
+    return found
 
 
 def refuse_descending(path: Any, steps: list[float]) -> None:

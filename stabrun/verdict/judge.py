@@ -13,7 +13,7 @@ import numpy as np
 from stabrun.config import Config
 from stabrun.record.jsonl import number
 from stabrun.record.schema import Row
-from stabrun.verdict.chart import LEAST_ROWS, trailing_medians, window_of
+from stabrun.verdict.chart import LEAST_ROWS, Floats, trailing_medians, window_of
 from stabrun.verdict.direction import FALLING, direction
 from stabrun.verdict.overfit import overfit
 from stabrun.verdict.rule import (
@@ -35,6 +35,7 @@ from stabrun.verdict.spikes import spikes
 RULE = 4
 """Version of the rule. It is incremented by any change that can alter a verdict."""
 
+CAME_BACK = "came_back", "coming_back", "restarted"  # reasons of a run that has a scar
 CERTAIN_ABOVE = 0.9  # of the rows so far above the first loss: such a run has not come back
 CERTAIN_DONE = 0.5  # of the planned steps, at which this is looked at: an overshoot may last for long
 
@@ -120,6 +121,22 @@ class Judge:
             self.nonfinite = index, "nonfinite_grad", first_nonfinite(row, "norm/grad/")
         if self.constant and self.planned and count == round(CERTAIN_DONE * self.planned) and self._is_certain():
             self.certain = index
+
+    def add_columns(self, steps: Floats, losses: Floats, rates: Floats, gradients: Floats) -> None:
+        """Add rows `[n]` of a record without further statistics; NaN where no rate, −1 where no gradient is recorded.
+
+        The same as `add` row by row, in a fraction of the time.
+        """
+        first = len(self.losses)
+        for column, values in ((self.steps, steps), (self.losses, losses), (self.rates, rates)):
+            column.extend(np.asarray(values, dtype=float).tolist())
+        for row in np.flatnonzero(~(gradients < 0)).tolist():
+            self.signals.add(first + row, {"grad/norm": float(gradients[row])})
+        bad = np.flatnonzero(~(np.isfinite(losses) & np.isfinite(gradients)))
+        if self.nonfinite is None and len(bad):
+            row = int(bad[0])
+            reason = "nonfinite_grad" if math.isfinite(losses[row]) else "nonfinite_loss"
+            self.nonfinite = first + row, reason, None
 
     @property
     def over(self) -> bool:
@@ -229,7 +246,7 @@ class Judge:
         if verdict.verdict == DIVERGED:
             certain, site = self.nonfinite[::2] if self.nonfinite else (self.certain, None)
             verdict = replace(verdict, first_bad_site=site, certain_step=certain and self.step(certain))
-        elif verdict.best_loss is not None and verdict.final_loss is not None:
+        elif verdict.reason in CAME_BACK and verdict.best_loss is not None and verdict.final_loss is not None:
             back = origin + curve.back(decision.since)
             lost = self.step(min(back, count - 1)) - self.step(since)
             verdict = replace(verdict, scar=verdict.final_loss - verdict.best_loss, lost_steps=lost)

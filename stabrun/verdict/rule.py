@@ -126,28 +126,26 @@ class Curve:
     def excuse(self) -> str | None:
         """Why the rise that lasts is not a divergence.
 
-        `coming_back`: the loss falls in the last half of the rise, by a share of what was left of it. `restarted`: the
-        schedule began again as the loss rose, and the loss does not rise further. Neither excuses a run that is above
-        its start, or was for long.
+        `coming_back`: the loss falls in the last half of the rise, or since its highest level if that is later, by a
+        share of what was left of it. `restarted`: the schedule began again as the loss rose, and the loss does not
+        rise further. Neither excuses a run that is above its start, or was for long.
         """
         if self.lasting is None or self.above > ABOVE or self.level > self.start:
             return None
         since, low = self.lasting
         chart, count = self.charts[0], len(self.losses)
         middle = since if count - since < 4 * chart.window else (since + count) // 2
-        going = direction(self.losses[middle:])
-        level = chart.levels[min(middle, len(chart.levels) - 1)]  # of the window that begins in the middle
-        if going == FALLING and level - self.level > RETURNING * (level - chart.floor[-1]):
+        highest = since + int(np.argmax(chart.levels[max(0, since - chart.window + 1) :])) - chart.window // 2
+        begin = max(middle, highest)
+        level = chart.levels[min(begin, len(chart.levels) - 1)]  # of the window that begins there
+        fallen = level - self.level > RETURNING * (level - chart.floor[-1])
+        if fallen and direction(self.losses[begin:]) == FALLING:
             return "coming_back"
         restarted = any(low - chart.window < row <= since for row in self.schedule_restarts)
-        return "restarted" if restarted and going != RISING else None
+        return "restarted" if restarted and direction(self.losses[middle:]) != RISING else None
 
-    @cached_property
-    def objective_changed(self) -> bool:
-        """Whether the validation loss fell all along, while the training loss rose."""
-        if self.lasting is None:
-            return False
-        since, low = self.lasting
+    def objective_changed(self, since: int, low: int) -> bool:
+        """Whether the validation loss fell from row `low` to the end, though the training loss rose at row `since`."""
         later = [loss for row, loss in self.validations if row >= low]
         before = [loss for row, loss in self.validations if row < since]
         return len(later) >= VALIDATED and later[-1] == min(later) and later[-1] < min(before or later[:1])
@@ -173,8 +171,11 @@ def decide(curve: Curve, strictness: Strictness) -> Decision:
     if len(curve.losses) < LEAST_ROWS:
         return Decision(UNDECIDED, "too_short")
     if (since := above_start(curve, strictness)) is not None:
+        low = max(0, since - 1)
+        if curve.objective_changed(since, low):
+            return Decision(UNDECIDED, "objective_changed", since, low)
         verdict, reason = (UNDECIDED, "starts_at_zero") if curve.zeros else (DIVERGED, "above_start")
-        return Decision(verdict, reason, since, max(0, since - 1))
+        return Decision(verdict, reason, since, low)
     chart = curve.charts[0]
     learned = has_learned(chart, strictness)
     if lasting := curve.lasting_rises(strictness):
@@ -201,7 +202,7 @@ def risen(curve: Curve, strictness: Strictness, lasting: list[tuple[Level, int]]
     low = chart.lowest_before(since)
     if not learned and not far_above(chart):
         return Decision(UNDECIDED, "rising" if curve.rising else "no_learning", since, low)
-    if curve.objective_changed:
+    if curve.objective_changed(*(curve.lasting or (since, low))):
         return Decision(UNDECIDED, "objective_changed", since, low)
     if curve.excuse:
         return Decision(UNDECIDED, curve.excuse, since, low)

@@ -61,7 +61,8 @@ def details(facts: dict[str, Any]) -> Iterator[str]:
     if facts["reason"] in EXPLAINED:
         yield EXPLAINED[facts["reason"]]
     if facts["restarts"]:
-        yield f"begins again at step {', '.join(str(step) for step in facts['restarts'])}"
+        plural = "s" * (len(facts["restarts"]) > 1)
+        yield f"begins again at step{plural} {', '.join(str(step) for step in facts['restarts'])}"
     if facts["first_bad_step"] is not None and facts["last_healthy_step"] is not None:
         yield f"last healthy step: {facts['last_healthy_step']}"
     if facts["lost_steps"]:
