@@ -343,3 +343,13 @@ def test_a_loss_that_repeats_until_the_next_one_is_read_once(tmp_path):
     assert any("repeats until the next" in note for note in run.notes)
     file.write_text("step,loss\n" + "".join(f"{i},2.5\n" for i in range(600)))
     assert len(read_foreign_runs(file)[0].steps) == 600
+
+
+def test_a_table_whose_training_rows_have_no_loss_is_judged_on_its_validations(tmp_path):
+    file = tmp_path / "metrics.csv"
+    rows = [f"{i},val,{3 - i / 100},0" if i % 10 == 0 else f"{i},train,,{i}" for i in range(300)]
+    file.write_text("\n".join(["step,type,loss,time_ms", *rows]) + "\n")
+    (run,) = read_foreign_runs(file)
+    assert list(run.steps) == list(range(0, 300, 10))
+    assert run.losses[3] == pytest.approx(2.7)
+    assert any("only evaluations" in note for note in run.notes)

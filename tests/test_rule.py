@@ -163,7 +163,9 @@ def test_a_loss_that_starts_at_zero_is_judged_from_the_first_loss_that_is_not():
     assert judged([0.0, 0.0, *falling(200)]).verdict == "converged"
     assert judged([0.0, *rising(falling(200), 100, 2.0)]).first_bad_step > 100
     policy = [0.0, *(1e-3 * (i + 1) / 200 + 1e-5 * math.sin(i) for i in range(200))]
-    assert (judged(policy).verdict, judged(policy).reason) == ("undecided", "starts_at_zero")
+    assert (judged(policy).verdict, judged(policy).reason) == ("undecided", "around_zero")
+    signed = [-0.01 + 0.015 * i / 200 + 1e-4 * math.sin(i) for i in range(200)]
+    assert (judged(signed).verdict, judged(signed).reason) == ("undecided", "around_zero")
     assert judged([0.0] * 100).reason == "no_learning"
 
 

@@ -76,6 +76,8 @@ def choose(
     if loss is None:
         training = rows if sides is None else [row for row in rows if side(row, sides) is True]
         loss = training_loss(path, columns_of(training) if training else seen)
+        if sides and loss and not any(filled(row.get(loss)) for row in training):  # only evaluations have a loss
+            sides = Columns(None, split=sides.split, training=sides.held_out, held_out=frozenset())
     if sides is None:
         validation = validation_loss(seen, loss)
     if loss is None and validation is None:
@@ -86,6 +88,8 @@ def choose(
     clock = step or usable_clock(seen, used or rows, str(main))
     whole = clock is None or (step is None and names.plain(clock) in names.STEPS)
     notes = [f"only evaluations are recorded ({main})"] if names.is_validation(str(main)) else []
+    if sides and not sides.held_out:
+        notes = [f"only evaluations are recorded ({main})"]
     if clock is None:
         notes.append("no step column: rows are counted")
     elif not whole and step is None:

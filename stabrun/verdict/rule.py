@@ -126,23 +126,25 @@ class Curve:
     def excuse(self) -> str | None:
         """Why the rise that lasts is not a divergence.
 
-        `coming_back`: the loss falls in the last half of the rise, or since its highest level if that is later, by a
-        share of what was left of it. `restarted`: the schedule began again as the loss rose, and the loss does not
-        rise further. Neither excuses a run that is above its start, or was for long.
+        `coming_back`: the loss falls in the last half of the rise, or since the highest level of one that is shorter
+        than four windows, by a share of what was left of it. `restarted`: the schedule began again as the loss rose,
+        and the loss does not rise further. Neither excuses a run that is above its start, or was for long.
         """
         if self.lasting is None or self.above > ABOVE or self.level > self.start:
             return None
         since, low = self.lasting
         chart, count = self.charts[0], len(self.losses)
-        middle = since if count - since < 4 * chart.window else (since + count) // 2
-        highest = since + int(np.argmax(chart.levels[max(0, since - chart.window + 1) :])) - chart.window // 2
-        begin = max(middle, highest)
+        if count - since < 4 * chart.window:
+            highest = int(np.argmax(chart.levels[max(0, since - chart.window + 1) :]))
+            begin = max(since, since + highest - chart.window // 2)
+        else:
+            begin = (since + count) // 2
         level = chart.levels[min(begin, len(chart.levels) - 1)]  # of the window that begins there
         fallen = level - self.level > RETURNING * (level - chart.floor[-1])
         if fallen and direction(self.losses[begin:]) == FALLING:
             return "coming_back"
         restarted = any(low - chart.window < row <= since for row in self.schedule_restarts)
-        return "restarted" if restarted and direction(self.losses[middle:]) != RISING else None
+        return "restarted" if restarted and direction(self.losses[since:]) != RISING else None
 
     def objective_changed(self, since: int, low: int) -> bool:
         """Whether the validation loss fell from row `low` to the end, though the training loss rose at row `since`."""
@@ -170,13 +172,14 @@ def decide(curve: Curve, strictness: Strictness) -> Decision:
     """The verdict on a curve, with rows counted from its origin."""
     if len(curve.losses) < LEAST_ROWS:
         return Decision(UNDECIDED, "too_short")
+    chart = curve.charts[0]
     if (since := above_start(curve, strictness)) is not None:
         low = max(0, since - 1)
         if curve.objective_changed(since, low):
             return Decision(UNDECIDED, "objective_changed", since, low)
-        verdict, reason = (UNDECIDED, "starts_at_zero") if curve.zeros else (DIVERGED, "above_start")
+        around_zero = curve.zeros or min(curve.start, chart.floor[-1]) <= 0  # of a policy: its start says nothing
+        verdict, reason = (UNDECIDED, "around_zero") if around_zero else (DIVERGED, "above_start")
         return Decision(verdict, reason, since, low)
-    chart = curve.charts[0]
     learned = has_learned(chart, strictness)
     if lasting := curve.lasting_rises(strictness):
         return risen(curve, strictness, lasting, learned)

@@ -10,7 +10,7 @@ from stabrun.verdict.judge import CONVERGED, UNDECIDED, Verdict
 EXPLAINED = {
     "objective_changed": "the training loss rises while the validation loss falls: the objective may have changed",
     "restarted": "the loss rose when the schedule began again",
-    "starts_at_zero": "the first loss is 0, and later ones are above it: what was learned cannot be measured",
+    "around_zero": "the loss is 0 or negative where it starts: what was learned since cannot be measured",
     "above_start": "the loss stays above its first value",
 }
 """Reasons that need a sentence."""
