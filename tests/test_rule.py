@@ -193,3 +193,10 @@ def test_a_late_peak_that_the_loss_has_left_is_coming_back():
     losses = [loss + up for loss, up in zip(falling(400, noise=0.01), bump, strict=True)]
     assert judged(losses[:350]).reason == "runaway"
     assert judged(losses[:385]).reason == "coming_back"
+
+
+@sampled(40, seed=SEED)
+def test_a_run_that_is_coming_back_is_said_to_fall(seed):
+    for name in ("restart of the schedule", "a long way back"):
+        verdict = drawn(name, seed).verdict()
+        assert verdict.direction == "falling" or verdict.reason == "came_back"

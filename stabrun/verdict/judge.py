@@ -83,6 +83,17 @@ class Verdict:
         return self.verdict in (CONVERGED, RECOVERED)
 
 
+def going(curve: Curve, decision: Decision) -> str:
+    """The direction in the last quarter of the rows, but not before a rise: the rise itself is told by its reason."""
+    if decision.reason == "coming_back":
+        return FALLING
+    count = len(curve.losses)
+    rows = max(LEAST_ROWS, count // 4)
+    if decision.since is not None:
+        rows = min(rows, max(LEAST_ROWS, count - decision.since))
+    return direction(curve.losses[-rows:])
+
+
 class Judge:
     """Takes the rows of a record in order (`add`); `verdict` and `conclude` return the verdict so far.
 
@@ -230,7 +241,7 @@ class Judge:
             levels = curve.charts[0].levels
             verdict = replace(
                 verdict,
-                direction=curve.direction,
+                direction=going(curve, decision),
                 restarts=[
                     self.step(row)
                     for row in sorted({*curve.begins, *(row + origin for row in curve.schedule_restarts)})

@@ -99,11 +99,6 @@ class Curve:
         """Share of the rows above the start."""
         return float(np.mean(self.losses > self.start))
 
-    @cached_property
-    def direction(self) -> str:
-        """The direction in the last quarter of the rows, at least LEAST_ROWS."""
-        return direction(self.losses[-max(LEAST_ROWS, len(self.losses) // 4) :])
-
     def lasting_rises(self, strictness: Strictness) -> list[tuple[Level, int]]:
         """The charts in which the level has risen and not come back, with the first row of the rise.
 
