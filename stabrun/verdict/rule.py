@@ -22,7 +22,7 @@ STRICTNESS = {
 }
 STANDARD, STRICT = "standard", "strict"
 SLOW = 4  # windows in the window of the second chart, which detects slow rises that noise hides from the first
-TWICE = 2.0  # times the first loss: a run that stays above this has diverged, however noisy it is
+TWICE = 2.0  # times the first loss, from which on a loss is compared with its start on a logarithmic scale
 ABOVE = 1 / 3  # of the rows above the first loss: such a run has at best recovered
 OVERSHOOT = 0.1  # a rise that ends before this share is learned belongs to the warmup
 RETURNING = 0.2  # of the rise that was left: a run that lost this share in the last half of its rise is coming back
@@ -175,10 +175,9 @@ def decide(curve: Curve, strictness: Strictness) -> Decision:
         around_zero = curve.zeros or min(curve.start, chart.floor[-1]) <= 0  # of a policy: its start says nothing
         verdict, reason = (UNDECIDED, "around_zero") if around_zero else (DIVERGED, "above_start")
         return Decision(verdict, reason, since, low)
-    learned = has_learned(chart, strictness)
     if lasting := curve.lasting_rises(strictness):
-        return risen(curve, strictness, lasting, learned)
-    if not learned:
+        return risen(curve, strictness, lasting)
+    if not has_learned(chart, strictness):
         return Decision(UNDECIDED, "rising" if curve.rising else "no_learning")
     if climbed(chart, strictness):
         return Decision(UNDECIDED, "rising")
@@ -193,12 +192,12 @@ def decide(curve: Curve, strictness: Strictness) -> Decision:
     return Decision(CONVERGED, "fell")
 
 
-def risen(curve: Curve, strictness: Strictness, lasting: list[tuple[Level, int]], learned: bool) -> Decision:
+def risen(curve: Curve, strictness: Strictness, lasting: list[tuple[Level, int]]) -> Decision:
     """The verdict on a curve whose level is above its lowest one at the end."""
     count, window = len(curve.losses), curve.charts[0].window
     chart, since = next((each for each in lasting if count - each[1] >= window), lasting[0])
     low = chart.lowest_before(since)
-    if not learned and not far_above(chart):
+    if not has_learned(curve.charts[0], strictness) and not far_above(chart):
         return Decision(UNDECIDED, "rising" if curve.rising else "no_learning", since, low)
     if curve.objective_changed(*(curve.lasting or (since, low))):
         return Decision(UNDECIDED, "objective_changed", since, low)
@@ -221,24 +220,34 @@ def went_nonfinite(curve: Curve, strictness: Strictness, row: int, reason: str) 
 
 
 def above_start(curve: Curve, strictness: Strictness) -> int | None:
-    """The first row above the start for good, if the level is clearly above it in the whole second half."""
+    """The first row above the start for good, if the level is above it in the whole second half, and clearly so."""
     chart = curve.charts[0]
-    second = chart.losses[len(chart.losses) // 2 :]
-    levels = chart.levels[-len(second) :]
-    if not (levels > chart.start).all():
-        return None
-    # The start is the loss of one row, so the level must be above it by more than the noise of a row.
-    spread = NORMAL_MAD * float(np.median(np.abs(second - np.median(second))))
-    clear = chart.start + max(SIGNIFICANT * spread, strictness.sigmas * float(chart.error[-1]))
-    if levels[-1] <= clear and not 0 < TWICE * chart.start < levels.min():
+    if not (chart.levels[-(len(chart.losses) // 2) :] > chart.start).all() or not clearly_above(chart, strictness):
         return None
     low = np.flatnonzero(chart.levels <= chart.start)
     return int(low[-1]) + chart.window if len(low) else int(np.argmax(chart.losses > chart.start))
 
 
+def clearly_above(chart: Level, strictness: Strictness) -> bool:
+    """Whether the last level is above the start, the loss of one row, by more than the noise of rows explains.
+
+    Or so on a logarithmic scale: far above its start, a loss is noisier in proportion.
+    """
+    level, start, second = chart.levels[-1], chart.start, chart.losses[len(chart.losses) // 2 :]
+    least = max(SIGNIFICANT * spread(second), strictness.sigmas * float(chart.error[-1]))
+    if level - start > least or min(start, second.min()) <= 0:
+        return bool(level - start > least)
+    return bool(np.log(level / start) > max(np.log(TWICE), SIGNIFICANT * spread(np.log(second))))
+
+
 def far_above(chart: Level) -> bool:
     """Whether the last level is above the start by more than the noise of a row before the rise explains."""
     return bool(chart.levels[-1] - chart.start > SIGNIFICANT * chart.spread[int(np.argmin(chart.levels))])
+
+
+def spread(losses: Floats) -> float:
+    """Standard deviation of losses `[n]` around their median, by their median absolute deviation."""
+    return NORMAL_MAD * float(np.median(np.abs(losses - np.median(losses))))
 
 
 def climbed(chart: Level, strictness: Strictness) -> bool:
