@@ -203,3 +203,28 @@ def test_a_run_that_is_coming_back_is_said_to_fall(seed):
     for name in ("restart of the schedule", "a long way back"):
         verdict = drawn(name, seed).verdict()
         assert verdict.direction == "falling" or verdict.reason == "came_back"
+
+
+def restarts_row_by_row(losses):
+    """The same as `whole_restarts`, each row by itself."""
+    found = []
+    for row in range(20, len(losses)):
+        before = float(np.median(losses[row - 5 : row]))
+        half = int(np.argmax(losses[:row] < (losses[0] + before) / 2))
+        rows = max(20, 2 * half)
+        again = losses[row : row + rows]
+        if half == 0 or len(again) < rows or losses[row] <= losses[row - 1] or (found and row < found[-1] + rows):
+            continue
+        jumped = again[0] - before >= 0.75 * (losses[0] - before)
+        near = np.median(np.abs(again - losses[:rows])) <= 0.25 * np.median(np.abs(again - before))
+        lowest = min(np.median(losses[i : i + 5]) for i in range(row, len(losses) - 4))
+        if jumped and near and lowest - before < 0.25 * (losses[0] - before):
+            found.append(row)
+    return found
+
+
+@sampled(60, name=NAME, seed=SEED)
+def test_whole_restarts_are_those_found_row_by_row(name, seed):
+    losses = drawn(name, seed).losses
+    losses = losses[np.isfinite(losses)]
+    assert whole_restarts(losses) == restarts_row_by_row(losses)

@@ -1,9 +1,12 @@
 """Restarts: a schedule that begins again, or a loss that begins again from its first level."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stabrun.verdict.chart import LEAST_ROWS, LEAST_WINDOW, Floats, trailing_medians
 
+Ints = NDArray[np.int64]
+PART = 2_000_000  # losses that are compared at a time, to limit memory
 CHANGED = 0.1  # least change of a learning rate, down and up again, relative to the rate
 NEAR = 0.25  # of the fall: a loss that begins again is as near to the first level, and later to the one before
 
@@ -22,19 +25,39 @@ def schedule_restarts(rates: Floats) -> list[int]:
 
 def whole_restarts(losses: Floats) -> list[int]:
     """Rows at which finite losses `[n]` return to the first one and repeat its fall, down to the loss before."""
-    found, lowest = list[int](), np.minimum.accumulate(losses)
-    up = losses[1:] >= (1 - NEAR) * losses[:1] + NEAR * lowest[:-1]
-    for row in (np.flatnonzero(up & (np.diff(losses) > 0)) + 1).tolist():
-        before = float(np.median(losses[max(0, row - LEAST_WINDOW) : row]))
-        half = int(np.argmax(losses[:row] < (losses[0] + before) / 2))
-        rows = max(LEAST_ROWS, 2 * half)
-        if half == 0 or row < (found[-1] if found else 0) + rows or row + rows > len(losses):
+    if len(losses) < 2 * LEAST_ROWS:
+        return []
+    lowest, found = np.minimum.accumulate(losses), list[int]()
+    up = (losses[1:] >= (1 - NEAR) * losses[0] + NEAR * lowest[:-1]) & (np.diff(losses) > 0)
+    candidates = np.flatnonzero(up) + 1
+    candidates = candidates[candidates >= LEAST_ROWS]
+    befores = trailing_medians(losses, LEAST_WINDOW)[candidates - LEAST_WINDOW]
+    halves = np.searchsorted(-lowest, -(losses[0] + befores) / 2, side="right")  # first rows of less than half the fall
+    jumped = losses[candidates] - befores >= (1 - NEAR) * (losses[0] - befores)
+    rows = np.maximum(LEAST_ROWS, 2 * halves)
+    possible = jumped & (halves > 0) & (halves < candidates) & (candidates + rows <= len(losses))
+    candidates, befores, rows = candidates[possible], befores[possible], rows[possible]
+    for each in np.flatnonzero(resembles(losses, candidates, befores, rows)).tolist():
+        row, before = int(candidates[each]), befores[each]
+        if row < (found[-1] if found else 0) + rows[each]:
             continue
-        first, again = losses[:rows], losses[row : row + rows]
-        if again[0] - before < (1 - NEAR) * (first[0] - before):
-            continue
-        if np.median(np.abs(again - first)) > NEAR * np.median(np.abs(again - before)):
-            continue
-        if trailing_medians(losses[row:], LEAST_WINDOW).min() - before < NEAR * (first[0] - before):
+        if trailing_medians(losses[row:], LEAST_WINDOW).min() - before < NEAR * (losses[0] - before):
             found.append(row)
     return found
+
+
+def resembles(losses: Floats, candidates: Ints, befores: Floats, rows: Ints) -> NDArray[np.bool_]:
+    """Whether the losses from each candidate row on are nearer to as many first ones than to the loss before.
+
+    Candidates with the same number of rows are compared together: a loss that does not fall has one at every few rows.
+    """
+    near = np.zeros(len(candidates), dtype=bool)
+    for count in np.unique(rows).tolist():
+        same = np.flatnonzero(rows == count)
+        windows = np.lib.stride_tricks.sliding_window_view(losses, count)
+        for part in np.array_split(same, len(same) * count // PART + 1):
+            again = windows[candidates[part]]
+            to_first = np.median(np.abs(again - losses[:count]), axis=1)
+            to_before = np.median(np.abs(again - befores[part][:, None]), axis=1)
+            near[part] = to_first <= NEAR * to_before
+    return near
