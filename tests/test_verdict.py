@@ -51,6 +51,8 @@ def test_a_loss_that_is_not_finite_has_diverged(bad):
     verdict = judged(losses)
     assert (verdict.verdict, verdict.reason, verdict.first_bad_step) == ("diverged", "nonfinite_loss", 60)
     assert judged([bad]).verdict == "diverged"
+    first = folded([{"step": 650, "train/loss": bad}]).verdict()
+    assert (first.first_bad_step, first.certain_step) == (650, 650)
 
 
 def test_a_gradient_that_is_not_finite_has_diverged():

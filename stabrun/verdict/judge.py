@@ -256,7 +256,8 @@ class Judge:
         verdict = replace(verdict, first_bad_step=self.step(since), last_healthy_step=self.step(low) if since else None)
         if verdict.verdict == DIVERGED:
             certain, site = self.nonfinite[::2] if self.nonfinite else (self.certain, None)
-            verdict = replace(verdict, first_bad_site=site, certain_step=certain and self.step(certain))
+            certain_step = None if certain is None else self.step(certain)
+            verdict = replace(verdict, first_bad_site=site, certain_step=certain_step)
         elif verdict.reason in CAME_BACK and verdict.best_loss is not None and verdict.final_loss is not None:
             back = origin + curve.back(decision.since)
             lost = self.step(min(back, count - 1)) - self.step(since)
