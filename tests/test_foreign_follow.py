@@ -42,6 +42,14 @@ def test_rows_of_a_growing_text_are_those_of_the_whole(tmp_path, monkeypatch, na
         assert row.get("grad/norm") == of_whole.get("grad/norm")
 
 
+def test_the_parts_of_a_growing_detectors_loss_are_added(tmp_path):
+    file = tmp_path / "results.csv"
+    file.write_text("epoch,train/box_loss,train/cls_loss\n" + "".join(f"{i},{1 + i},0.5\n" for i in range(30)))
+    rows = list(followed(file, lambda: True, None, None, None))
+    assert [row["train/loss"] for row in rows] == [1.5 + i for i in range(len(rows))]
+    assert len(rows) >= 29
+
+
 def test_a_second_run_and_a_resume_begin_anew(tmp_path):
     file, ended = tmp_path / "log.txt", iter([False, True])
     steps = [*range(100), *range(50, 60), *range(30)]

@@ -13,9 +13,9 @@ from typing import IO, Any
 from stabrun.config import UserError
 from stabrun.foreign.columns import Columns, choose
 from stabrun.foreign.formats import HEAD, Format, file_format, text_format
-from stabrun.foreign.melted import melted, pivoted
 from stabrun.foreign.points import points
 from stabrun.foreign.runs import Runs
+from stabrun.foreign.shapes import Shape, shape_of
 from stabrun.foreign.source import PROBE, Source, encoding_of, plain_text
 
 POLL = 0.2  # seconds between two reads of a growing file
@@ -100,14 +100,12 @@ def _rows(lines: Lines, step: str | None, loss: str | None, split: str | None) -
         if not more and not lines.wait():
             return
         head += more
-    known, columns, long = begun
+    known, columns, shape = begun
     source = Source(lines.path)
     rows = known.rows(source, itertools.chain(head, lines), head[:HEAD])
     runs, told, changes = Runs(), 0, 0
     validation: float | None = None
-    for step_found, loss_found, gradient, rate, held_out, _ in points(
-        source, pivoted(rows, *long) if long else rows, columns
-    ):
+    for step_found, loss_found, gradient, rate, held_out, _ in points(source, shape.rows(rows), columns):
         runs.add(step_found, loss_found, gradient, rate, None)
         validation = held_out if held_out is not None else validation
         if runs.changes != changes:
@@ -128,7 +126,7 @@ def _rows(lines: Lines, step: str | None, loss: str | None, split: str | None) -
 
 def _begun(
     path: Path, head: list[str], step: str | None, loss: str | None, split: str | None
-) -> tuple[Format, Columns, tuple[str, str] | None] | None:
+) -> tuple[Format, Columns, Shape] | None:
     """The format and the columns, once there are enough rows to tell. Raises UserError if the format cannot grow."""
     if not head:
         if path.is_file() and (other := file_format(path)):
@@ -141,16 +139,16 @@ def _begun(
         raise UserError(f"--follow {path}: a JSON document cannot be followed; judge it without --follow.")
     try:
         rows = list(known.rows(Source(path), head, head[:HEAD]))
-        long = melted(rows)
-        columns = choose(path, list(pivoted(rows, *long)) if long else rows, step, loss, split)
+        shape = shape_of(rows, loss)
+        columns = choose(path, list(shape.rows(rows)), step, loss, split)
     except UserError:
         if len(head) > HEAD:
             raise
         return None
-    found = list(points(Source(path), pivoted(rows, *long) if long else rows, columns))
+    found = list(points(Source(path), shape.rows(rows), columns))
     losses = [loss for _, loss, *_ in found if loss is not None]
     enough = len(losses) >= LEAST or not all(map(math.isfinite, losses))
-    return (known, columns, long) if enough else None
+    return (known, columns, shape) if enough else None
 
 
 def _whole(step: float) -> float:

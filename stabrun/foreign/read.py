@@ -12,11 +12,10 @@ from pathlib import Path
 
 from stabrun.config import UserError
 from stabrun.foreign.columns import Cells, Columns, choose
-from stabrun.foreign.detectors import parts_of, summed
 from stabrun.foreign.formats import HEAD, file_format, text_format
-from stabrun.foreign.melted import melted, pivoted
 from stabrun.foreign.points import points
 from stabrun.foreign.runs import ForeignRun, Point, refuse_descending, split_runs
+from stabrun.foreign.shapes import shape_of
 from stabrun.foreign.source import Source
 
 SAMPLE = 10_000  # rows that are searched for the names of columns
@@ -50,16 +49,10 @@ def prepared(
 ) -> tuple[Iterable[Cells], Columns]:
     """The rows, with a number a column, and the columns to be read."""
     sample = list(itertools.islice(rows, SAMPLE))
-    whole: Iterable[Cells] = itertools.chain(sample, rows)
-    if long := melted(sample):
-        sample, whole = list(pivoted(sample, *long)), pivoted(whole, *long)
-    parts = parts_of(sample) if loss is None else {}
-    if parts:
-        sample, whole = list(summed(sample, parts)), summed(whole, parts)
-    columns = choose(path, sample, step, loss, split)
-    if parts and columns.loss == "train/loss":
-        columns.notes.append(f"the loss is the sum of {', '.join(name.strip() for name in parts['train/loss'])}")
-    return whole, columns
+    shape = shape_of(sample, loss)
+    columns = choose(path, list(shape.rows(sample)), step, loss, split)
+    columns.notes.extend(shape.notes(columns.loss))
+    return shape.rows(itertools.chain(sample, rows)), columns
 
 
 def rows_of(source: Source) -> Iterator[Cells]:
