@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from foreign_samples import SAMPLES
 from helpers import run
 from test_foreign import FOREIGN, losses
+from test_judge import following
 
 from stabrun.config import UserError
 from stabrun.foreign.follow import followed
@@ -72,8 +71,7 @@ def test_what_cannot_be_followed(tmp_path):
 def test_follow_a_log_until_it_diverges(tmp_path):
     """A console of Hugging Face's Trainer whose loss becomes NaN, with a column that must be named."""
     file = tmp_path / "train.log"
-    command = [sys.executable, "-m", "stabrun", "judge", str(file), "--follow", "--loss", "perte", "--step", "pas"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = following(file, "--loss", "perte", "--step", "pas")
     time.sleep(0.5)
     with open(file, "w") as handle:
         handle.write("pas,perte\n")
@@ -90,8 +88,7 @@ def test_ctrl_c_ends_following_a_log(tmp_path):
     file = tmp_path / "train.log"
     spiked = [x + 2 * (step == 150) for step, x in enumerate(losses())]
     file.write_text("".join(f"step {step}: loss {x:.4f}\n" for step, x in enumerate(spiked)))
-    command = [sys.executable, "-m", "stabrun", "judge", str(file), "--follow"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = following(file)
     assert "a spike of" in process.stdout.readline()
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)

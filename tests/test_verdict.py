@@ -258,11 +258,12 @@ def test_columns_are_judged_as_their_rows_are():
             columns[bad[0]][bad[1]] = math.inf
         steps, rates = np.arange(0, 1200, 10), np.where(np.arange(120) % 2, 0.1, math.nan)
         judge = Judge()
-        judge.add_columns(steps, columns["losses"], rates, columns["gradients"])
+        judge.add_columns(steps, columns["losses"], rates, columns["gradients"], [(30, 3.0), (70, 2.9)])
         rows = []
         for step, loss, rate, norm in zip(steps, columns["losses"], rates, columns["gradients"], strict=True):
             row = {"step": int(step), "train/loss": loss, "train/lr": rate, "grad/norm": norm}
             rows.append({key: value for key, value in row.items() if key != "grad/norm" or not norm < 0})
+        rows[30]["val/loss"], rows[70]["val/loss"] = 3.0, 2.9
         assert judge.conclude() == folded(rows, constant=False).conclude()
 
 

@@ -59,9 +59,9 @@ class Saved:
     def verdict(self) -> Verdict:
         judge = judge_of(self.config)
         if self.foreign:
-            columns = self.foreign.steps, self.foreign.losses, self.foreign.rates, self.foreign.gradients
-            judge.add_columns(*map(np.asarray, columns))
-            judge.validations = self.foreign.validations
+            run = self.foreign
+            steps, losses, rates, gradients = map(np.asarray, (run.steps, run.losses, run.rates, run.gradients))
+            judge.add_columns(steps, losses, rates, gradients, run.validations)
         else:
             for row in self.rows():
                 judge.add(row)
