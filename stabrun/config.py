@@ -207,7 +207,12 @@ class TrainConfig:
     micro_batch_size: int | None = key(
         None, RESOURCE, "sequences per forward pass; null for the whole batch", at_least=1
     )
-    device: str = key("auto", RESOURCE, "device to train on", allowed=("auto", "cpu", "cuda", "mps"))
+    device: str = key(
+        "auto",
+        RESOURCE,
+        "device to train on; auto is cuda if there is one, else cpu",
+        allowed=("auto", "cpu", "cuda", "mps"),
+    )
     precision: str = key(
         "fp32",
         RESULT,
@@ -220,6 +225,10 @@ class TrainConfig:
     )
     stop_early: bool = key(False, RESULT, "end a run once its divergence is certain; always true in a search")
     compile: bool | None = key(None, RESOURCE, "torch.compile; null: only on CUDA")
+    recompute: str = key(
+        "none", RESOURCE, "activations computed again in the backward pass instead of kept: less memory, more time",
+        allowed=("none", "blocks"),
+    )  # fmt: skip
     threads: int | None = key(None, RESOURCE, "CPU threads; null for torch's default", at_least=1, at_most=1024)
     deterministic: bool = key(False, RESOURCE, "bit-identical results on CUDA too, at lower speed")
     checkpoint_every: int = key(200, RESOURCE, "interval between checkpoints in steps; 0 for none", at_least=0)

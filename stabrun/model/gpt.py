@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stabrun.config import ModelConfig
+from stabrun.model.attention import AttentionCore
 from stabrun.model.block import Block
 from stabrun.model.init import initialize
 from stabrun.model.linear import SigmaLinear
@@ -31,20 +33,39 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+        self.recompute = False
+        self.dropout_rate = config.dropout
+        self.cores = [m for m in self.modules() if isinstance(m, AttentionCore)]
         self.sigma_layers = [m for m in self.modules() if isinstance(m, SigmaLinear)]
         if not self.embed.weight.is_meta:
             initialize(self, config, seed)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        return self.logits(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The input of the output layer: `[B, T]` → `[B, T, d_model]`."""
         x = self.embed_norm(self.embed(tokens))
         if self.embed_scale is not None:
             x = x * self.embed_scale
         if self.position is not None:
             x = x + self.position.weight[: tokens.shape[1]]
         x = self.dropout(x)
+        for core in self.cores:
+            core.mask_for(tokens.shape[1], tokens.device)
         for block in self.blocks:
-            x = block(x)
-        return wide(self.head(self.norm(x)))
+            x = self.recomputed(block, x) if self.recompute else block(x)
+        out: Tensor = self.norm(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The output layer: `[B, T, d_model]` → `[B, T, vocab_size]`."""
+        return wide(self.head(hidden))
+
+    def recomputed(self, block: nn.Module, x: Tensor) -> Tensor:
+        """A block whose activations are computed again in the backward pass instead of being kept."""
+        out: Tensor = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.dropout_rate > 0)
+        return out
 
     def before_step(self) -> None:
         """Work of each training step outside the forward pass: σReparam's power iteration."""

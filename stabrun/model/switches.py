@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stabrun.config import ModelConfig
+from stabrun.config import AttentionConfig, ModelConfig
 
 
 def gelu(F: Any, x: Any) -> Any:
@@ -83,6 +83,37 @@ NORMS: dict[str, NormKind | None] = {
     "layernorm1p": NormKind(layer_norm, gain_offset=1.0),  # NeMo: weight decay pulls the gain toward 1
     "none": None,
 }
+
+
+SDPA, FLEX, EXPLICIT = "sdpa", "flex", "explicit"
+QUERIES = 256  # of a sequence at a time, where attention weights are computed explicitly
+
+
+def clips(attn: AttentionConfig) -> bool:
+    """Whether attention weights are clipped."""
+    return (attn.clip_low, attn.clip_high) != (0.0, 1.0)
+
+
+def attention_path(attn: AttentionConfig, dropout: float, device: str) -> str:
+    """How attention is computed on a type of device.
+
+    - `SDPA` wherever no cap or clip is set: its scale holds the temperature.
+    - `FLEX`: a cap on CUDA, by a fused kernel too. Elsewhere it has no backward pass, and nowhere dropout.
+    - `EXPLICIT`: weights in fp32, for `QUERIES` queries at a time; computed again in the backward pass if T is larger.
+    """
+    if attn.soft_cap is None and not clips(attn):
+        return SDPA
+    return FLEX if device == "cuda" and not clips(attn) and not dropout else EXPLICIT
+
+
+LOGITS = 1 << 29  # outputs of the model in memory at a time: above, the weights' traffic for each part is small
+
+
+def sequence_parts(vocab_size: int, sequences: int, seq_len: int) -> int:
+    """Parts of equal length that a sequence is split into for the output layer: the fewest that hold `LOGITS`."""
+    divisors = (parts for parts in range(1, seq_len + 1) if seq_len % parts == 0)
+    fitting = (parts for parts in divisors if seq_len // parts * sequences * vocab_size <= LOGITS)
+    return next(fitting, seq_len)
 
 
 def of_layer(model: ModelConfig, index: int) -> ModelConfig:

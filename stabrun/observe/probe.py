@@ -1,12 +1,12 @@
 """Statistics of a model's layers, computed on its device by hooks that are attached from outside.
 
 The layout follows the table of metrics (`stabrun.record.metrics`), the values come from
-`stabrun.observe.reductions`. Hooks write into one preallocated fp32 buffer; the model is not modified, and its results
-are bit-identical without them. A hook overwrites and never adds, so that recomputation (activation checkpointing) is
-harmless.
+`stabrun.observe.reductions`. The model is not modified, and its results are bit-identical without hooks. Each hook
+writes into preallocated fp32 tensors of its own, its cells: torch.compile then sees the same hook in every layer, and
+makes one graph for all. A hook overwrites and never adds, so that recomputation (activation checkpointing) is harmless.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from stabrun.record.metrics import METRICS, Metric
 
 LINEAR = (metrics.OUTPUT, metrics.INPUT, metrics.INPUT_GRADIENT)  # sources at each linear layer
 ONCE = (metrics.PARAMETERS, metrics.UPDATE, metrics.ADAM)  # sources that are read once per step, and not by hooks
+SAMPLED = 64  # sequences of a batch that attention is measured on: at long contexts all would cost too much
 
 
 def find_sites(model: nn.Module) -> dict[str, list[tuple[str, nn.Linear]]]:
@@ -45,15 +46,18 @@ class Span:
         return self.metric.key.format(site=self.site)
 
 
-Target = tuple[Metric, int]  # a value that a hook measures, and its place in the buffer
+Target = tuple[Metric, Tensor]  # a value that a hook measures, and its cell
 
 
 class Probe:
     """Measures the linear layers of any `nn.Module`, and optionally its blocks and attention cores.
 
-    `shape` is (batch, time) of each forward pass; `scalars` names the values that the caller adds in `snapshot`. The
-    order of calls in a step is: `arm(step)`; `merge(index, count)` after the backward pass of each micro-batch;
-    `before_update`; `after_update`; and `snapshot()`, which starts the copy of all values to the host.
+    `shape` is (batch, time) of each forward pass; `scalars` names the values that the caller adds in `snapshot`.
+    `calls` names sites whose layers are called on several equal parts of the sequence in turn, and how many.
+
+    The order of calls in a step is: `arm(step)`; for each micro-batch `begin(index)` before its forward pass,
+    `part(site, index)` after the backward pass of each part of a site in `calls`, and `merge(index, count)` after its
+    backward pass; `before_update`; `after_update`; and `snapshot()`, which starts the copy of all values to the host.
     """
 
     def __init__(
@@ -64,10 +68,14 @@ class Probe:
         blocks: Sequence[nn.Module] = (),
         cores: Sequence[Any] = (),
         scalars: Sequence[str] = ("train/loss", "grad/norm"),
+        calls: Mapping[str, int] | None = None,
     ) -> None:
         self.config, self.scalars = config, tuple(scalars)
+        self.calls = {site: count for site, count in (calls or {}).items() if count > 1}
         self.first = len(self.scalars)  # they are the first values in the buffer
-        self.fast = self.slow = False
+        self.fast = self.slow = self.attention = False
+        self.sequences = min(shape[0], SAMPLED)  # of a micro-batch that attention is measured on
+        self.samples = max(1, SAMPLED // shape[0])  # micro-batches that attention is measured on
         self.due: list[Span] = []  # what this step measures
         self.reduced: set[str] = set()  # keys of sources in `ONCE` that this step has measured
         parameters = list(model.parameters())
@@ -75,15 +83,17 @@ class Probe:
         self.sites = find_sites(model) if config.every else {}
         blocks, cores = (blocks, cores) if config.every else ((), ())
         self.spans = self._layout(len(blocks), len(cores))
-        self.per_token = self._region(lambda metric: metric.per_token)
-        self.means = self._region(lambda metric: metric.merge == "mean")
+        self.means = self._region(lambda metric: metric.merge == "mean" and metric.source != metrics.ATTENTION)
+        self.sampled = self._region(lambda metric: metric.merge == "mean" and metric.source == metrics.ATTENTION)
         self.maxima = self._region(lambda metric: metric.merge == "max")
         self.roots = self._region(lambda metric: metric.merge == "root")
         self.hooked = self._region(lambda metric: metric.source not in ONCE)
         self.size = self.spans[-1].stop if self.spans else self.first
-        self.now = torch.zeros(self.size, device=self.device)  # this micro-batch
-        self.tokens = torch.zeros(self.per_token.stop - self.first, *shape, device=self.device)
-        self.token_rows = self.tokens.unbind(0)
+        batch, time = shape
+        hooked = [span for span in self.spans if span.metric.source not in ONCE]
+        in_parts = [span for span in hooked if span.site in self.calls]
+        self.cells = self._cells(hooked, batch, dict.fromkeys(hooked, time))  # of this micro-batch
+        self.part_cells = self._cells(in_parts, batch, {span: time // self.calls[span.site or ""] for span in in_parts})
         self.values = torch.zeros(self.size, device=self.device)  # the step
         self.hosts = [torch.zeros(self.size, pin_memory=self.device.type == "cuda") for _ in range(2)]
 
@@ -119,13 +129,21 @@ class Probe:
                     start += count
         return spans
 
+    def _cells(self, spans: Iterable[Span], batch: int, times: Mapping[Span, int]) -> dict[int, Tensor]:
+        """Place in the buffer → a tensor for what is measured: a value for each token, or one number."""
+        return {
+            place: torch.zeros((batch, times[span]) if span.metric.per_token else (), device=self.device)
+            for span in spans
+            for place in range(span.start, span.stop)
+        }
+
     def _region(self, chosen: Callable[[Metric], bool]) -> slice:
         spans = [span for span in self.spans if chosen(span.metric)]
         return slice(spans[0].start, spans[-1].stop) if spans else slice(self.first, self.first)
 
     def _targets(self, source: str, index: int, site: str | None = None) -> list[Target]:
         spans = [span for span in self.spans if (span.metric.source, span.site) == (source, site)]
-        return [(span.metric, span.start + index) for span in spans]
+        return [(span.metric, (self.cells | self.part_cells)[span.start + index]) for span in spans]
 
     # Hooks
 
@@ -133,12 +151,12 @@ class Probe:
         return self.slow if metric.slow else self.fast
 
     def _measure(self, targets: Sequence[Target], x: Tensor) -> None:
-        for metric, slot in targets:
+        for metric, cell in targets:
             if self._on(metric):
                 if metric.per_token:
-                    REDUCTIONS[metric.key](x.detach(), out=self.token_rows[slot - self.first])
+                    REDUCTIONS[metric.key](x.detach(), out=cell)
                 else:
-                    self.now[slot] = REDUCTIONS[metric.key](x.detach())
+                    cell.copy_(REDUCTIONS[metric.key](x.detach()))
 
     def _watch(
         self, module: nn.Module, outputs: list[Target], inputs: Sequence[Target] = (), gradients: Sequence[Target] = ()
@@ -162,12 +180,12 @@ class Probe:
     def _watch_attention(self, core: nn.Module, targets: list[Target]) -> None:
         def after(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             values: dict[str, Tensor] = {}
-            for metric, slot in targets:
-                if self._on(metric):
+            for metric, cell in targets:
+                if self._on(metric) and self.attention:
                     with torch.no_grad():
                         if metric.key not in values:
-                            values |= REDUCTIONS[metric.key](module, args[0], args[1])
-                        self.now[slot] = values[metric.key]
+                            values |= REDUCTIONS[metric.key](module, *(x[: self.sequences] for x in args[:2]))
+                        cell.copy_(values[metric.key])
 
         core.register_forward_hook(after)
 
@@ -185,22 +203,45 @@ class Probe:
         self.fast = self.slow = False
         self.due = []
 
+    def begin(self, index: int) -> None:
+        """Select what micro-batch `index` measures: attention is measured on the first `SAMPLED` sequences only."""
+        self.attention = index < self.samples
+
+    @torch.no_grad()
+    def part(self, site: str, index: int) -> None:
+        """Keep what the layers of `site` measured on part `index` of the sequence."""
+        for span in self.due:
+            if span.site == site and span.metric.source not in ONCE and site in self.calls:
+                for place in range(span.start, span.stop):
+                    whole, part = self.cells[place], self.part_cells[place]
+                    if span.metric.per_token:
+                        width = part.shape[1]
+                        whole[:, index * width : (index + 1) * width] = part
+                    else:
+                        whole.copy_(torch.hypot(whole, part) if index else part)
+
     @torch.no_grad()
     def merge(self, index: int, count: int) -> None:
         """Merge micro-batch `index` of `count` equal ones into the values of the step."""
         if not (self.fast or self.slow):
             return
-        torch.mean(self.tokens, dim=(1, 2), out=self.now[self.per_token])
+        cells = list(self.cells.values())
+        tokens = sum(cell.dim() > 0 for cell in cells)  # they come first
+        parts = [torch.stack(cells[:tokens]).mean((1, 2)), *[torch.stack(cells[tokens:])] * (tokens < len(cells))]
+        now = self.values.new_zeros(self.size)
+        now[self.hooked] = torch.cat(parts)
         if count == 1:
-            self.values[self.hooked].copy_(self.now[self.hooked])
+            self.values[self.hooked].copy_(now[self.hooked])
             return
         if index == 0:
             self.values.zero_()
             self.values[self.maxima] = float("-inf")
-        means, maxima, roots = self.means, self.maxima, self.roots
-        self.values[means] += self.now[means] / count
-        self.values[maxima] = torch.maximum(self.values[maxima], self.now[maxima])
-        self.values[roots] = torch.hypot(self.values[roots], self.now[roots])
+        means, sampled, maxima, roots = self.means, self.sampled, self.maxima, self.roots
+        self.values[means] += now[means] / count
+        self.values[roots] = torch.hypot(self.values[roots], now[roots])
+        if self.attention:
+            self.values[sampled] += now[sampled] / min(self.samples, count)
+            self.values[maxima] = torch.maximum(self.values[maxima], now[maxima])
 
     @torch.no_grad()
     def before_update(self, gradient_norms: Tensor, loss_scale: Tensor | None = None) -> None:
@@ -249,9 +290,10 @@ class Probe:
             self.values[slot] = value
         self.hosts.reverse()
         host = self.hosts[0]
-        host.copy_(self.values, non_blocking=True)
+        on_cuda = self.device.type == "cuda"  # elsewhere a copy cannot be waited for: pytorch issue 140296
+        host.copy_(self.values, non_blocking=on_cuda)
         event = None
-        if self.device.type == "cuda":
+        if on_cuda:
             event = torch.cuda.Event()
             event.record()
         measured = [span for span in self.due if span.metric.source not in ONCE or span.key in self.reduced]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stabrun.observe.norms import tensor_norms
 
-LOGITS_AT_ONCE = 1 << 27  # attention logits in memory at a time, which bounds memory at long contexts
+LOGITS_AT_ONCE = 1 << 27  # attention logits in memory at a time
 FAR_BELOW = -1e30  # masks future positions; finite, because 0 · −∞ is NaN in the entropy
 
 
@@ -29,11 +29,11 @@ class Core(Protocol):
     """What the reductions need of an attention core, such as `stabrun.model.attention.AttentionCore`."""
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
-        """QKᵀ/√d, `[batch, heads, time, time]`."""
+        """QKᵀ/√d, `[batch, heads, queries, keys]`."""
         ...
 
     def shaped(self, logits: Tensor) -> Tensor:
-        """The input of the softmax, as a new tensor."""
+        """The input of the softmax, as a new tensor; the queries are those of the last keys."""
         ...
 
 
@@ -90,17 +90,18 @@ def norm(x: Tensor) -> Tensor:
 
 
 def attention_statistics(core: Core, q: Tensor, k: Tensor) -> dict[str, Tensor]:
-    """Largest logit over past positions, and mean entropy of the rows of the softmax.
+    """Largest logit over past positions, and mean entropy of the rows of the softmax, some queries at a time.
 
     With logits s relative to the largest of their row, p = softmax(s) and log p = s + log max p. The entropy of a row,
     −Σ p log p, is therefore −Σ p·s − log max p: no logarithm of a full matrix, and no difference of large numbers.
     """
     batch, heads, time, _ = q.shape
-    chunk = max(1, LOGITS_AT_ONCE // (heads * time * time))
-    future = torch.full((time, time), FAR_BELOW, device=q.device).triu(1)
+    queries = min(time, max(1, LOGITS_AT_ONCE // (batch * heads * time)))
     peaks, entropies = [], []
-    for q_chunk, k_chunk in zip(q.split(chunk), k.split(chunk), strict=True):
-        logits = core.logits(q_chunk, k_chunk)
+    for start in range(0, time, queries):
+        stop = min(start + queries, time)
+        logits = core.logits(q[:, :, start:stop], k[:, :, :stop])
+        future = torch.full(logits.shape[-2:], FAR_BELOW, device=q.device).triu(1 + start)
         peaks.append(logits.add_(future).amax())
         shaped = core.shaped(logits)
         shaped.sub_(shaped.amax(-1, keepdim=True))

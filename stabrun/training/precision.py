@@ -14,8 +14,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def pick_device(config: TrainConfig) -> torch.device:
-    """The configured device; `auto` is CUDA, else MPS, else the CPU. UserError if the device is not available."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The configured device; `auto` is CUDA, else the CPU. UserError if the device is not available."""
+    there = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.backends.mps.is_available()}
     name = next(name for name, present in there.items() if present) if config.device == "auto" else config.device
     if not there[name]:
         present = ", ".join(name for name, has in there.items() if has)
@@ -75,7 +75,3 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20)):
         mallopt(parameter, value)
-
-
-def compiles(config: TrainConfig, device: torch.device) -> bool:
-    return device.type == "cuda" if config.compile is None else config.compile

@@ -1,5 +1,6 @@
 """One update: batch, gradients, clipping, Adam."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from stabrun.data.batches import starts, validation_batch, windows
 from stabrun.data.degenerate import Finding, digest, findings
 from stabrun.data.shards import Prepared
 from stabrun.model.gpt import GPT
+from stabrun.model.switches import sequence_parts
 from stabrun.observe.norms import tensor_norms
 from stabrun.observe.probe import PendingRow, Probe
-from stabrun.training.objective import cross_entropy, z_loss
+from stabrun.training.compilation import compile_parts, compiles
+from stabrun.training.objective import Objective
 from stabrun.training.optimizer import clip_by_norm, clip_by_value, make_optimizer, set_rate
-from stabrun.training.precision import autocast, compiles, pick_device, prepare_backend, refuse_too_large
+from stabrun.training.precision import autocast, pick_device, prepare_backend, refuse_too_large
 from stabrun.training.scaling import LossScale
 from stabrun.training.schedule import learning_rate
 
@@ -37,12 +40,17 @@ class Trainer:
         blocks: list[Any] = list(self.model.blocks)
         self.micro_batch_size = config.train.micro_batch_size or config.train.batch_size
         shape = self.micro_batch_size, config.data.seq_len
-        self.probe = Probe(self.model, config.observe, shape, blocks, [b.attn.layer.core for b in blocks], scalars)
+        parts = sequence_parts(config.model.vocab_size, *shape)
+        self.probe = Probe(self.model, config.observe, shape, blocks, self.model.cores, scalars, {"head": parts})
         self.rate = 0.0  # learning rate of the last update
         self.seen: dict[str, int] = {}  # digest of a batch → the step that used it, since this start
         self.findings: list[Finding] = []  # about the last batch
+        self.model.recompute = config.train.recompute == "blocks"
+        context = partial(autocast, config.train, self.device)
+        self.objective = Objective(self.model, config.optim.z_loss, parts, context)
         self.compiled = compiles(config.train, self.device)
-        self.forward = torch.compile(self.model) if self.compiled else self.model
+        if self.compiled:
+            compile_parts(self.objective)
 
     def step(self, step: int) -> PendingRow:
         """Queue update `step` (from 0) on the device; the snapshot holds its losses, gradient norm and statistics."""
@@ -77,14 +85,15 @@ class Trainer:
 
         Returns the terms of the objective, 0-dim: the cross-entropy in nats, and the z-loss if it has a weight.
         """
-        parts = self.batch(step).split(self.micro_batch_size)
-        totals = [torch.zeros((), device=self.device)] * (1 + (self.config.optim.z_loss > 0))
+        parts = self.on_device(self.batch(step)).split(self.micro_batch_size)
+        totals: tuple[Tensor, ...] = ()
         for index, part in enumerate(parts):
-            terms = [term / len(parts) for term in self.terms(part)]
-            self.scaling.scaled(sum(terms[1:], terms[0])).backward()
-            totals = [total + term.detach() for total, term in zip(totals, terms, strict=True)]
+            self.probe.begin(index)
+            after = partial(self.probe.part, "head")
+            terms = self.objective.accumulate(part, len(parts), self.scaling.scaled, after)
+            totals = tuple(map(torch.add, totals, terms)) if totals else terms
             self.probe.merge(index, len(parts))
-        return tuple(totals)
+        return totals
 
     def batch(self, step: int) -> Tensor:
         """The batch of update `step`, `[batch_size, seq_len + 1]` int64; sets `findings`.
@@ -103,15 +112,11 @@ class Trainer:
             )
         return batch
 
-    def terms(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """The terms of the objective on tokens `[B, T + 1]`, each predicted from those before it; 0-dim."""
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        batch = batch.to(self.device, non_blocking=True)
-        with autocast(self.config.train, self.device):
-            logits = self.forward(batch[:, :-1])
-            loss, weight = cross_entropy(logits, batch[:, 1:]), self.config.optim.z_loss
-            return (loss, z_loss(logits, weight)) if weight else (loss,)
+    def on_device(self, batch: Tensor) -> Tensor:
+        """A batch on the device. On CUDA the copy is not waited for; elsewhere that is unsafe: pytorch issue 189690."""
+        if self.device.type != "cuda":
+            return batch.to(self.device)
+        return batch.pin_memory().to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -119,6 +124,7 @@ class Trainer:
         self.probe.rest()
         self.model.eval()
         batch = validation_batch(self.data.val, self.config.train.val_sequences, self.config.data.seq_len)
-        total = sum(float(self.terms(part)[0]) * len(part) for part in batch.split(self.micro_batch_size))
+        parts = self.on_device(batch).split(self.micro_batch_size)
+        total = sum(float(self.objective.mean(part)[0]) * len(part) for part in parts)
         self.model.train()
         return total / len(batch)

@@ -1,0 +1,119 @@
+"""torch.compile: which graphs it makes, that nothing runs uncompiled, and that the numbers are those without it."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import VARIANTS, a_trainer, tiny
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.utils import counters
+
+from stabrun.config import UserError
+from stabrun.training import trainer as module
+from stabrun.training.compilation import OFF, compile_parts, compiles, graphs
+from stabrun.training.objective import Objective
+
+STEPS = (0, 1)  # with expensive statistics, and without
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def by(monkeypatch):
+    """Make trainers compile by a backend that is quicker than Inductor."""
+    return lambda backend: monkeypatch.setattr(module, "compile_parts", partial(compile_parts, backend=backend))
+
+
+def rows(trainer):
+    return [trainer.step(step).read() for step in STEPS]
+
+
+def close(compiled, plain, rel=2e-5):
+    assert compiled.keys() == plain.keys()
+    for key, value in plain.items():
+        assert compiled[key] == pytest.approx(value, rel=rel, abs=1e-6), key
+
+
+def test_five_arms_in_one_process_compile_in_their_first_cell_only(by):
+    """A block has three graphs: with all statistics, with the quick ones, and for validation."""
+    by("aot_eager")
+    for count, variant in enumerate(("baseline", "qk_norm", "qk_norm_cap", "layer_scale", "sigma_reparam"), 1):
+        for lr in (1e-3, 1e-2, 1e-1):
+            trainer = a_trainer(tiny(f"+variant={variant}", "train.compile=true", "model.n_layer=3", f"optim.lr={lr}"))
+            found = rows(trainer)
+            trainer.validate()
+            found += [trainer.step(2).read()]
+            # All arms share four: output layer with loss in the three kinds, and the norm of the residual stream.
+            assert graphs() == 3 * count + 4, (variant, lr)
+        plain = a_trainer(tiny(f"+variant={variant}", "model.n_layer=3", f"optim.lr={lr}"))
+        expected = [plain.step(step).read() for step in range(3)]
+        close(found[0], expected[0])
+        assert found[2]["train/loss"] == pytest.approx(expected[2]["train/loss"], rel=1e-4)
+    assert not counters["graph_break"]
+
+
+# The backward graph of these, and of all by the slow test.
+QUICK = [(variant, "aot_eager" if variant in ("qkv_norm", "soft_clip") else "eager") for variant in VARIANTS]
+FULL = [pytest.param(variant, "aot_eager", marks=pytest.mark.slow) for variant, how in QUICK if how == "eager"]
+
+
+@pytest.mark.parametrize(("variant", "backend"), [*QUICK, *FULL])
+def test_the_numbers_are_those_without_compilation(by, variant, backend):
+    by(backend)
+    words = f"+variant={variant}", "model.n_layer=1", "optim.z_loss=1e-3"
+    compiled, plain = rows(a_trainer(tiny(*words, "train.compile=true"))), rows(a_trainer(tiny(*words)))
+    assert graphs() == 5
+    assert not counters["graph_break"]
+    for pair in zip(compiled, plain, strict=True):
+        close(*pair, rel=2e-4)
+
+
+def test_what_cannot_be_compiled_is_an_error(by):
+    by("eager")
+    trainer = a_trainer(tiny("train.compile=true"))
+    trainer.model.blocks[0].register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    with pytest.raises(Unsupported):
+        trainer.step(0)
+
+
+@pytest.mark.slow
+def test_more_graphs_than_torch_allows_by_default(by):
+    by("eager")
+    for layers in range(1, 12):
+        rows(a_trainer(tiny("train.compile=true", f"model.d_model={8 * layers}", "model.n_layer=1", "model.n_head=1")))
+    assert graphs() == 5 * 11
+
+
+def test_dropout_draws_the_same_numbers_by_inductor():
+    words = "model.dropout=0.5", "model.n_layer=1", "observe.every=0"
+    compiled, plain = rows(a_trainer(tiny(*words, "train.compile=true"))), rows(a_trainer(tiny(*words)))
+    other = a_trainer(tiny(*words, "seed=1"))
+    assert [row["train/loss"] for row in compiled] == pytest.approx([row["train/loss"] for row in plain], rel=1e-5)
+    other.model.load_state_dict(a_trainer(tiny(*words)).model.state_dict())
+    assert other.step(0).read()["train/loss"] != pytest.approx(plain[0]["train/loss"], rel=1e-3)
+
+
+def test_compilation_that_is_turned_off(monkeypatch):
+    monkeypatch.setenv(OFF, "1")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert not compiles(tiny().train, cuda)
+    with pytest.raises(UserError, match="TORCH_COMPILE_DISABLE"):
+        compiles(tiny("train.compile=true").train, cpu)
+    monkeypatch.delenv(OFF)
+    assert [compiles(tiny().train, device) for device in (cpu, cuda)] == [False, True]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_parts_of_the_sequence_share_a_graph(backend):
+    trainer = a_trainer(tiny("model.n_layer=1", "observe.every=0"))
+    objective = Objective(trainer.model, 0.0, parts=4)
+    compile_parts(objective, backend)
+    tokens = trainer.batch(0)
+    objective.accumulate(tokens, 1, lambda loss: loss, lambda index: None)
+    assert graphs() == 2
