@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from helpers import TINY, configured, tiny, train_interrupted
 from helpers import run as stabrun
 from safetensors.torch import load_file, save_file
 
+from stabrun.composition import override
 from stabrun.config import UserError
 from stabrun.data import tokenizer
 from stabrun.data.shards import prepare
@@ -419,10 +421,33 @@ def test_seconds_are_those_of_all_starts_up_to_their_last_event(tmp_path):
 
 
 def test_a_model_too_large_for_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(precision, "free_memory", lambda: 1 << 18)
-    with pytest.raises(UserError, match=r"a step needs about .* and 256\.0 KiB are free"):
+    monkeypatch.setattr(precision, "free_memory", lambda device: 1 << 18)
+    with pytest.raises(UserError, match=r"a step needs about .* and 256\.0 KiB are free\. Use a smaller model\."):
         train(tiny(f"run_dir={tmp_path / 'run'}"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("gib", "advice"),
+    [
+        (79, None),
+        (40, "train.micro_batch_size=4 fits."),
+        (23, "train.micro_batch_size=1 fits."),
+        (18, "train.micro_batch_size=2 train.recompute=blocks fits."),
+        (12, "Use a smaller model."),
+    ],
+)
+def test_the_settings_that_fit_a_gpu_are_named(monkeypatch, gib, advice):
+    monkeypatch.setattr(precision, "free_memory", lambda device: gib << 30)
+    config = configured("model=830m", "+variant=qk_norm_cap", "train.micro_batch_size=8")
+    if advice is None:
+        precision.refuse_too_large(config, torch.device("cuda"))
+        return
+    with pytest.raises(UserError, match=re.escape(f"{gib}.0 GiB are free. {advice}")) as refused:
+        precision.refuse_too_large(config, torch.device("cuda"))
+    assert str(refused.value).startswith("train.micro_batch_size=8: a step needs about ")
+    words = [word for word in advice.split() if "=" in word]
+    precision.refuse_too_large(override(config, words) if words else configured("model=small"), torch.device("cuda"))
 
 
 def test_a_run_outlives_the_reader_of_its_output(tmp_path):

@@ -379,7 +379,7 @@ def model(overrides: list[str], config_dir: Path | None, as_json: bool, trace: b
     config = compose(overrides, config_dir)
     facts = describe(config)
     if trace:
-        from stabrun.model.trace import traced_memory
+        from stabrun.training.trace import traced_memory
 
         facts["memory"]["traced_peak_bytes"] = traced_memory(config)
     lines = [report(facts, config)]

@@ -67,6 +67,10 @@ class GPT(nn.Module):
         out: Tensor = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.dropout_rate > 0)
         return out
 
+    def matrices(self) -> list[Tensor]:
+        """The weights of the linear layers."""
+        return [layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)]
+
     def before_step(self) -> None:
         """Work of each training step outside the forward pass: σReparam's power iteration."""
         for layer in self.sigma_layers:

@@ -42,19 +42,21 @@ class Activation:
 
     `widths` is FC1's output width as a multiple of FC2's input width. `kept` counts the values that autograd keeps for
     the backward pass, as a multiple of FC2's input width: FC1's output, FC2's input and what the function saves.
+    `needed` counts the values that exist beside them while the function is differentiated.
     """
 
     function: Callable[[Any, Any], Any]
     widths: int = 1
     kept: int = 2
+    needed: int = 1
 
 
 ACTIVATIONS = {
     "gelu": Activation(gelu),
     "gelu_tanh": Activation(gelu_tanh),
-    "relu2": Activation(relu2),
-    "swiglu": Activation(swiglu, widths=2, kept=4),
-    "geglu": Activation(geglu, widths=2, kept=4),
+    "relu2": Activation(relu2, needed=2),
+    "swiglu": Activation(swiglu, widths=2, kept=4, needed=2),
+    "geglu": Activation(geglu, widths=2, kept=4, needed=2),
 }
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,17 +46,39 @@ def prepare_backend(config: TrainConfig) -> None:
 
 
 def refuse_too_large(config: Config, device: torch.device) -> None:
-    """UserError if a step on the CPU needs more memory than is free: the system would kill the process."""
-    free, needed = free_memory(), memory(config)["peak_bytes"]
-    if device.type == "cpu" and free is not None and needed > free:
-        raise UserError(
-            f"model.d_model={config.model.d_model}, model.n_layer={config.model.n_layer}: a step needs about "
-            f"{human(needed)} and {human(free)} are free. Use a smaller model or a smaller train.micro_batch_size."
-        )
+    """UserError if a step needs more memory than is free on the device, with the settings that fit.
+
+    A CPU's system would kill the process, and a GPU would fail at the first step.
+    """
+    free, needed = free_memory(device), memory(config, device.type)["peak_bytes"]
+    if free is None or needed <= free:
+        return
+    size = config.train.micro_batch_size or config.train.batch_size
+    fits = fitting(config, device.type, free)
+    advice = f"{' '.join(fits)} fits." if fits else "Use a smaller model."
+    raise UserError(
+        f"train.micro_batch_size={size}: a step needs about {human(needed)}, and {human(free)} are free. {advice}"
+    )
 
 
-def free_memory() -> int | None:
-    """Available memory in bytes, reclaimable caches included; None on systems other than Linux."""
+def fitting(config: Config, device: str, free: int) -> list[str]:
+    """The overrides that fit `free` bytes: the largest micro-batch, with recomputation if none fits without; or none."""
+    train, most = config.train, config.train.micro_batch_size or config.train.batch_size
+    for recompute in dict.fromkeys([train.recompute, "blocks"]):
+        for size in (n for n in range(most, 0, -1) if train.batch_size % n == 0):
+            smaller = replace(config, train=replace(train, micro_batch_size=size, recompute=recompute))
+            if memory(smaller, device)["peak_bytes"] <= free:
+                return [f"train.micro_batch_size={size}", *["train.recompute=blocks"] * (recompute != train.recompute)]
+    return []
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device; of a CPU with reclaimable caches. None if that is unknown."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    if device.type != "cpu":
+        return None
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stabrun.config import Config, UserError
 from stabrun.data.batches import starts, validation_batch, windows
@@ -31,7 +31,7 @@ class Trainer:
         refuse_too_large(config, self.device)
         self.model = GPT(config.model, config.data.seq_len, config.seed).to(self.device)
         self.parameters = list(self.model.parameters())
-        self.matrices = [layer.weight for layer in self.model.modules() if isinstance(layer, nn.Linear)]
+        self.matrices = self.model.matrices()
         self.optimizer = make_optimizer(self.model, config.optim)
         self.scaling = LossScale(config.train, self.device)
         clipped = ("grad/clipped",) * (config.optim.clip is not None)
