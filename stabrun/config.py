@@ -15,6 +15,11 @@ from typing import Any
 
 RESULT, RESOURCE, VIEW = "result", "resource", "view"
 
+GPUS = (  # with a row in stabrun/model/gpus.py
+    "b200", "h200", "h200-nvl", "h100", "h100-nvl", "h100-pcie", "a100", "a100-40", "l40s", "l4", "a40", "a10", "v100",
+    "v100-32", "t4", "rtx4090", "rtx3090", "mi300x",
+)  # fmt: skip
+
 
 def conf_dir() -> Path:
     """The directory of configuration files: inside the package in a wheel, beside it in a checkout."""
@@ -268,6 +273,12 @@ class StudyConfig:
     width: float = key(0.25, VIEW, "a search ends when lr50 is known to ± this many octaves", above=0)
     max_runs: int = key(40, VIEW, "maximum runs per arm in a search", at_least=1)
     workers: int = key(1, RESOURCE, "number of training processes", at_least=1, at_most=1024)
+    gpu: str | None = key(
+        None, VIEW, "GPU for which --dry-run computes times; null for the one of this machine", allowed=GPUS
+    )
+    mfu: float | None = key(
+        None, VIEW, "model FLOPs utilization that --dry-run assumes on a GPU; null for 0.35", above=0, at_most=1
+    )
 
 
 @dataclass

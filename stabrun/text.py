@@ -29,7 +29,7 @@ def count_text(count: int) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """`0.2 s`, `85 s`, `4 min`, `2 h 5 min`, `3 days 4 h`."""
+    """`0.2 s`, `85 s`, `4 min`, `2 h 5 min`, `3 days 4 h`, `29 days`."""
     if seconds < 119.5:
         return f"{seconds:.1g} s" if seconds < 0.95 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -39,7 +39,14 @@ def duration_text(seconds: float) -> str:
     if hours < 48:
         return f"{hours} h {minutes} min" if minutes else f"{hours} h"
     days, hours = divmod(hours, 24)
+    if days >= 10:
+        return f"{round(seconds / 86400):,} days"
     return f"{days} days {hours} h" if hours else f"{days} days"
+
+
+def hours_text(seconds: float) -> str:
+    """Time of a device, which adds up: `12 s`, `4 min`, `2.1 h`, `1,230.5 h`."""
+    return duration_text(seconds) if seconds < 3600 else f"{seconds / 3600:,.1f} h"
 
 
 def aligned(rows: Iterable[list[str]]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from stabrun.study.snapshot import SnapshotReader
 from stabrun.study.worker import work
 from stabrun.training.run import train
 
-TIMINGS = ("seconds", "tokens_per_second")
+TIMINGS = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes")
 QUESTION = (
     *TINY,
     "study.variants=[baseline,qk_norm]",

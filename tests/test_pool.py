@@ -10,7 +10,7 @@ import pytest
 from studies import ENDLESS, a_plan, recorded, wait_for
 
 from stabrun.study.ledger import PLANNED, Ledger
-from stabrun.study.pool import SPARE, Batch, LauncherPool, LocalPool, WorkerPool, gpus, stop_file
+from stabrun.study.pool import SPARE, Batch, LauncherPool, LocalPool, WorkerPool, gpu_names, gpus, stop_file
 from stabrun.study.worker import registered, work
 
 LISTED = """\
@@ -57,6 +57,12 @@ def test_workers_that_end_before_they_train_are_restarted_a_few_times(tmp_path):
 )
 def test_gpus_that_workers_share(visible, listed, shared):
     assert gpus(visible, listed) == shared
+
+
+def test_gpus_are_listed_by_name_without_their_parts():
+    part = "  MIG 1g.10gb     Device  0: (UUID: MIG-4c6a0b7d-0000-1111-2222-333344445555)\n"
+    assert gpu_names(LISTED + part) == ["NVIDIA H100 80GB HBM3"] * 2
+    assert gpu_names("No devices were found\n") == []
 
 
 def test_each_local_worker_has_its_own_gpu(tmp_path, monkeypatch):

@@ -39,6 +39,8 @@ def test_an_offline_run_has_the_values_of_the_record(tmp_path):
     assert found.run["tags"] == ["mine", "qk_norm", "0.014M"]
     assert found.summary["verdict"] == summary["verdict"]
     assert found.summary["final_loss"] == pytest.approx(summary["final_loss"])
+    assert found.summary.get("peak_memory_bytes") == summary["peak_memory_bytes"]
+    assert found.summary["tokens_per_second"] == pytest.approx(summary["tokens_per_second"])
     recorded = found.run["config"]["update"]
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     model = meta_gpt(config.model, config.data.seq_len)

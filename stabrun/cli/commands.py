@@ -218,7 +218,7 @@ def trained(config: Config) -> Any:
     ),
 )
 @overrides_argument
-@click.option("--dry-run", is_flag=True, help="List cells, tokens, FLOPs and time; train nothing.")
+@click.option("--dry-run", is_flag=True, help="List cells, tokens, FLOPs, memory and time; train nothing.")
 @hydra_options
 def sweep(overrides: list[str], dry_run: bool, **flags: Any) -> int:
     """Run a study: variants × learning rates × seeds. The same command resumes it."""

@@ -13,7 +13,8 @@ COMMON = (
     "schedule.warmup_steps", "data.path",
 )  # fmt: skip
 COMMON_OF_STUDY = (
-    "study.variants", "study.lrs", "study.seeds", "study.strategy", "study.lr_range", "study.workers", "study_dir",
+    "study.variants", "study.lrs", "study.seeds", "study.strategy", "study.lr_range", "study.workers", "study.gpu",
+    "study.mfu", "study_dir",
 )  # fmt: skip
 
 

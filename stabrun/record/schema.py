@@ -59,6 +59,8 @@ class Summary(TypedDict, total=False):
     tokens: int
     seconds: float
     tokens_per_second: float
+    mfu: float | None
+    peak_memory_bytes: int | None
     arm: str
 
 
@@ -98,6 +100,8 @@ class Result(TypedDict):
     tokens: int
     seconds: float
     tokens_per_second: float
+    mfu: float | None
+    peak_memory_bytes: int | None
 
 
 class Estimate(TypedDict):

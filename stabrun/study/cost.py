@@ -1,21 +1,22 @@
-"""What a study takes: tokens, FLOPs and time per run, and those of the cells that are left, by arm."""
+"""What a study takes: tokens, FLOPs, memory and time per run, and those of the cells that are left, by arm."""
 
 import os
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
-from stabrun.config import Config
-from stabrun.model.describe import flops_per_token
+from stabrun.config import Config, StudyConfig
+from stabrun.model.describe import flops_per_token, memory, parameters
+from stabrun.model.gpus import BY_NAME, Gpu, of_device
 from stabrun.record.schema import Summary
 from stabrun.study.plan import GRID, Plan
-from stabrun.study.pool import threads_per_worker
-from stabrun.text import duration_text, rate_text
+from stabrun.study.pool import gpu_names, nvidia_smi
+
+CPU, CUDA, MPS = "cpu", "cuda", "mps"
 
 # Prints the FLOP/s of float32 matrix products of size 1024, the best of three.
 BENCHMARK = """
@@ -48,69 +49,69 @@ def medians(values: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What is left of an arm; of a search, at most. `seconds` of one worker: `measured`, a lower bound, or unknown."""
+    """What is left of an arm; of a search, at most. `cell_seconds` of one worker: `measured`, by FLOPs, or unknown."""
 
     arm: str
+    config: Config
     rates: list[float]
     cells: int
-    tokens: int
-    flops: int
-    seconds: float | None
+    cell_seconds: float | None
     measured: bool
 
+    @property
+    def parameters(self) -> int:
+        return parameters(self.config.model, self.config.data.seq_len)["total"]
 
-def costs(plan: Plan, rows: list[Summary], speed: float | None) -> list[Cost]:
-    """The cost of each arm. `rows`: finished runs. `speed`: FLOP/s of a worker, for arms without one, or None."""
+    @property
+    def peak_bytes(self) -> int:
+        return memory(self.config)["peak_bytes"]
+
+    @property
+    def tokens(self) -> int:
+        return self.cells * tokens_per_run(self.config)
+
+    @property
+    def flops(self) -> int:
+        return self.cells * flops_per_run(self.config)
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of the devices that train the cells. A cell trains on one device."""
+        return None if self.cell_seconds is None else self.cells * self.cell_seconds
+
+
+def costs(plan: Plan, rows: list[Summary], speeds: Mapping[str, float]) -> list[Cost]:
+    """The cost of each arm. `rows`: finished runs. `speeds`: FLOP/s of a cell by arm, for arms without such a run."""
     done, seconds_per_step = {row["run_id"] for row in rows}, measured_seconds(rows)
     found = []
     for arm, config in plan.arms.items():
         cells = [cell for cell in plan.cells_of(arm) if cell.id not in done]
         finished = sum(row["arm"] == arm for row in rows)
         count = len(cells) if plan.strategy == GRID else max(0, plan.max_runs - finished)
-        flops, measured = count * flops_per_run(config), seconds_per_step.get(arm)
-        seconds = count * config.train.steps * measured if measured else flops / speed if speed else None
-        rates = sorted({cell.lr for cell in cells})
-        found.append(Cost(arm, rates, count, count * tokens_per_run(config), flops, seconds, bool(measured)))
+        measured, speed = seconds_per_step.get(arm), speeds.get(arm)
+        seconds = config.train.steps * measured if measured else flops_per_run(config) / speed if speed else None
+        found.append(Cost(arm, config, sorted({cell.lr for cell in cells}), count, seconds, bool(measured)))
     return found
 
 
-def cost_lines(plan: Plan, rows: list[Summary], directory: Path, workers: int) -> Iterator[str]:
-    """What a study would train, for people."""
-    unknown = plan.arms.keys() - {row["arm"] for row in rows}
-    on_gpu = any(trains_on_gpu(config) for config in plan.arms.values())
-    threads = next(iter(plan.arms.values())).train.threads or threads_per_worker(workers)
-    speed = matrix_speed(threads) if unknown and not on_gpu else None
-    found = costs(plan, rows, speed)
-    at_most = "" if plan.strategy == GRID else "up to "
-    for cost in found:
-        rates = f", lr {', '.join(map(rate_text, cost.rates))}" if cost.rates else ""
-        yield f"{cost.arm}: {at_most}{cost.cells} cells to train, {cost.tokens:,} tokens{_time([cost], workers)}{rates}"
-    cells, tokens, flops = (sum(getattr(cost, name) for cost in found) for name in ("cells", "tokens", "flops"))
-    of = f" of {len(plan.cells)}" if plan.strategy == GRID else ""
-    yield f"total: {at_most}{cells}{of} cells, {tokens:,} tokens, {flops:.3g} FLOPs{_time(found, workers)}"
-    if speed is not None:
-        measured = "; times of arms with a finished run are measured" if rows else ""
-        yield f"times are lower bounds, at {speed / 1e9:.3g} GFLOP/s per worker in matrix products{measured}"
-    elif unknown:
-        yield "times are unknown until a run of each arm is finished, because they train on a GPU"
-    yield f"study: {directory}"
+def device(config: Config, gpu: str | None) -> str:
+    """`cpu`, `cuda` or `mps`: where a run trains, by `train.device`; with `auto` on `gpu`, or as on this machine.
 
-
-def _time(costs: list[Cost], workers: int) -> str:
-    """`, at least 4 min with 2 workers`; empty if it is unknown."""
-    left = [cost for cost in costs if cost.cells]
-    if not left or any(cost.seconds is None for cost in left):
-        return ""
-    text = duration_text(sum(cost.seconds or 0.0 for cost in left) / workers)
-    bound = "" if all(cost.measured for cost in left) else "at least "
-    return f", {bound}{text} with {workers} worker{'s' * (workers != 1)}"
-
-
-def trains_on_gpu(config: Config) -> bool:
-    """Whether a run would train on a GPU of this machine. Determined without torch, whose import takes seconds."""
+    Determined without torch, whose import takes seconds.
+    """
     if config.train.device != "auto":
-        return config.train.device != "cpu"
-    return sys.platform == "darwin" or any(map(shutil.which, ("nvidia-smi", "rocm-smi")))
+        return config.train.device
+    if gpu or any(map(shutil.which, ("nvidia-smi", "rocm-smi"))):
+        return CUDA
+    return MPS if sys.platform == "darwin" else CPU
+
+
+def gpu_of(study: StudyConfig) -> Gpu | None:
+    """`study.gpu`, else the GPU of this machine; None if it is not in the table, or if there are several kinds."""
+    if study.gpu:
+        return BY_NAME[study.gpu]
+    kinds = {of_device(name) for name in gpu_names(nvidia_smi())}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def matrix_speed(threads: int) -> float:

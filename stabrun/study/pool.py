@@ -158,6 +158,11 @@ def gpus(visible: str | None, listed: str) -> list[str]:
     return re.findall(r"^GPU \d+: .*\(UUID: (GPU-[\w-]+)\)", listed, re.MULTILINE)
 
 
+def gpu_names(listed: str) -> list[str]:
+    """The name of each GPU that `nvidia-smi -L` lists."""
+    return re.findall(r"^GPU \d+: (.*) \(UUID: ", listed, re.MULTILINE)
+
+
 def nvidia_smi() -> str:
     """The output of `nvidia-smi -L`; empty if it is not installed."""
     if not shutil.which("nvidia-smi"):

@@ -7,7 +7,7 @@ from stabrun.composition import Sources
 from stabrun.record.run_dir import naming
 from stabrun.record.study_dir import StudyDir
 from stabrun.study import results
-from stabrun.study.cost import cost_lines
+from stabrun.study.dry_run import dry_run_lines
 from stabrun.study.facts import summary_lines
 from stabrun.study.launch import worker_pool
 from stabrun.study.live_table import LEGEND, LiveTable, failure_messages, result_line, table
@@ -35,7 +35,7 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
     if dry_run:
         plan = _with_existing(asked, study)
         _warn_if_short(plan)
-        print("\n".join(cost_lines(plan, reader.read(plan).rows, directory, config.study.workers)))
+        print("\n".join(dry_run_lines(plan, reader.read(plan).rows, directory, config.study)))
         return 0
     with naming("study_dir", directory):
         directory.mkdir(parents=True, exist_ok=True)

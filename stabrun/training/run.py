@@ -23,6 +23,7 @@ from stabrun.training.schedule import unreached
 from stabrun.training.tally import Tally
 from stabrun.training.tracker import Tracker
 from stabrun.training.trainer import Trainer
+from stabrun.training.usage import Usage
 from stabrun.verdict.judge import Judge
 
 Watch = Callable[[Row], None]
@@ -78,7 +79,10 @@ class Run:
         self.tokens = earlier[-1]["tokens"] if earlier else 0
         self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
         self.tracker = Tracker(self.config, self.run_dir, earlier)
-        self.watches: list[Watch] = [self.record.write, self.judge.add, self.tally.add, self.tracker.row]
+        self.usage = Usage(self.config, trainer.device)
+        self.watches: list[Watch] = [
+            self.record.write, self.judge.add, self.tally.add, self.tracker.row, self.usage.add
+        ]  # fmt: skip
         self.watches += [watch] if watch else []
         self.resumed_at = {"step": self.done, "tokens": self.tokens}
 
@@ -189,7 +193,8 @@ class Run:
         config, val = self.config, self.val_loss
         verdict = self.judge.conclude()
         rate = round((self.tokens - self.resumed_at["tokens"]) / seconds, 1)
-        self.record.event(status, step=verdict.horizon + 1, seconds=round(seconds, 3), tokens_per_second=rate)
+        used = {"tokens_per_second": rate, **self.usage.facts()}
+        self.record.event(status, step=verdict.horizon + 1, seconds=round(seconds, 3), **used)
         facts = {
             "run_id": run_id(config),
             "variant": config.variant,
@@ -203,7 +208,7 @@ class Run:
             "steps": verdict.horizon + 1,
             "tokens": self.tokens,
             "seconds": round(self.run_dir.seconds_spent(), 3),
-            "tokens_per_second": rate,
+            **used,
         }
         summary: Summary = jsonable(facts)
         return summary
