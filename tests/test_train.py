@@ -432,8 +432,8 @@ def test_a_model_too_large_for_the_memory_is_refused(tmp_path, monkeypatch):
     [
         (79, None),
         (40, "train.micro_batch_size=4 fits."),
-        (23, "train.micro_batch_size=1 fits."),
-        (18, "train.micro_batch_size=2 train.recompute=blocks fits."),
+        (25, "train.micro_batch_size=1 fits."),
+        (20, "train.micro_batch_size=2 train.recompute=blocks fits."),
         (12, "Use a smaller model."),
     ],
 )
@@ -447,7 +447,7 @@ def test_the_settings_that_fit_a_gpu_are_named(monkeypatch, gib, advice):
         precision.refuse_too_large(config, torch.device("cuda"))
     assert str(refused.value).startswith("train.micro_batch_size=8: a step needs about ")
     words = [word for word in advice.split() if "=" in word]
-    precision.refuse_too_large(override(config, words) if words else configured("model=small"), torch.device("cuda"))
+    precision.refuse_too_large(override(config, words) if words else configured("model=nano"), torch.device("cuda"))
 
 
 def test_a_run_outlives_the_reader_of_its_output(tmp_path):

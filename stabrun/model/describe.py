@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from stabrun.config import AttentionConfig, Config, MlpConfig, ModelConfig, keys, rotated, value_of
@@ -17,6 +18,7 @@ from stabrun.model.switches import (
     sequence_parts,
 )
 
+CPU, CUDA = "cpu", "cuda"
 LOW = {"bf16": "bfloat16", "fp16": "float16"}  # precisions of two bytes → torch's names for them
 
 
@@ -62,11 +64,14 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     return 6 * (weights + model.d_model * model.vocab_size) + 12 * model.n_layer * model.d_model * seq_len
 
 
-def device_type(config: Config) -> str:
-    """`cpu`, `cuda` or `mps`: where the run would train. Determined without torch, whose import takes seconds."""
+def device_type(config: Config, gpu: str | None = None) -> str:
+    """`cpu`, `cuda` or `mps`: where a run trains, by `train.device`; with `auto` on `gpu`, or as on this machine.
+
+    Determined without torch, whose import takes seconds.
+    """
     if config.train.device != "auto":
         return config.train.device
-    return "cuda" if any(map(shutil.which, ("nvidia-smi", "rocm-smi"))) else "cpu"
+    return CUDA if gpu or any(map(shutil.which, ("nvidia-smi", "rocm-smi"))) else CPU
 
 
 def memory(config: Config, device: str | None = None) -> dict[str, int]:
@@ -105,6 +110,17 @@ def memory(config: Config, device: str | None = None) -> dict[str, int]:
         "activations_bytes": kept + outside,
         "logits_bytes": loss,
     }
+
+
+def fitting(config: Config, device: str, free: int) -> list[str]:
+    """The overrides that fit `free` bytes: the largest micro-batch, with recomputation if necessary; or none."""
+    train, most = config.train, config.train.micro_batch_size or config.train.batch_size
+    for recompute in dict.fromkeys([train.recompute, "blocks"]):
+        for size in (n for n in range(most, 0, -1) if train.batch_size % n == 0):
+            smaller = replace(config, train=replace(train, micro_batch_size=size, recompute=recompute))
+            if memory(smaller, device)["peak_bytes"] <= free:
+                return [f"train.micro_batch_size={size}", *["train.recompute=blocks"] * (recompute != train.recompute)]
+    return []
 
 
 class BlockMemory:

@@ -1,7 +1,6 @@
 """What a study takes: tokens, FLOPs, memory and time per run, and those of the cells that are left, by arm."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -15,8 +14,6 @@ from stabrun.model.gpus import BY_NAME, Gpu, of_device
 from stabrun.record.schema import Summary
 from stabrun.study.plan import GRID, Plan
 from stabrun.study.pool import gpu_names, nvidia_smi
-
-CPU, CUDA, MPS = "cpu", "cuda", "mps"
 
 # Prints the FLOP/s of float32 matrix products of size 1024, the best of three.
 BENCHMARK = """
@@ -53,6 +50,7 @@ class Cost:
 
     arm: str
     config: Config
+    device: str
     rates: list[float]
     cells: int
     cell_seconds: float | None
@@ -64,7 +62,7 @@ class Cost:
 
     @property
     def peak_bytes(self) -> int:
-        return memory(self.config)["peak_bytes"]
+        return memory(self.config, self.device)["peak_bytes"]
 
     @property
     def tokens(self) -> int:
@@ -80,7 +78,7 @@ class Cost:
         return None if self.cell_seconds is None else self.cells * self.cell_seconds
 
 
-def costs(plan: Plan, rows: list[Summary], speeds: Mapping[str, float]) -> list[Cost]:
+def costs(plan: Plan, rows: list[Summary], devices: Mapping[str, str], speeds: Mapping[str, float]) -> list[Cost]:
     """The cost of each arm. `rows`: finished runs. `speeds`: FLOP/s of a cell by arm, for arms without such a run."""
     done, seconds_per_step = {row["run_id"] for row in rows}, measured_seconds(rows)
     found = []
@@ -90,20 +88,9 @@ def costs(plan: Plan, rows: list[Summary], speeds: Mapping[str, float]) -> list[
         count = len(cells) if plan.strategy == GRID else max(0, plan.max_runs - finished)
         measured, speed = seconds_per_step.get(arm), speeds.get(arm)
         seconds = config.train.steps * measured if measured else flops_per_run(config) / speed if speed else None
-        found.append(Cost(arm, config, sorted({cell.lr for cell in cells}), count, seconds, bool(measured)))
+        rates = sorted({cell.lr for cell in cells})
+        found.append(Cost(arm, config, devices[arm], rates, count, seconds, bool(measured)))
     return found
-
-
-def device(config: Config, gpu: str | None) -> str:
-    """`cpu`, `cuda` or `mps`: where a run trains, by `train.device`; with `auto` on `gpu`, or as on this machine.
-
-    Determined without torch, whose import takes seconds.
-    """
-    if config.train.device != "auto":
-        return config.train.device
-    if gpu or any(map(shutil.which, ("nvidia-smi", "rocm-smi"))):
-        return CUDA
-    return MPS if sys.platform == "darwin" else CPU
 
 
 def gpu_of(study: StudyConfig) -> Gpu | None:

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from stabrun.config import GPUS, Config, StudyConfig
-from stabrun.model.describe import human
+from stabrun.model.describe import CPU, CUDA, device_type, fitting, human
 from stabrun.model.gpus import Gpu
 from stabrun.record.schema import Summary
-from stabrun.study.cost import CPU, CUDA, Cost, costs, device, gpu_of, matrix_speed, measured_seconds
+from stabrun.study.cost import Cost, costs, gpu_of, matrix_speed, measured_seconds
 from stabrun.study.plan import GRID, Plan
 from stabrun.study.pool import threads_per_worker
 from stabrun.text import aligned, duration_text, hours_text, rate_text
@@ -19,7 +19,7 @@ COLUMNS = ["arm", "cells", "parameters", "tokens", "FLOPs", "peak memory", "time
 
 def dry_run_lines(plan: Plan, rows: list[Summary], directory: Path, study: StudyConfig) -> Iterator[str]:
     """What the study would train. `rows`: its finished runs, whose times are used."""
-    devices = {arm: device(config, study.gpu) for arm, config in plan.arms.items()}
+    devices = {arm: device_type(config, study.gpu) for arm, config in plan.arms.items()}
     gpu = gpu_of(study) if CUDA in devices.values() else None
     timed, speeds, notes = measured_seconds(rows), dict[str, float](), list[str]()
     for kind in dict.fromkeys(devices.values()):
@@ -27,24 +27,24 @@ def dry_run_lines(plan: Plan, rows: list[Summary], directory: Path, study: Study
             found, reasons = speeds_on(kind, arms, gpu, study)
             speeds |= found
             notes += reasons
-    by_arm, limit = costs(plan, rows, speeds), "" if plan.strategy == GRID else "up to "
-    yield from aligned([COLUMNS, *(columns(cost, limit, devices[cost.arm]) for cost in by_arm)])
+    by_arm, limit = costs(plan, rows, devices, speeds), "" if plan.strategy == GRID else "up to "
+    yield from aligned([COLUMNS, *(columns(cost, limit) for cost in by_arm)])
     cells, tokens, flops = (sum(getattr(cost, name) for cost in by_arm) for name in ("cells", "tokens", "flops"))
     of = f" of {len(plan.cells)}" if plan.strategy == GRID else ""
-    time = total_time(by_arm, devices, study.workers)
+    time = total_time(by_arm, study.workers)
     yield f"total: {limit}{cells}{of} cells, {tokens:,} tokens, {flops:.3g} FLOPs{time}"
     yield from notes
     if timed and notes:
         yield "times of arms with a finished run are measured"
     if gpu:
-        yield from too_large([cost for cost in by_arm if devices[cost.arm] == CUDA], gpu)
+        yield from too_large([cost for cost in by_arm if cost.device == CUDA], gpu)
     yield from rate_lines(by_arm)
     yield f"study: {directory}"
 
 
-def columns(cost: Cost, limit: str, device: str) -> list[str]:
+def columns(cost: Cost, limit: str) -> list[str]:
     """The line of an arm, in the order of COLUMNS."""
-    at_least = "≥ " * (device == CPU and not cost.measured)
+    at_least = "≥ " * (cost.device == CPU and not cost.measured)
     return [
         cost.arm,
         f"{limit}{cost.cells}",
@@ -79,7 +79,7 @@ def speeds_on(
     return speeds, notes
 
 
-def total_time(costs: list[Cost], devices: Mapping[str, str], workers: int) -> str:
+def total_time(costs: list[Cost], workers: int) -> str:
     """`, at least 4 min with 2 workers`; on GPUs, also the time of all GPUs together. Empty if it is unknown.
 
     No study is shorter than its longest cell.
@@ -90,20 +90,20 @@ def total_time(costs: list[Cost], devices: Mapping[str, str], workers: int) -> s
         return ""
     total, longest = sum(times), max(cost.cell_seconds or 0.0 for cost in left)
     text = f"{duration_text(max(total / workers, longest))} with {workers} worker{'s' * (workers != 1)}"
-    if any(devices[cost.arm] == CPU and not cost.measured for cost in left):
+    if any(cost.device == CPU and not cost.measured for cost in left):
         return f", at least {text}"
-    if all(devices[cost.arm] == CUDA for cost in left):
+    if all(cost.device == CUDA for cost in left):
         return f", {hours_text(total)} of GPU time: {text}{', each on its own GPU' * (workers > 1)}"
     return f", {text}"
 
 
 def too_large(costs: list[Cost], gpu: Gpu) -> Iterator[str]:
-    """A sentence if a step of some arms does not fit into the GPU's memory."""
+    """A sentence if a step of some arms does not fit into the GPU's memory, with the settings that fit all of them."""
     if large := [cost for cost in costs if cost.cells and cost.peak_bytes > gpu.memory << 30]:
-        sizes = sorted({cost.config.train.micro_batch_size or cost.config.train.batch_size for cost in large})
-        smaller = f"train.micro_batch_size (now {', '.join(map(str, sizes))})" if sizes[-1] > 1 else "model"
+        fits = fitting(max(large, key=lambda cost: cost.peak_bytes).config, CUDA, gpu.memory << 30)
         names = "each arm" if len(large) == len(costs) else ", ".join(cost.arm for cost in large)
-        yield f"a step of {names} needs more than the {gpu.memory} GiB of {gpu.name}; use a smaller {smaller}"
+        advice = f"{' '.join(fits)} fits" if fits else "use a smaller model"
+        yield f"a step of {names} needs more than the {gpu.memory} GiB of {gpu.name}; {advice}"
 
 
 def rate_lines(costs: list[Cost]) -> Iterator[str]:

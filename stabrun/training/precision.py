@@ -3,13 +3,12 @@
 import ctypes
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from stabrun.config import Config, TrainConfig, UserError
-from stabrun.model.describe import LOW, human, memory
+from stabrun.model.describe import LOW, fitting, human, memory
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
@@ -59,17 +58,6 @@ def refuse_too_large(config: Config, device: torch.device) -> None:
     raise UserError(
         f"train.micro_batch_size={size}: a step needs about {human(needed)}, and {human(free)} are free. {advice}"
     )
-
-
-def fitting(config: Config, device: str, free: int) -> list[str]:
-    """The overrides that fit `free` bytes: the largest micro-batch, with recomputation if none fits without; or none."""
-    train, most = config.train, config.train.micro_batch_size or config.train.batch_size
-    for recompute in dict.fromkeys([train.recompute, "blocks"]):
-        for size in (n for n in range(most, 0, -1) if train.batch_size % n == 0):
-            smaller = replace(config, train=replace(train, micro_batch_size=size, recompute=recompute))
-            if memory(smaller, device)["peak_bytes"] <= free:
-                return [f"train.micro_batch_size={size}", *["train.recompute=blocks"] * (recompute != train.recompute)]
-    return []
 
 
 def free_memory(device: torch.device) -> int | None:
