@@ -9,9 +9,11 @@ from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 
 from stabrun.config import UserError
+from stabrun.record.run_dir import RunDir
 from stabrun.training import trainer as module
 from stabrun.training.compilation import OFF, compile_parts, compiles, graphs
 from stabrun.training.objective import Objective
+from stabrun.training.run import train
 
 STEPS = (0, 1)  # with expensive statistics, and without
 
@@ -117,3 +119,20 @@ def test_parts_of_the_sequence_share_a_graph(backend):
     tokens = trainer.batch(0)
     objective.accumulate(tokens, 1, lambda loss: loss, lambda index: None)
     assert graphs() == 2
+
+
+def test_the_record_says_what_was_compiled(by, tmp_path):
+    by("eager")
+    directory = tmp_path / "run"
+    train(tiny("train.compile=true", "+variant=soft_cap", "train.val_every=10", f"run_dir={directory}"))
+    run = RunDir(directory)
+    facts = run.environment()
+    assert (facts["compiled"], facts["attention"]) == (True, ["explicit"])
+    made = {event["step"]: event["graphs"] for event in run.events() if event["event"] == "compiled"}
+    # The block, its output's norm, and output layer with loss; then without slow statistics; then for validation.
+    assert made == {0: 3, 1: 2, 9: 2}
+    torch._dynamo.reset()
+    train(tiny(f"run_dir={tmp_path / 'plain'}"))
+    plain = RunDir(tmp_path / "plain")
+    assert (plain.environment()["compiled"], plain.environment()["attention"]) == (False, ["sdpa"])
+    assert not [event for event in plain.events() if event["event"] == "compiled"]

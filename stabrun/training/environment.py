@@ -13,8 +13,8 @@ from stabrun.version import __version__
 PACKAGES = ("torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetensors", "wandb")
 
 
-def environment(device: torch.device, data_hash: str, compiled: bool) -> dict[str, Any]:
-    """Versions, commit, machine, device used, threads, ranks and the hash of the data."""
+def environment(device: torch.device, data_hash: str, compiled: bool, attention: list[str]) -> dict[str, Any]:
+    """Versions, commit, machine, device used, threads, ranks, how the model is computed, and the hash of the data."""
     processor = platform.processor() or platform.machine()
     return {
         "stabrun": __version__,
@@ -27,6 +27,7 @@ def environment(device: torch.device, data_hash: str, compiled: bool) -> dict[st
         "threads": torch.get_num_threads(),
         "ranks": 1,
         "compiled": compiled,
+        "attention": attention,
         "data_hash": data_hash,
     }
 

@@ -17,6 +17,7 @@ from stabrun.record.run_dir import RunDir, RunWriter
 from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, STOPPED, Row, Summary
 from stabrun.text import rate_text, warn
 from stabrun.training import checkpoint
+from stabrun.training.compilation import graphs
 from stabrun.training.console import Console
 from stabrun.training.environment import environment
 from stabrun.training.schedule import unreached
@@ -61,7 +62,8 @@ class Run:
     def __init__(self, trainer: Trainer, record: RunWriter, watch: Watch | None = None) -> None:
         self.trainer, self.config, self.record = trainer, trainer.config, record
         self.run_dir = record.run
-        self.environment = environment(trainer.device, trainer.data.manifest["hash"], trainer.compiled)
+        data_hash = trainer.data.manifest["hash"]
+        self.environment = environment(trainer.device, data_hash, trainer.compiled, trainer.attention)
         self.run_dir.keep_environment(self.environment)
         self.run_dir.keep_tokenizer(trainer.data.tokenizer())
         self.done, path = checkpoint.latest(self.run_dir.checkpoints) or (0, None)
@@ -145,6 +147,7 @@ class Run:
     def launch(self, step: int) -> Row:
         """Queue one update. Its row holds a snapshot instead of the values that the device is still computing."""
         train, every = self.config.train, self.config.train.val_every
+        before = graphs()
         snapshot = self.trainer.step(step)
         row: Row = {
             "step": step,
@@ -156,6 +159,8 @@ class Run:
             self.report_batch(step, finding)
         if step + 1 == train.steps or (every and (step + 1) % every == 0):
             row["val/loss"] = self.trainer.validate()
+        if made := graphs() - before:
+            self.record.event("compiled", step=step, graphs=made)
         return row
 
     def report_batch(self, step: int, finding: Finding) -> None:

@@ -48,6 +48,7 @@ class Trainer:
         self.model.recompute = config.train.recompute == "blocks"
         context = partial(autocast, config.train, self.device)
         self.objective = Objective(self.model, config.optim.z_loss, parts, context)
+        self.attention = sorted({core.path(self.device.type) for core in self.model.cores})
         self.compiled = compiles(config.train, self.device)
         if self.compiled:
             compile_parts(self.objective)
