@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from stabrun.config import AttentionConfig, Config, MlpConfig, ModelConfig, keys, rotated, value_of
+from stabrun.config import AttentionConfig, Config, MlpConfig, ModelConfig, keys, micro_batch, rotated, value_of
 from stabrun.model.switches import ACTIVATIONS, NORMS, layers, linears
 
 LOW = {"bf16": "bfloat16", "fp16": "float16"}  # precisions of two bytes → torch's names for them
@@ -58,7 +58,7 @@ def memory(config: Config) -> dict[str, int]:
     """
     model, seq_len, train = config.model, config.data.seq_len, config.train
     count = parameters(model, seq_len)["total"]
-    tokens = (train.micro_batch_size or train.batch_size) * seq_len
+    tokens = micro_batch(config) * seq_len
     logits = 4 * tokens * model.vocab_size
     activations = tokens * sum(block_bytes(layer, seq_len, train.precision) for layer in layers(model))
     low_copies = 2 * count if train.precision in LOW else 0  # the weights that autocast converts, kept for the backward
@@ -136,7 +136,7 @@ def describe(config: Config) -> dict[str, Any]:
 def report(facts: dict[str, Any], config: Config) -> str:
     """The description as text."""
     shape, count, bytes_ = facts["shape"], facts["parameters"], facts["memory"]
-    sequences = config.train.micro_batch_size or config.train.batch_size
+    sequences = micro_batch(config)
     lines = [
         f"{facts['variant']}: {count['total'] / 1e6:,.2f}M parameters, {shape['n_layer']} layers × "
         f"{shape['d_model']}, {shape['n_head']} heads of {shape['head_dim']}, context {shape['seq_len']}",

@@ -9,14 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 
-from stabrun.config import Config
+from stabrun.config import Config, micro_batch
 from stabrun.model.describe import LOW
 from stabrun.model.gpt import GPT
 
 
 def traced_memory(config: Config) -> int:
     """Peak bytes of the second step of a micro-batch, when Adam's moments exist; nothing is allocated."""
-    sequences = config.train.micro_batch_size or config.train.batch_size
+    sequences = micro_batch(config)
     low = getattr(torch, LOW.get(config.train.precision, "float32"))
     with FakeTensorMode():
         model = GPT(config.model, config.data.seq_len)

@@ -54,6 +54,8 @@ class Probe:
     `shape` is (batch, time) of each forward pass; `scalars` names the values that the caller adds in `snapshot`. The
     order of calls in a step is: `arm(step)`; `merge(index, count)` after the backward pass of each micro-batch;
     `before_update`; `after_update`; and `snapshot()`, which starts the copy of all values to the host.
+
+    `gather` returns the values `[n]` of each rank, `[ranks, n]`, if several share the batch in equal parts.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class Probe:
         blocks: Sequence[nn.Module] = (),
         cores: Sequence[Any] = (),
         scalars: Sequence[str] = ("train/loss", "grad/norm"),
+        gather: Callable[[Tensor], Tensor] = lambda values: values[None],
     ) -> None:
-        self.config, self.scalars = config, tuple(scalars)
+        self.config, self.scalars, self.gather = config, tuple(scalars), gather
         self.first = len(self.scalars)  # they are the first values in the buffer
         self.fast = self.slow = False
         self.due: list[Span] = []  # what this step measures
@@ -243,10 +246,26 @@ class Probe:
             for place, part in zip(places, parts, strict=True):
                 self.values[place] = part
 
+    def _merge_ranks(self, ranks: Tensor) -> None:
+        """Merge the values of each rank, `[ranks, n]`. What all compute alike is the first one's: their rows are equal.
+
+        A loss and a statistic over tokens are means of equal parts, as in `merge`.
+        """
+        if len(ranks) == 1:
+            return
+        self.values.copy_(ranks[0])
+        losses = [slot for slot, name in enumerate(self.scalars) if METRICS[name].merge == "mean"]
+        for place in (losses, self.means):
+            self.values[place] = ranks[:, place].mean(0)
+        self.values[self.maxima] = ranks[:, self.maxima].amax(0)
+        self.values[self.roots] = torch.linalg.vector_norm(ranks[:, self.roots], dim=0)
+
+    @torch.no_grad()
     def snapshot(self, *scalars: Tensor) -> "PendingRow":
         """Start the copy of the step's values, `scalars` first, to the host; only `PendingRow.read` waits for it."""
         for slot, value in enumerate(scalars):
             self.values[slot] = value
+        self._merge_ranks(self.gather(self.values))
         self.hosts.reverse()
         host = self.hosts[0]
         host.copy_(self.values, non_blocking=True)

@@ -13,7 +13,7 @@ from stabrun.version import __version__
 PACKAGES = ("torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetensors", "wandb")
 
 
-def environment(device: torch.device, data_hash: str, compiled: bool) -> dict[str, Any]:
+def environment(device: torch.device, data_hash: str, compiled: bool, ranks: int) -> dict[str, Any]:
     """Versions, commit, machine, device used, threads, ranks and the hash of the data."""
     processor = platform.processor() or platform.machine()
     return {
@@ -25,7 +25,7 @@ def environment(device: torch.device, data_hash: str, compiled: bool) -> dict[st
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "ranks": 1,
+        "ranks": ranks,
         "compiled": compiled,
         "data_hash": data_hash,
     }

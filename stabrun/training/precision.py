@@ -9,12 +9,16 @@ import torch
 
 from stabrun.config import Config, TrainConfig, UserError
 from stabrun.model.describe import LOW, human, memory
+from stabrun.training.place import Place
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
-def pick_device(config: TrainConfig) -> torch.device:
-    """The configured device; `auto` is CUDA, else MPS, else the CPU. UserError if the device is not available."""
+def pick_device(config: TrainConfig, place: Place | None = None) -> torch.device:
+    """The configured device; `auto` is CUDA, else MPS, else the CPU. Several ranks have a GPU each.
+
+    Raises UserError if the device is not available.
+    """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(name for name, present in there.items() if present) if config.device == "auto" else config.device
     if not there[name]:
@@ -22,7 +26,16 @@ def pick_device(config: TrainConfig) -> torch.device:
         raise UserError(f"train.device={name}: not available; this machine has {present}.")
     if config.precision == "tf32" and name != "cuda":
         raise UserError(f"train.precision=tf32: requires CUDA, and the device is {name}.")
-    return torch.device(name)
+    if config.ranks == 1:
+        return torch.device(name)
+    if name == "mps":
+        raise UserError(f"train.ranks={config.ranks}: requires train.device=cpu or cuda, and the device is mps.")
+    if name == "cpu":
+        return torch.device(name)
+    gpus, needed = torch.cuda.device_count(), place.neighbors if place else config.ranks
+    if needed > gpus:
+        raise UserError(f"train.ranks={config.ranks}: needs {needed} GPUs on this machine, which has {gpus}.")
+    return torch.device(name, place.local if place else 0)
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
@@ -44,9 +57,9 @@ def prepare_backend(config: TrainConfig) -> None:
         torch.use_deterministic_algorithms(config.deterministic)
 
 
-def refuse_too_large(config: Config, device: torch.device) -> None:
-    """UserError if a step on the CPU needs more memory than is free: the system would kill the process."""
-    free, needed = free_memory(), memory(config)["peak_bytes"]
+def refuse_too_large(config: Config, device: torch.device, ranks: int = 1) -> None:
+    """UserError if a step of `ranks` on the CPU needs more memory than is free: the system would kill the process."""
+    free, needed = free_memory(), memory(config)["peak_bytes"] * ranks
     if device.type == "cpu" and free is not None and needed > free:
         raise UserError(
             f"model.d_model={config.model.d_model}, model.n_layer={config.model.n_layer}: a step needs about "

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabrun.config import Config, UserError
+from stabrun.config import Config, UserError, micro_batch
 from stabrun.data.batches import starts, validation_batch, windows
 from stabrun.data.degenerate import Finding, digest, findings
 from stabrun.data.shards import Prepared
@@ -15,6 +15,7 @@ from stabrun.observe.probe import PendingRow, Probe
 from stabrun.training.objective import cross_entropy, z_loss
 from stabrun.training.optimizer import clip_by_norm, clip_by_value, make_optimizer, set_rate
 from stabrun.training.precision import autocast, compiles, pick_device, prepare_backend, refuse_too_large
+from stabrun.training.ranks import Ranks
 from stabrun.training.scaling import LossScale
 from stabrun.training.schedule import learning_rate
 
@@ -22,9 +23,10 @@ from stabrun.training.schedule import learning_rate
 class Trainer:
     """Model, data, optimizer and probe of one configuration; its state depends on (config, steps done) only."""
 
-    def __init__(self, config: Config, data: Prepared) -> None:
+    def __init__(self, config: Config, data: Prepared, ranks: Ranks | None = None) -> None:
         prepare_backend(config.train)
-        self.config, self.device, self.data = config, pick_device(config.train), data
+        self.ranks = ranks or Ranks()
+        self.config, self.device, self.data = config, pick_device(config.train, self.ranks.place), data
         refuse_too_large(config, self.device)
         self.model = GPT(config.model, config.data.seq_len, config.seed).to(self.device)
         self.parameters = list(self.model.parameters())
@@ -35,9 +37,10 @@ class Trainer:
         z_term = ("train/z_loss",) * (config.optim.z_loss > 0)
         scalars = ("train/loss", *z_term, "grad/norm", *clipped, *self.scaling.keys)
         blocks: list[Any] = list(self.model.blocks)
-        self.micro_batch_size = config.train.micro_batch_size or config.train.batch_size
-        shape = self.micro_batch_size, config.data.seq_len
-        self.probe = Probe(self.model, config.observe, shape, blocks, [b.attn.layer.core for b in blocks], scalars)
+        self.micro_batch_size = micro_batch(config)
+        shape, gather = (self.micro_batch_size, config.data.seq_len), self.ranks.gather
+        cores = [block.attn.layer.core for block in blocks]
+        self.probe = Probe(self.model, config.observe, shape, blocks, cores, scalars, gather)
         self.rate = 0.0  # learning rate of the last update
         self.seen: dict[str, int] = {}  # digest of a batch → the step that used it, since this start
         self.findings: list[Finding] = []  # about the last batch
@@ -50,7 +53,10 @@ class Trainer:
         self.model.before_step()
         if self.config.model.dropout:
             torch.manual_seed((self.config.seed << 32) + step)
+            if number := self.ranks.place.number:  # a seed of its own, drawn from the step's
+                torch.manual_seed(int(torch.randint(1 << 62, (number,))[-1]))
         losses = self.backward(step)
+        self.ranks.add(p.grad for p in self.parameters if p.grad is not None)
         scale = self.scaling.unscale(self.optimizer, self.matrices)
         norms = tensor_norms([p.grad for p in self.parameters if p.grad is not None])
         norm = torch.linalg.vector_norm(norms)
@@ -73,15 +79,16 @@ class Trainer:
         return (clip_by_norm(self.parameters, limit, norm),)
 
     def backward(self, step: int) -> tuple[Tensor, ...]:
-        """Accumulate the gradient of the batch's mean objective over micro-batches, times the loss scale.
+        """Accumulate this rank's share of the gradient of the batch's mean objective, times the loss scale.
 
-        Returns the terms of the objective, 0-dim: the cross-entropy in nats, and the z-loss if it has a weight.
+        Returns the terms of the objective on this share, 0-dim: the cross-entropy in nats, and the z-loss if it has a
+        weight.
         """
-        parts = self.batch(step).split(self.micro_batch_size)
+        parts = self.ranks.part(self.batch(step)).split(self.micro_batch_size)
         totals = [torch.zeros((), device=self.device)] * (1 + (self.config.optim.z_loss > 0))
         for index, part in enumerate(parts):
             terms = [term / len(parts) for term in self.terms(part)]
-            self.scaling.scaled(sum(terms[1:], terms[0])).backward()
+            self.scaling.scaled(sum(terms[1:], terms[0]) / self.ranks.count).backward()
             totals = [total + term.detach() for total, term in zip(totals, terms, strict=True)]
             self.probe.merge(index, len(parts))
         return tuple(totals)
@@ -119,6 +126,7 @@ class Trainer:
         self.probe.rest()
         self.model.eval()
         batch = validation_batch(self.data.val, self.config.train.val_sequences, self.config.data.seq_len)
-        total = sum(float(self.terms(part)[0]) * len(part) for part in batch.split(self.micro_batch_size))
+        parts = self.ranks.part(batch).split(self.micro_batch_size)
+        total = sum(float(self.terms(part)[0]) * len(part) for part in parts if len(part))
         self.model.train()
-        return total / len(batch)
+        return self.ranks.total(total) / len(batch)
