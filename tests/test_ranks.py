@@ -20,6 +20,7 @@ from studies import ENDLESS, a_plan, wait_for
 
 from stabrun.composition import SHIPPED
 from stabrun.config import UserError, check
+from stabrun.data.shards import prepare
 from stabrun.model.describe import memory
 from stabrun.record.run_dir import RunDir
 from stabrun.record.study_dir import StudyDir
@@ -30,9 +31,10 @@ from stabrun.study.worker import registered, train_cell, work
 from stabrun.training.launcher import launch
 from stabrun.training.place import Place
 from stabrun.training.precision import pick_device
-from stabrun.training.ranks import buckets
+from stabrun.training.ranks import Ranks, buckets
 from stabrun.training.run import train
 from stabrun.training.stop import Stop
+from stabrun.training.trainer import Trainer
 
 FP64 = Path(__file__).parent / "rank_script.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
@@ -240,6 +242,22 @@ def test_ranks_are_stopped_and_ended():
     with pytest.raises(KeyError, match="lost"):
         launch(2, endless, (), Stop(), lost)
     assert not multiprocessing.active_children()
+
+
+def test_each_rank_draws_its_own_dropout(monkeypatch):
+    config, seeds = tiny("model.dropout=0.1", "train.ranks=2"), list[int]()
+    data = prepare(config.data, config.model)
+    trainers = [Trainer(config, data, Ranks(Place(number, 4))) for number in range(4)]
+    seed = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+    for trainer in trainers:
+        monkeypatch.setattr(trainer, "backward", lambda step: seeds.append(torch.initial_seed()) or 1 / 0)
+        for step in (0, 1):
+            with pytest.raises(ZeroDivisionError):
+                trainer.step(step)
+    drawn = [number for number in seeds if number > 1]
+    assert len(set(drawn)) == 6, "three other ranks, two steps"
+    assert seeds[:4] == [0, 0, 1, 1], "the first rank's are those of a single process"
 
 
 def test_gradients_are_summed_in_buckets():

@@ -254,8 +254,8 @@ class Probe:
         if len(ranks) == 1:
             return
         self.values.copy_(ranks[0])
-        losses = [slot for slot, name in enumerate(self.scalars) if METRICS[name].merge == "mean"]
-        for place in (losses, self.means):
+        losses = [slice(n, n + 1) for n, name in enumerate(self.scalars) if METRICS[name].merge == "mean"]
+        for place in (*losses, self.means):
             self.values[place] = ranks[:, place].mean(0)
         self.values[self.maxima] = ranks[:, self.maxima].amax(0)
         self.values[self.roots] = torch.linalg.vector_norm(ranks[:, self.roots], dim=0)
