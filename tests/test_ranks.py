@@ -159,6 +159,26 @@ def test_two_ranks_resumed_on_four_and_on_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_killed_rank_of_torchrun(tmp_path):
+    """The other one ends with a sentence, and the same command resumes to the bytes of an undisturbed run."""
+    words = (*TORCHRUN, "--nproc-per-node=2", "-m", "stabrun", "train", *TINY, "train.steps=400")
+    words = (*words, "train.checkpoint_every=50")
+    python(*words, "run_dir=whole", cwd=tmp_path)
+    run, whole = RunDir(tmp_path / "run"), RunDir(tmp_path / "whole")
+    with running(*words, "run_dir=run", cwd=tmp_path) as process:
+        wait_for(lambda: run.steps_done() > 100)
+        os.kill(pids(process.pid, "stabrun")[1], signal.SIGKILL)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert re.search(
+            r"^stabrun: rank 0: an exchange with the other ranks failed \(.+\); the same command", err, re.M
+        )
+    assert run.checkpoint_step() < run.steps_done() < 400
+    python(*words, "run_dir=run", cwd=tmp_path)
+    assert run.metrics.read_bytes() == whole.metrics.read_bytes()
+
+
+@pytest.mark.slow
 def test_ctrl_c_a_killed_rank_and_a_killed_launcher(tmp_path):
     """Each ends the job, and the same command resumes. The record is that of an undisturbed run, to the bit."""
     words = ("-m", "stabrun", "train", *TINY, "train.steps=400", "train.checkpoint_every=50", "train.ranks=2")
@@ -226,6 +246,18 @@ def test_the_error_of_a_rank_ends_all(kind, expected, text):
         launch(2, failing, (kind,), Stop(), lambda: None)
     assert "in failing" in raised.value.__notes__[0], "its traceback comes with it"
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard(tmp_path):
+    """Its ranks import it, and must not start others."""
+    overrides = [*TINY, "train.ranks=2"]
+    (tmp_path / "bare.py").write_text(
+        f"import stabrun\nfrom stabrun.composition import compose\nstabrun.train(compose({overrides}))\n"
+    )
+    done = subprocess.run([sys.executable, "bare.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert 'must call stabrun.train below `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

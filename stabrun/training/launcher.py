@@ -18,12 +18,11 @@ from typing import Any
 import torch
 
 from stabrun.training.place import Place
-from stabrun.training.ranks import LostRankError
+from stabrun.training.ranks import RESUMES, LostRankError
 from stabrun.training.stop import Stop
 
 POLL = 0.1  # seconds between two looks at the ranks
 PATIENCE = 20.0  # seconds that a rank waits to be ended after it lost another, so that the launcher names that one
-RESUMES = "the same command resumes from the last checkpoint"
 
 
 def launch(
@@ -117,7 +116,8 @@ class Launch(threading.Thread):
         if isinstance(self.failure, ChildFailedError):
             number, ended = self.failure.get_first_failure()
             how = f"signal {-ended.exitcode}" if ended.exitcode < 0 else f"status {ended.exitcode}"
-            raise ChildProcessError(errno.ECHILD, f"ended ({how}); {RESUMES}", f"rank {number}")
+            then = RESUMES if self.found else 'a script must call stabrun.train below `if __name__ == "__main__":`'
+            raise ChildProcessError(errno.ECHILD, f"ended ({how}); {then}", f"rank {number}")
         if self.failure:
             raise self.failure
         return self.value
@@ -132,10 +132,9 @@ def rank(target: Callable[..., Any], args: tuple[Any, ...], threads: int, report
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             value = target(*args, stop=stop)
-        except LostRankError:
-            time.sleep(PATIENCE)
-            sys.exit(1)
         except Exception as error:
+            if isinstance(error, LostRankError):
+                time.sleep(PATIENCE)
             reports.put(portable(error))
             sys.exit(1)
         parent = parent_process()

@@ -19,11 +19,11 @@ from stabrun.training.place import Place
 
 TOGETHER = 1 << 24  # numbers that are copied into one tensor for an exchange: at most 64 MiB
 TIMEOUT = timedelta(minutes=30)  # until a rank that does not answer counts as lost: the first may write a checkpoint
-LOST = "another rank ended, or does not answer; the same command resumes from the last checkpoint"
+RESUMES = "the same command resumes from the last checkpoint"
 
 
 class LostRankError(ConnectionResetError):
-    """An exchange failed, because another rank has ended or does not answer."""
+    """An exchange failed, in most cases because another rank has ended or does not answer."""
 
 
 class Ranks:
@@ -107,7 +107,8 @@ class Group(Ranks):
         try:
             yield
         except RuntimeError as error:
-            raise LostRankError(errno.ECONNRESET, LOST, f"rank {self.place.number}") from error
+            why = f"an exchange with the other ranks failed ({str(error).splitlines()[0][:200]}); {RESUMES}"
+            raise LostRankError(errno.ECONNRESET, why, f"rank {self.place.number}") from error
 
 
 @contextmanager
@@ -116,6 +117,8 @@ def joined(place: Place, device: torch.device) -> Iterator[Ranks]:
     if place.count == 1:
         yield Ranks(place)
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and the loss scale use the current device
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     yield Group(place)
     dist.destroy_process_group()  # not after an error: NCCL would wait for the rank that is lost
