@@ -42,8 +42,9 @@ def launch(
             ranks.join(POLL)
             follow()
             if stop.asked:
-                ranks.signal(signal.SIGINT, ranks.pids() - told)
-                told |= ranks.pids()
+                new = ranks.pids() - told
+                ranks.signal(signal.SIGINT, new)
+                told |= new
     except BaseException:
         while ranks.is_alive():
             ranks.signal(signal.SIGKILL, ranks.pids())
