@@ -16,7 +16,7 @@ import torch
 from clusters import pids
 from helpers import TINY, stabrun, tiny
 from rank_targets import endless, exchanged, failing
-from studies import ENDLESS, a_plan, wait_for
+from studies import ENDLESS, a_plan, ended, recorded, sweeping, swept, wait_for
 
 from stabrun.composition import SHIPPED
 from stabrun.config import UserError, check
@@ -32,7 +32,7 @@ from stabrun.training.launcher import launch
 from stabrun.training.place import Place
 from stabrun.training.precision import pick_device
 from stabrun.training.ranks import Ranks, buckets
-from stabrun.training.run import train
+from stabrun.training.run import refuse_different_data, train
 from stabrun.training.stop import Stop
 from stabrun.training.trainer import Trainer
 
@@ -343,6 +343,15 @@ def test_errors_before_training_start_no_rank(tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
+def test_machines_with_different_data_do_not_train_together(monkeypatch):
+    config = tiny()
+    data, ranks = prepare(config.data, config.model), Ranks(Place(1, 2))
+    refuse_different_data(ranks, data)
+    monkeypatch.setattr(ranks, "from_first", lambda value: "0123")
+    with pytest.raises(UserError, match="rank 1 has other tokens than rank 0"):
+        refuse_different_data(ranks, data)
+
+
 def test_a_study_whose_cells_take_two_ranks(tmp_path):
     words = ("train.batch_size=8", "study.variants=[baseline]", "study.lrs=[1e-2]", "study.seeds=1")
     plan = a_plan(tmp_path, *words, "train.ranks=2")
@@ -354,6 +363,37 @@ def test_a_study_whose_cells_take_two_ranks(tmp_path):
         assert_same(metrics(run.path), metrics(tmp_path / cell.id), within=1e-3)
         assert run.environment()["ranks"] == 2
         assert Ledger(tmp_path).heartbeat(cell.id, 1)["step"] == 30
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_a_killed_worker_in_a_sweep(tmp_path):
+    """The ranks of a killed worker end, and its cell is resumed; Ctrl-C gives the cell back with a checkpoint."""
+    words = ("study.lrs=[1e-2]", "study.seeds=1", "study.variants=[baseline]", "study.workers=1", "train.ranks=2")
+    words = (*words, "train.steps=600", "train.checkpoint_every=50")
+    study = tmp_path / "study"
+    with sweeping(tmp_path, *words) as process:
+        (attempt,) = wait_for(lambda: recorded(study))
+        first = RunDir(attempt.parent)
+        wait_for(lambda: first.steps_done() > 60)
+        (worker,) = pids(process.pid, "stabrun.study.worker")
+        os.kill(worker, signal.SIGKILL)
+        second = RunDir(study / "attempts" / f"{attempt.parent.name.partition('.')[0]}.0002")
+        wait_for(lambda: second.metrics.exists() and len(second.starts()) == 2 and second.steps_done() > 200)
+        assert not first.is_locked()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        status, _ = ended(process)
+        assert status == 130
+    assert not rank_processes_left(process.pid)
+    stopped = second.checkpoint_step()
+    assert stopped == second.steps_done() < 600
+    (reason,) = study.glob("ledger/*.0002.left")
+    assert "interrupted" in reason.read_text()
+    assert "Traceback" not in (study / "worker.log").read_text()
+    swept(tmp_path, *words)
+    (run,) = map(RunDir, (study / "runs").iterdir())
+    assert run.starts()[2:] == [stopped]
+    train(tiny(*words[-2:], "train.ranks=1", f"run_dir={tmp_path / 'alone'}"))
+    assert_same(metrics(run.path)[:50], metrics(tmp_path / "alone")[:50], within=1e-3)
 
 
 @pytest.mark.slow
