@@ -1,8 +1,8 @@
 """The memory of a training step: predicted in closed form, and measured as the resident size of a process on the CPU.
 
-Each case is a process of its own. It trains a tiny model of the same kind first, so that libraries and their buffers are
-loaded, and then two steps of the case. Measured is the growth of the resident size to its peak, with an allocator that returns freed
-memory at once: ordinary runs keep some, which is faster. Prints the table of docs/gpu.md.
+Each case is a process of its own. It trains a tiny model of the same kind first, so that libraries and their buffers
+are loaded, and then two steps of the case. Measured is the growth of the resident size to its peak, with an allocator
+that returns freed memory at once: ordinary runs keep some, which is faster. Prints the table of docs/gpu.md.
 
     python scripts/measure_memory.py [--only nano mini]
 """
@@ -50,6 +50,7 @@ def measure(words: list[str]) -> None:
     from stabrun.training.trainer import Trainer
 
     precision.keep_freed_memory = lambda: None
+
     def train(words: list[str]) -> None:
         config = compose([*words, "train.threads=1"])
         trainer = Trainer(config, prepare(config.data, config.model))

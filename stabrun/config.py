@@ -210,7 +210,10 @@ class TrainConfig:
     steps: int = key(500, RESULT, "number of optimizer updates", at_least=1)
     batch_size: int = key(16, RESULT, "sequences per step", at_least=1)
     micro_batch_size: int | None = key(
-        None, RESOURCE, "sequences per forward pass; null for the whole batch", at_least=1
+        None, RESOURCE, "sequences per forward pass; null for the whole batch, or a rank's share of it", at_least=1
+    )
+    ranks: int = key(
+        1, RESOURCE, "processes that share each batch, on one GPU each if there are any", at_least=1, at_most=4096
     )
     device: str = key(
         "auto",
@@ -472,9 +475,13 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
     yield (model.sigma_reparam != "none" and model.init in ("zero", "zero_out"),
            f"model.init={model.init}: model.sigma_reparam={model.sigma_reparam} divides by the spectral norm, "
            "which is 0.")
-    micro = train.micro_batch_size or train.batch_size
-    yield (train.batch_size % micro != 0,
-           f"train.micro_batch_size={micro}: must divide train.batch_size={train.batch_size}.")
+    yield (train.batch_size % train.ranks != 0,
+           f"train.ranks={train.ranks}: must divide train.batch_size={train.batch_size}.")
+    share, micro = train.batch_size // train.ranks, micro_batch(config)
+    yield (share % micro != 0,
+           f"train.micro_batch_size={micro}: must divide "
+           + (f"train.batch_size={share}." if train.ranks == 1 else
+              f"train.batch_size/train.ranks={train.batch_size}/{train.ranks}={share}."))
     yield (config.schedule.min_lr > config.optim.lr,
            f"schedule.min_lr={config.schedule.min_lr}: must be at most optim.lr={config.optim.lr}.")
     optim = config.optim
@@ -497,6 +504,11 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
     yield (data.name == "embedded" and data.path is not None,
            f"data.path={data.path}: data=embedded has its own text; add data=local.")
     # fmt: on
+
+
+def micro_batch(config: Config) -> int:
+    """Sequences of a forward pass: those of a micro-batch, or of a rank's share of the batch."""
+    return config.train.micro_batch_size or config.train.batch_size // config.train.ranks
 
 
 def rotated(model: ModelConfig) -> int:

@@ -110,7 +110,7 @@ class InProcess(WorkerPool):
 
 def sweep_here(monkeypatch, capsys, directory, *overrides):
     """Exit status, stdout and stderr of a sweep of QUESTION in this process, with one worker."""
-    monkeypatch.setattr(sweep, "worker_pool", lambda overrides, sources, study, count: InProcess(study, 1))
+    monkeypatch.setattr(sweep, "worker_pool", lambda overrides, sources, study, *counts: InProcess(study, 1))
     monkeypatch.chdir(directory)
     return run(capsys, "sweep", *QUESTION, *overrides)
 

@@ -5,10 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from clusters import LONG, SCRIPTS, cluster, jobs, needs_slurm, needs_submitit, pids, training
+from helpers import TINY
+from processes import free_ports
 from studies import ended, rows, sweeping, swept, wait_for
+from test_ranks import FP64, assert_same, metrics
+
+from stabrun.record.run_dir import RunDir
+from stabrun.training.run import train
 
 pytestmark = [pytest.mark.slurm, needs_submitit, needs_slurm]
 
@@ -88,6 +95,45 @@ def test_the_daemon_of_a_node_is_killed(tmp_path, undisturbed_long, crash):
         assert process.poll() is None, "the study is not finished"
         assert ended(process)[0] == 0
     assert rows(tmp_path) == undisturbed_long.rows
+
+
+@pytest.mark.slow
+def test_a_study_whose_cells_take_two_ranks(tmp_path):
+    words = ("study.seeds=1", "study.lrs=[1e-2]", "study.workers=1", "train.ranks=2")
+    with cluster("slurm.py", 1, "SLURM_CONF") as (env, _):
+        swept(tmp_path, *words, SLURM, ONE_A_NODE, env=env)
+    assert len(rows(tmp_path)) == 2
+    for run in map(RunDir, (tmp_path / "study" / "runs").iterdir()):
+        alone = replace(run.config(), train=replace(run.config().train, ranks=1))
+        train(alone, tmp_path / run.path.name)
+        assert_same(metrics(run.path), metrics(tmp_path / run.path.name), within=1e-3)
+        assert run.environment()["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_a_run_on_two_nodes_is_cancelled_and_resumes(tmp_path, monkeypatch):
+    """torchrun on each node, as docs/ranks.md says. In fp64, it is the run of one process."""
+    words = f"{FP64} {' '.join(TINY)} train.steps=400 train.checkpoint_every=0"
+    (tmp_path / "job.sh").write_text(
+        "#!/bin/sh\n"
+        f"srun {sys.executable} -m torch.distributed.run --nnodes=2 --nproc-per-node=1 --rdzv-id=$SLURM_JOB_ID "
+        f"--rdzv-backend=c10d --rdzv-endpoint=localhost:{free_ports(1)[0]} {words} train.ranks=2 run_dir=run\n"
+    )
+    submit = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--output=log", "job.sh"]
+    run = RunDir(tmp_path / "run")
+    with cluster("slurm.py", 2, "SLURM_CONF") as (env, _):
+        monkeypatch.chdir(tmp_path)
+        (job,) = output_words(submit, env)
+        wait_for(lambda: run.steps_done() > 20)
+        assert busy_nodes(env) == {"n[1-2]"}
+        output_words(["scancel", job], env)
+        wait_for(lambda: not queue(env))
+        stopped = run.checkpoint_step()
+        assert stopped == run.steps_done() < 400, "each rank stopped after the same step"
+        output_words([*submit[:1], "--wait", *submit[1:]], env)
+    subprocess.run([sys.executable, *words.split(), "run_dir=one"], cwd=tmp_path, check=True)
+    assert_same(metrics(run.path), metrics(tmp_path / "one"), within=1e-9)
+    assert run.starts() == [0, stopped]
 
 
 @pytest.mark.slow

@@ -347,10 +347,10 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(tmp_
     config = tiny(f"run_dir={tmp_path / 'run'}", "train.steps=3")
     trainer = run.Trainer
 
-    def slow(given, data):
+    def slow(given, data, ranks):
         monkeypatch.setattr(run, "Trainer", trainer)
         train(given)  # the other process
-        return trainer(given, data)
+        return trainer(given, data, ranks)
 
     monkeypatch.setattr(run, "Trainer", slow)
     summary = train(config)

@@ -11,6 +11,7 @@ from stabrun.cli.commands import cli
 from stabrun.cli.completion import COMPLETE_VARIABLE
 from stabrun.config import UserError
 from stabrun.text import warn
+from stabrun.training.place import Place
 
 RESUMABLE = ("train", "rerun", "sweep")
 
@@ -20,6 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the caller has closed it
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    if not Place.here().first:
+        sys.stdout = open(os.devnull, "w")  # the first rank prints
     if COMPLETE_VARIABLE in os.environ:
         cli.main(prog_name="stabrun", complete_var=COMPLETE_VARIABLE)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

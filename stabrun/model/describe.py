@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from stabrun.config import AttentionConfig, Config, MlpConfig, ModelConfig, keys, rotated, value_of
+from stabrun.config import AttentionConfig, Config, MlpConfig, ModelConfig, keys, micro_batch, rotated, value_of
 from stabrun.model.switches import (
     ACTIVATIONS,
     EXPLICIT,
@@ -85,7 +85,7 @@ def memory(config: Config, device: str | None = None) -> dict[str, int]:
     model, seq_len, train = config.model, config.data.seq_len, config.train
     device = device or device_type(config)
     cost = BlockMemory(config, device)
-    count, sequences = parameters(model, seq_len)["total"], train.micro_batch_size or train.batch_size
+    count, sequences = parameters(model, seq_len)["total"], micro_batch(config)
     tokens, parts = sequences * seq_len, sequence_parts(model.vocab_size, sequences, seq_len)
     head = model.vocab_size * model.d_model
     low = 2 * (train.precision in LOW)  # bytes of a weight that autocast converts, kept for the backward pass
@@ -95,7 +95,7 @@ def memory(config: Config, device: str | None = None) -> dict[str, int]:
     again = train.recompute == "blocks"
     kept = len(blocks) * stream if again else sum(blocks)
     outside = stream * (2 + (parts > 1)) + tokens * model.d_model * cost.mask
-    gradients = 4 * (count if sequences < train.batch_size else head * (parts > 1))
+    gradients = 4 * (count if sequences * train.ranks < train.batch_size else head * (parts > 1))
     logits = 4 * tokens // parts * model.vocab_size
     loss = logits * (3 + 2 * (config.optim.z_loss > 0)) + low * head
     backward = tokens * cost.gradients() + max(blocks) * again
@@ -114,9 +114,9 @@ def memory(config: Config, device: str | None = None) -> dict[str, int]:
 
 def fitting(config: Config, device: str, free: int) -> list[str]:
     """The overrides that fit `free` bytes: the largest micro-batch, with recomputation if necessary; or none."""
-    train, most = config.train, config.train.micro_batch_size or config.train.batch_size
+    train, most = config.train, micro_batch(config)
     for recompute in dict.fromkeys([train.recompute, "blocks"]):
-        for size in (n for n in range(most, 0, -1) if train.batch_size % n == 0):
+        for size in (n for n in range(most, 0, -1) if train.batch_size // train.ranks % n == 0):
             smaller = replace(config, train=replace(train, micro_batch_size=size, recompute=recompute))
             if memory(smaller, device)["peak_bytes"] <= free:
                 return [f"train.micro_batch_size={size}", *["train.recompute=blocks"] * (recompute != train.recompute)]
@@ -215,7 +215,7 @@ def describe(config: Config) -> dict[str, Any]:
 def report(facts: dict[str, Any], config: Config) -> str:
     """The description as text."""
     shape, count, bytes_ = facts["shape"], facts["parameters"], facts["memory"]
-    sequences = config.train.micro_batch_size or config.train.batch_size
+    sequences = micro_batch(config)
     lines = [
         f"{facts['variant']}: {count['total'] / 1e6:,.2f}M parameters, {shape['n_layer']} layers × "
         f"{shape['d_model']}, {shape['n_head']} heads of {shape['head_dim']}, context {shape['seq_len']}",

@@ -53,7 +53,9 @@ class Probe:
     """Measures the linear layers of any `nn.Module`, and optionally its blocks and attention cores.
 
     `shape` is (batch, time) of each forward pass; `scalars` names the values that the caller adds in `snapshot`.
-    `calls` names sites whose layers are called on several equal parts of the sequence in turn, and how many.
+    `calls` names sites whose layers are called on several equal parts of the sequence in turn, and how many. If several
+    ranks share the batch in equal parts, `gather` returns the values `[n]` of each rank, `[ranks, n]`. Attention is
+    measured on the first `sampled` sequences.
 
     The order of calls in a step is: `arm(step)`; for each micro-batch `begin(index)` before its forward pass,
     `part(site, index)` after the backward pass of each part of a site in `calls`, and `merge(index, count)` after its
@@ -69,13 +71,15 @@ class Probe:
         cores: Sequence[Any] = (),
         scalars: Sequence[str] = ("train/loss", "grad/norm"),
         calls: Mapping[str, int] | None = None,
+        gather: Callable[[Tensor], Tensor] = lambda values: values[None],
+        sampled: int = SAMPLED,
     ) -> None:
-        self.config, self.scalars = config, tuple(scalars)
+        self.config, self.scalars, self.gather = config, tuple(scalars), gather
         self.calls = {site: count for site, count in (calls or {}).items() if count > 1}
         self.first = len(self.scalars)  # they are the first values in the buffer
         self.fast = self.slow = self.attention = False
-        self.sequences = min(shape[0], SAMPLED)  # of a micro-batch that attention is measured on
-        self.samples = max(1, SAMPLED // shape[0])  # micro-batches that attention is measured on
+        self.sequences = min(shape[0], sampled)  # of a micro-batch that attention is measured on
+        self.samples = max(1, sampled // shape[0])  # micro-batches that attention is measured on
         self.due: list[Span] = []  # what this step measures
         self.reduced: set[str] = set()  # keys of sources in `ONCE` that this step has measured
         parameters = list(model.parameters())
@@ -284,10 +288,26 @@ class Probe:
             for place, part in zip(places, parts, strict=True):
                 self.values[place] = part
 
+    def _merge_ranks(self, ranks: Tensor) -> None:
+        """Merge the values of each rank, `[ranks, n]`. What all compute alike is the first one's: their rows are equal.
+
+        A loss and a statistic over tokens are means of equal parts, as in `merge`.
+        """
+        if len(ranks) == 1:
+            return
+        self.values.copy_(ranks[0])
+        losses = [slice(n, n + 1) for n, name in enumerate(self.scalars) if METRICS[name].merge == "mean"]
+        for place in (*losses, self.means, self.sampled):
+            self.values[place] = ranks[:, place].mean(0)
+        self.values[self.maxima] = ranks[:, self.maxima].amax(0)
+        self.values[self.roots] = torch.linalg.vector_norm(ranks[:, self.roots], dim=0)
+
+    @torch.no_grad()
     def snapshot(self, *scalars: Tensor) -> "PendingRow":
         """Start the copy of the step's values, `scalars` first, to the host; only `PendingRow.read` waits for it."""
         for slot, value in enumerate(scalars):
             self.values[slot] = value
+        self._merge_ranks(self.gather(self.values))
         self.hosts.reverse()
         host = self.hosts[0]
         on_cuda = self.device.type == "cuda"  # elsewhere a copy cannot be waited for: pytorch issue 140296

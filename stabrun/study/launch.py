@@ -27,19 +27,22 @@ from stabrun.config import UserError
 from stabrun.study.ledger import Ledger
 from stabrun.study.pool import LauncherPool, LocalPool, WorkerPool, job_numbers, stop_file, threads_per_worker
 from stabrun.study.question import split_axes
+from stabrun.training.place import Place
 
 POLL = 0.5  # seconds between two checks whether the sweep is over
 
 
-def worker_pool(overrides: list[str], sources: Sources, directory: Path, count: int) -> WorkerPool:
+def worker_pool(overrides: list[str], sources: Sources, directory: Path, count: int, ranks: int = 1) -> WorkerPool:
     """The pool that a sweep's overrides ask for; creates nothing yet. UserError if the launcher is not available."""
+    if Place.here().started:
+        raise UserError("sweep: cannot be started by torchrun; set study.workers and train.ranks.")
     fixed, axes = split_axes(overrides)
     if swept := [key for key in axes if key.startswith("hydra")]:
         raise UserError(f"{swept[0]}={','.join(axes[swept[0]])}: all workers use one launcher; give one value.")
     with hydra(sources) as application:
         launcher = with_launcher(application, sources, fixed, directory).hydra.launcher
     if launcher._target_.endswith(".BasicLauncher"):
-        return LocalPool(directory, count)
+        return LocalPool(directory, count, ranks)
     for key in ("nodes", "tasks_per_node"):
         if launcher.get(key, 1) != 1:
             raise UserError(f"hydra.launcher.{key}={launcher[key]}: must be 1: a job is one worker; set study.workers.")

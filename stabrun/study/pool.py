@@ -63,13 +63,13 @@ class WorkerPool(ABC):
 
 
 class LocalPool(WorkerPool):
-    """Processes of this machine, which share its cores and GPUs."""
+    """Processes of this machine, which share its cores and GPUs: `ranks` GPUs for each."""
 
-    def __init__(self, directory: Path, count: int) -> None:
+    def __init__(self, directory: Path, count: int, ranks: int = 1) -> None:
         super().__init__(directory, count)
         self.slots: list[Process | None] = [None] * count
         self.threads = os.environ.get("OMP_NUM_THREADS", str(threads_per_worker(count)))
-        self.gpus = gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), nvidia_smi())
+        self.gpus = groups(gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), nvidia_smi()), ranks)
 
     def alive(self) -> int:
         return sum(worker is not None and worker.poll() is None for worker in self.slots)
@@ -161,6 +161,12 @@ def gpus(visible: str | None, listed: str) -> list[str]:
 def gpu_names(listed: str) -> list[str]:
     """The name of each GPU that `nvidia-smi -L` lists."""
     return re.findall(r"^GPU \d+: (.*) \(UUID: ", listed, re.MULTILINE)
+
+
+def groups(names: list[str], size: int) -> list[str]:
+    """Consecutive GPUs as values of CUDA_VISIBLE_DEVICES, `size` in each; all in one if there are fewer."""
+    whole = len(names) // size * size or len(names)
+    return [",".join(names[first : first + size]) for first in range(0, whole, size)]
 
 
 def nvidia_smi() -> str:

@@ -30,7 +30,7 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
     Raises UserError, before anything is created, if the overrides are invalid.
     """
     asked, directory, config = planned(overrides, sources)
-    pool = worker_pool(overrides, sources, directory, config.study.workers)
+    pool = worker_pool(overrides, sources, directory, config.study.workers, config.train.ranks)
     study, reader = StudyDir(directory), SnapshotReader(directory)
     if dry_run:
         plan = _with_existing(asked, study)

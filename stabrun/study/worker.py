@@ -17,7 +17,8 @@ from stabrun.study.plan import Plan, load
 from stabrun.study.pool import stop_file
 from stabrun.study.search import next_run
 from stabrun.study.snapshot import SnapshotReader
-from stabrun.training.run import Stop, Watch, train
+from stabrun.training.run import Watch, train
+from stabrun.training.stop import Stop
 
 HEARTBEATS = 6  # per lease
 POLL = 0.5  # seconds between two readings of the ledger while all cells that are left have owners

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stabrun.config import UserError
 from stabrun.record.jsonl import read_json
+from stabrun.training.ranks import Ranks
 
 META = "meta.json"
 
@@ -90,10 +91,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Scal
     Raises OSError if the files cannot be read, UserError if they are of another model.
     """
     load_model(path, model)
-    moments = _read(path / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
-        parts = {key.split("/")[1]: value for key, value in moments.items() if key.split("/")[0] == name}
-        optimizer.state[parameter] = {part: value.to(parameter.device) for part, value in parts.items()}
+    _put_moments(_read(path / "optimizer.safetensors"), model, optimizer)
     scaler = read_json(path / META).get("scaler")
     return scaler if isinstance(scaler, dict) else {}
 
@@ -107,6 +105,24 @@ def load_model(path: Path, model: nn.Module) -> None:
         raise UserError(f"{path} has the weights of another model; delete it to train from the start.")
     for name, tensor in here.items():
         tensor.copy_(state[name])
+
+
+def copy_first(ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Scaler) -> Scaler:
+    """Give each rank the state of the first, the only one that reads a checkpoint. Returns the scaler's."""
+    moments = _optimizer_state(model, optimizer)
+    shapes, scaler = ranks.from_first(({name: (m.shape, m.dtype) for name, m in moments.items()}, scaler))
+    if not ranks.first:
+        device = next(model.parameters()).device
+        moments = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+        _put_moments(moments, model, optimizer)
+    ranks.copy_first([*_model_state(model).values(), *moments.values()])
+    return scaler
+
+
+def _put_moments(moments: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for name, parameter in model.named_parameters():
+        parts = {key.split("/")[1]: value for key, value in moments.items() if key.split("/")[0] == name}
+        optimizer.state[parameter] = {part: value.to(parameter.device) for part, value in parts.items()}
 
 
 def _read(file: Path) -> dict[str, Tensor]:

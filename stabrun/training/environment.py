@@ -13,7 +13,9 @@ from stabrun.version import __version__
 PACKAGES = ("torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetensors", "wandb")
 
 
-def environment(device: torch.device, data_hash: str, compiled: bool, attention: list[str]) -> dict[str, Any]:
+def environment(
+    device: torch.device, data_hash: str, *, ranks: int, compiled: bool, attention: list[str]
+) -> dict[str, Any]:
     """Versions, commit, machine, device used, threads, ranks, how the model is computed, and the hash of the data."""
     processor = platform.processor() or platform.machine()
     return {
@@ -25,7 +27,7 @@ def environment(device: torch.device, data_hash: str, compiled: bool, attention:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "ranks": 1,
+        "ranks": ranks,
         "compiled": compiled,
         "attention": attention,
         "data_hash": data_hash,

@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from stabrun.composition import override
-from stabrun.config import Config, DataConfig, UserError
+from stabrun.config import Config, DataConfig, UserError, micro_batch
 from stabrun.data import corpus
 from stabrun.data.batches import validation_batch
 from stabrun.data.shards import prepare, unescaped
@@ -52,7 +52,7 @@ def validation_windows(config: Config, run: RunDir) -> tuple[Tensor, ...]:
     data = prepare(config.data, config.model)
     run.refuse_other_data(data.manifest["hash"])
     batch = validation_batch(data.val, config.train.val_sequences, config.data.seq_len)
-    return batch.split(config.train.micro_batch_size or config.train.batch_size)
+    return batch.split(micro_batch(config))
 
 
 def text_windows(config: Config, overrides: Sequence[str], tokenizer: Tokenizer) -> Iterator[Tensor]:

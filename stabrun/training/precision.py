@@ -7,14 +7,18 @@ from pathlib import Path
 
 import torch
 
-from stabrun.config import Config, TrainConfig, UserError
+from stabrun.config import Config, TrainConfig, UserError, micro_batch
 from stabrun.model.describe import LOW, fitting, human, memory
+from stabrun.training.place import Place
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
-def pick_device(config: TrainConfig) -> torch.device:
-    """The configured device; `auto` is CUDA, else the CPU. UserError if the device is not available."""
+def pick_device(config: TrainConfig, place: Place | None = None) -> torch.device:
+    """The configured device; `auto` is CUDA, else the CPU. Several ranks have a GPU each.
+
+    Raises UserError if the device is not available.
+    """
     there = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.backends.mps.is_available()}
     name = next(name for name, present in there.items() if present) if config.device == "auto" else config.device
     if not there[name]:
@@ -22,7 +26,16 @@ def pick_device(config: TrainConfig) -> torch.device:
         raise UserError(f"train.device={name}: not available; this machine has {present}.")
     if config.precision == "tf32" and name != "cuda":
         raise UserError(f"train.precision=tf32: requires CUDA, and the device is {name}.")
-    return torch.device(name)
+    if config.ranks == 1:
+        return torch.device(name)
+    if name == "mps":
+        raise UserError(f"train.ranks={config.ranks}: requires train.device=cpu or cuda, and the device is mps.")
+    if name == "cpu":
+        return torch.device(name)
+    gpus, needed = torch.cuda.device_count(), place.neighbors if place else config.ranks
+    if needed > gpus:
+        raise UserError(f"train.ranks={config.ranks}: needs {needed} GPUs on this machine, which has {gpus}.")
+    return torch.device(name, place.local if place else 0)
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
@@ -44,19 +57,19 @@ def prepare_backend(config: TrainConfig) -> None:
         torch.use_deterministic_algorithms(config.deterministic)
 
 
-def refuse_too_large(config: Config, device: torch.device) -> None:
+def refuse_too_large(config: Config, device: torch.device, ranks: int = 1) -> None:
     """UserError if a step needs more memory than is free on the device, with the settings that fit.
 
-    A CPU's system would kill the process, and a GPU would fail at the first step.
+    A CPU's system would kill the process, and a GPU would fail at the first step. `ranks` share the device.
     """
-    free, needed = free_memory(device), memory(config, device.type)["peak_bytes"]
+    free, needed = free_memory(device), memory(config, device.type)["peak_bytes"] * ranks
     if free is None or needed <= free:
         return
-    size = config.train.micro_batch_size or config.train.batch_size
-    fits = fitting(config, device.type, free)
+    fits = fitting(config, device.type, free // ranks)
     advice = f"{' '.join(fits)} fits." if fits else "Use a smaller model."
     raise UserError(
-        f"train.micro_batch_size={size}: a step needs about {human(needed)}, and {human(free)} are free. {advice}"
+        f"train.micro_batch_size={micro_batch(config)}: a step needs about {human(needed)}, and {human(free)} are "
+        f"free. {advice}"
     )
 
 

@@ -1,18 +1,17 @@
 """One run: from a configuration to a record and a verdict."""
 
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from stabrun.config import Config, check, run_dir, run_id
+from stabrun.config import Config, UserError, check, run_dir, run_id
 from stabrun.data.degenerate import Finding
-from stabrun.data.shards import prepare
+from stabrun.data.shards import Prepared, prepare
 from stabrun.observe.initial import findings
 from stabrun.record.jsonl import jsonable
+from stabrun.record.nowhere import NoRunDir
 from stabrun.record.run_dir import RunDir, RunWriter
 from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, STOPPED, Row, Summary
 from stabrun.text import rate_text, warn
@@ -20,7 +19,12 @@ from stabrun.training import checkpoint
 from stabrun.training.compilation import graphs
 from stabrun.training.console import Console
 from stabrun.training.environment import environment
+from stabrun.training.launcher import launch
+from stabrun.training.place import Place
+from stabrun.training.precision import pick_device, refuse_too_large
+from stabrun.training.ranks import Ranks, joined
 from stabrun.training.schedule import unreached
+from stabrun.training.stop import Stop
 from stabrun.training.tally import Tally
 from stabrun.training.tracker import Tracker
 from stabrun.training.trainer import Trainer
@@ -33,27 +37,59 @@ FINDINGS_SHOWN = 3  # findings about batches that the console shows per start
 
 
 def train(
-    config: Config, directory: Path | None = None, watch: Watch | None = None, stop: "Stop | None" = None
+    config: Config, directory: Path | None = None, watch: Watch | None = None, stop: Stop | None = None
 ) -> Summary:
     """Train one run to its end, from its checkpoint if there is one. Returns its summary.
 
-    `directory` replaces the configuration's run directory; `watch` is called with each row; `stop` lets the caller
-    interrupt the run if no signal reaches this process.
-    Raises UserError if the configuration or the run directory does not allow the run. A divergence raises nothing.
+    `directory` replaces the configuration's run directory; `watch` is called with each row, or with the newest one from
+    time to time if there are several ranks; `stop` lets the caller interrupt the run if no signal reaches this process.
+    Raises UserError if the configuration or the run directory does not allow the run, OSError if a rank is lost. A
+    divergence raises nothing.
     """
+    place = Place.here()
+    config = place.of_rank(config)
     check(config)
-    directory = directory or run_dir(config)
-    run = RunDir(directory)
+    run = RunDir(directory or run_dir(config)) if place.first else NoRunDir()
     run.refuse_other_run(config)
     data = prepare(config.data, config.model)
     run.refuse_other_data(data.manifest["hash"])
-    if summary := run.final_summary():
-        print(f"{directory}: this run is already finished; nothing is trained.")
+    if (summary := run.final_summary()) and not place.started:
+        print(f"{run.path}: this run is already finished; nothing is trained.")
         return summary
-    trainer = Trainer(config, data)
-    with run.lock(config) as record:  # another process may have started or finished it meanwhile
-        run.refuse_other_data(data.manifest["hash"])
-        return run.final_summary() or Run(trainer, record, watch).start(stop)
+    if place.count < config.train.ranks:
+        return launched(config, run, watch, stop)
+    with joined(place, pick_device(config.train, place)) as ranks:
+        refuse_different_data(ranks, data)
+        trainer = Trainer(config, data, ranks)
+        with run.lock(config) as record:  # another process may have started or finished it meanwhile
+            run.refuse_other_data(data.manifest["hash"])
+            summary = ranks.from_first(run.final_summary())
+            return summary or Run(trainer, record, watch).start(stop or Stop(patient=place.started))
+
+
+def launched(config: Config, run: RunDir, watch: Watch | None, stop: Stop | None) -> Summary:
+    """Train by `train.ranks` processes of this machine. Returns the summary."""
+    device = pick_device(config.train)
+    if device.type == "cpu":  # which they share; of GPUs each rank has one, and asks it
+        refuse_too_large(config, device, config.train.ranks)
+
+    def follow() -> None:
+        if watch and (row := run.last_row()):
+            watch(row)
+
+    with stop or Stop() as stop:
+        summary: Summary = launch(config.train.ranks, train, (config, run.path), stop, follow)
+    return summary
+
+
+def refuse_different_data(ranks: Ranks, data: Prepared) -> None:
+    """Raise UserError if a machine has prepared other tokens than that of the first rank."""
+    here, first = data.manifest["hash"], ranks.from_first(data.manifest["hash"])
+    if here != first:
+        raise UserError(
+            f"{data.folder}: rank {ranks.place.number} has other tokens than rank 0 (hash {here}, not {first}). "
+            "Give all machines the same text."
+        )
 
 
 class Run:
@@ -61,17 +97,22 @@ class Run:
 
     def __init__(self, trainer: Trainer, record: RunWriter, watch: Watch | None = None) -> None:
         self.trainer, self.config, self.record = trainer, trainer.config, record
-        self.run_dir = record.run
-        data_hash = trainer.data.manifest["hash"]
-        self.environment = environment(trainer.device, data_hash, trainer.compiled, trainer.attention)
+        self.run_dir, self.ranks = record.run, trainer.ranks
+        self.environment = environment(
+            trainer.device,
+            trainer.data.manifest["hash"],
+            ranks=trainer.ranks.count,
+            compiled=trainer.compiled,
+            attention=trainer.attention,
+        )
         self.run_dir.keep_environment(self.environment)
         self.run_dir.keep_tokenizer(trainer.data.tokenizer())
         self.done, path = checkpoint.latest(self.run_dir.checkpoints) or (0, None)
         earlier, lost = record.cut(self.done)
         if lost:
             warn(f"{self.run_dir.path}: {lost} of {self.done + lost} recorded steps have no checkpoint; trained again.")
-        if path:
-            trainer.scaling.load(checkpoint.load(path, trainer.model, trainer.optimizer))
+        scaler = checkpoint.load(path, trainer.model, trainer.optimizer) if path else {}
+        trainer.scaling.load(checkpoint.copy_first(self.ranks, trainer.model, trainer.optimizer, scaler))
         self.judge = Judge.of(self.config)
         self.tally = Tally()
         for row in earlier:
@@ -80,6 +121,7 @@ class Run:
         self.batch_findings = 0
         self.tokens = earlier[-1]["tokens"] if earlier else 0
         self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
+        self.share_progress()
         self.tracker = Tracker(self.config, self.run_dir, earlier)
         self.usage = Usage(self.config, trainer.device)
         self.watches: list[Watch] = [
@@ -88,7 +130,12 @@ class Run:
         self.watches += [watch] if watch else []
         self.resumed_at = {"step": self.done, "tokens": self.tokens}
 
-    def start(self, stop: "Stop | None" = None) -> Summary:
+    def share_progress(self) -> None:
+        """Give each rank what the first one knows from its record: all take the same decisions afterwards."""
+        known = self.done, self.tokens, self.val_loss, self.judge, self.tally
+        self.done, self.tokens, self.val_loss, self.judge, self.tally = self.ranks.from_first(known)
+
+    def start(self, stop: Stop | None = None) -> Summary:
         """Train until the run is over or interrupted. Writes its summary and returns it."""
         self.record.event("start", **self.resumed_at, environment=self.environment)
         self.open_console()
@@ -105,7 +152,8 @@ class Run:
         summary = self.summary(status, time.monotonic() - began)
         self.run_dir.write_summary(summary)
         self.tracker.finish(summary, status == INTERRUPTED)
-        return summary
+        shared: Summary = self.ranks.from_first(summary)
+        return shared
 
     def open_console(self) -> None:
         config = self.config
@@ -114,7 +162,7 @@ class Run:
         if sentence := unreached(config):
             self.console.say(sentence)
 
-    def loop(self, stop: "Stop") -> str:
+    def loop(self, stop: Stop) -> str:
         """Update until the last step, a divergence or a request to stop. Returns the status.
 
         The values of a step are read after the next step is launched, so that the device never waits for the reader.
@@ -127,7 +175,7 @@ class Run:
             self.read(pending)
             if self.over:
                 return STOPPED
-            pending, stopping, last = launched, stop.asked, self.done == steps
+            pending, stopping, last = launched, self.ranks.any(stop.asked), self.done == steps
             if stopping or last or (every and self.done % every == 0):
                 self.read(pending)
                 pending = None
@@ -188,6 +236,8 @@ class Run:
 
     def save(self) -> None:
         """Save a checkpoint after the record's rows are on disk."""
+        if not self.ranks.first:
+            return
         self.record.sync()
         trainer, folder = self.trainer, self.run_dir.checkpoints
         path = checkpoint.save(folder, self.done, trainer.model, trainer.optimizer, trainer.scaling.state())
@@ -217,23 +267,3 @@ class Run:
         }
         summary: Summary = jsonable(facts)
         return summary
-
-
-class Stop:
-    """The first SIGINT or SIGTERM sets `asked`, so that the run stops after the step; a second one stops it at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> "Stop":
-        self.before = {which: signal.signal(which, self.ask) for which in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, which: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *exception: object) -> None:
-        for which, handler in self.before.items():
-            signal.signal(which, handler)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stabrun.config import AttentionConfig, Config
+from stabrun.config import AttentionConfig, Config, micro_batch
 from stabrun.model.describe import device_type
 from stabrun.model.gpt import GPT
 from stabrun.model.switches import FLEX, sequence_parts
@@ -57,7 +57,7 @@ def traced_memory(config: Config) -> int:
     The kernels are those of the CPU. For CUDA, SDPA stands for flex_attention, which keeps the same tensors.
     """
     train, seq_len = config.train, config.data.seq_len
-    sequences = train.micro_batch_size or train.batch_size
+    sequences = micro_batch(config)
     with FakeTensorMode(), LiveMemory() as memory:
         model = GPT(config.model, seq_len)
         model.recompute = train.recompute == "blocks"
@@ -71,7 +71,7 @@ def traced_memory(config: Config) -> int:
         slow = config.observe.every and config.observe.slow_every
         for _ in range(2):
             memory.peak = memory.now
-            for _ in range(min(2, train.batch_size // sequences)):
+            for _ in range(min(2, train.batch_size // train.ranks // sequences)):
                 objective.accumulate(tokens, 1, lambda loss: loss, lambda index: None)
             before = [weight.clone() for weight in model.matrices()] if slow else []
             optimizer.step()

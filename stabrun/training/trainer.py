@@ -6,18 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabrun.config import Config, UserError
+from stabrun.config import Config, UserError, micro_batch
 from stabrun.data.batches import starts, validation_batch, windows
 from stabrun.data.degenerate import Finding, digest, findings
 from stabrun.data.shards import Prepared
 from stabrun.model.gpt import GPT
 from stabrun.model.switches import sequence_parts
 from stabrun.observe.norms import tensor_norms
-from stabrun.observe.probe import PendingRow, Probe
+from stabrun.observe.probe import SAMPLED, PendingRow, Probe
 from stabrun.training.compilation import compile_parts, compiles
 from stabrun.training.objective import Objective
 from stabrun.training.optimizer import clip_by_norm, clip_by_value, make_optimizer, set_rate
 from stabrun.training.precision import autocast, pick_device, prepare_backend, refuse_too_large
+from stabrun.training.ranks import Ranks
 from stabrun.training.scaling import LossScale
 from stabrun.training.schedule import learning_rate
 
@@ -25,9 +26,10 @@ from stabrun.training.schedule import learning_rate
 class Trainer:
     """Model, data, optimizer and probe of one configuration; its state depends on (config, steps done) only."""
 
-    def __init__(self, config: Config, data: Prepared) -> None:
+    def __init__(self, config: Config, data: Prepared, ranks: Ranks | None = None) -> None:
         prepare_backend(config.train)
-        self.config, self.device, self.data = config, pick_device(config.train), data
+        self.ranks = ranks or Ranks()
+        self.config, self.device, self.data = config, pick_device(config.train, self.ranks.place), data
         refuse_too_large(config, self.device)
         self.model = GPT(config.model, config.data.seq_len, config.seed).to(self.device)
         self.parameters = list(self.model.parameters())
@@ -38,10 +40,13 @@ class Trainer:
         z_term = ("train/z_loss",) * (config.optim.z_loss > 0)
         scalars = ("train/loss", *z_term, "grad/norm", *clipped, *self.scaling.keys)
         blocks: list[Any] = list(self.model.blocks)
-        self.micro_batch_size = config.train.micro_batch_size or config.train.batch_size
+        self.micro_batch_size = micro_batch(config)
         shape = self.micro_batch_size, config.data.seq_len
-        parts = sequence_parts(config.model.vocab_size, *shape)
-        self.probe = Probe(self.model, config.observe, shape, blocks, self.model.cores, scalars, {"head": parts})
+        parts, sampled = sequence_parts(config.model.vocab_size, *shape), max(1, SAMPLED // self.ranks.count)
+        self.probe = Probe(
+            self.model, config.observe, shape, blocks, self.model.cores, scalars,
+            {"head": parts}, self.ranks.gather, sampled,
+        )  # fmt: skip
         self.rate = 0.0  # learning rate of the last update
         self.seen: dict[str, int] = {}  # digest of a batch → the step that used it, since this start
         self.findings: list[Finding] = []  # about the last batch
@@ -59,7 +64,10 @@ class Trainer:
         self.model.before_step()
         if self.config.model.dropout:
             torch.manual_seed((self.config.seed << 32) + step)
+            if number := self.ranks.place.number:  # a seed of its own, drawn from the step's
+                torch.manual_seed(int(torch.randint(1 << 62, (number,))[-1]))
         losses = self.backward(step)
+        self.ranks.add(p.grad for p in self.parameters if p.grad is not None)
         scale = self.scaling.unscale(self.optimizer, self.matrices)
         norms = tensor_norms([p.grad for p in self.parameters if p.grad is not None])
         norm = torch.linalg.vector_norm(norms)
@@ -82,19 +90,24 @@ class Trainer:
         return (clip_by_norm(self.parameters, limit, norm),)
 
     def backward(self, step: int) -> tuple[Tensor, ...]:
-        """Accumulate the gradient of the batch's mean objective over micro-batches, times the loss scale.
+        """Accumulate this rank's share of the gradient of the batch's mean objective, times the loss scale.
 
-        Returns the terms of the objective, 0-dim: the cross-entropy in nats, and the z-loss if it has a weight.
+        Returns the terms of the objective on this share, 0-dim: the cross-entropy in nats, and the z-loss if it has a
+        weight.
         """
-        parts = self.on_device(self.batch(step)).split(self.micro_batch_size)
+        parts = self.on_device(self.ranks.part(self.batch(step))).split(self.micro_batch_size)
         totals: tuple[Tensor, ...] = ()
         for index, part in enumerate(parts):
             self.probe.begin(index)
             after = partial(self.probe.part, "head")
-            terms = self.objective.accumulate(part, len(parts), self.scaling.scaled, after)
+            terms = self.objective.accumulate(part, len(parts), self.scaled, after)
             totals = tuple(map(torch.add, totals, terms)) if totals else terms
             self.probe.merge(index, len(parts))
         return totals
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to differentiate: the ranks' gradients are added up, and fp16 scales them."""
+        return self.scaling.scaled(loss / self.ranks.count)
 
     def batch(self, step: int) -> Tensor:
         """The batch of update `step`, `[batch_size, seq_len + 1]` int64; sets `findings`.
@@ -125,7 +138,7 @@ class Trainer:
         self.probe.rest()
         self.model.eval()
         batch = validation_batch(self.data.val, self.config.train.val_sequences, self.config.data.seq_len)
-        parts = self.on_device(batch).split(self.micro_batch_size)
-        total = sum(float(self.objective.mean(part)[0]) * len(part) for part in parts)
+        parts = self.on_device(self.ranks.part(batch)).split(self.micro_batch_size)
+        total = sum(float(self.objective.mean(part)[0]) * len(part) for part in parts if len(part))
         self.model.train()
-        return total / len(batch)
+        return self.ranks.total(total) / len(batch)
