@@ -345,7 +345,7 @@ def test_gamma_started_at_one_gives_unit_spectral_norm():
 
 def test_soft_clip_reaches_zero_and_one_exactly():
     torch.manual_seed(0)
-    core = AttentionCore(AttentionConfig(clip_low=-0.03, clip_high=1.03), dropout=0.0)
+    core = AttentionCore(AttentionConfig(clip_low=-0.03, clip_high=1.03), 8)
     q, k = 3 * torch.randn(2, 1, 2, 8, 8)
     weights = core(q, k, torch.eye(8).expand(1, 2, 8, 8))  # the identity as V shows the weights themselves
     past = weights[:, :, *torch.tril_indices(8, 8, -1)]
@@ -377,7 +377,7 @@ def test_dropout_acts_on_attention_weights_and_keeps_their_mean(variant):
     config = replace(small(variant).model.attn)
     q, k = torch.randn(2, 64, 8, 8, 8)
     v = torch.eye(8).expand(64, 8, 8, 8)
-    wet, dry = AttentionCore(config, 0.5), AttentionCore(config, 0.0)
+    wet, dry = AttentionCore(config, 8, 0.5), AttentionCore(config, 8)
     weights, wanted = wet(q, k, v), dry(q, k, v)
     kept = weights != 0
     torch.testing.assert_close(weights[kept], 2 * wanted[kept])
@@ -438,7 +438,7 @@ def test_bf16_logits_of_the_plain_path_are_not_rounded():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 16, 64)
     q, k, v = (30 * q).bfloat16(), k.bfloat16(), v.bfloat16()  # logits near 100, as before a divergence
-    plain, fused = AttentionCore(AttentionConfig(soft_cap=1e9), 0.0), AttentionCore(AttentionConfig(), 0.0)
+    plain, fused = AttentionCore(AttentionConfig(soft_cap=1e9), 8), AttentionCore(AttentionConfig(), 8)
     exact = fused(q.double(), k.double(), v.double())
     with torch.autocast("cpu", torch.bfloat16):
         far, near = ((core(q, k, v).double() - exact).abs().max().item() for core in (plain, fused))

@@ -24,16 +24,16 @@ class AttentionCore(nn.Module):
     matrix of T × T is kept for the backward pass if T is above `QUERIES`.
     """
 
-    def __init__(self, config: AttentionConfig, dropout: float) -> None:
+    def __init__(self, config: AttentionConfig, head_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.head_dim = config, head_dim
         self.temp, self.cap = config.soft_temp, config.soft_cap
         self.low, self.high = config.clip_low, config.clip_high
         self.dropout = dropout
         self.mask: BlockMask | None = None  # of the flex path; set by `mask_for`
 
     def path(self, device: str) -> str:
-        return attention_path(self.config, self.dropout, device)
+        return attention_path(self.config, self.head_dim, self.dropout, device)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         path = self.path(q.device.type)
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm, self.v_norm = norm(attn.qk_norm), norm(attn.qk_norm), norm(attn.v_norm)
         width = rotated(config)
         self.rotary = Rotary(width, seq_len, config.position.rope_base) if width else nn.Identity()
-        self.core = AttentionCore(attn, config.dropout)
+        self.core = AttentionCore(attn, self.head_dim, config.dropout)
         self.proj = make_linear(config, "proj")
 
     def forward(self, x: Tensor) -> Tensor:

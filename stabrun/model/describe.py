@@ -138,7 +138,8 @@ class BlockMemory:
         unfused = self.cpu and self.model.norm.kind == "rmsnorm" and self.model.norm.affine
         self.norm = 0 if norm is None else 4 * (1 + unfused)  # bytes of a channel that a norm keeps
         self.mask = (4 if self.cpu else 1) * bool(self.model.dropout)  # bytes that dropout keeps of a value
-        self.path = attention_path(self.model.attn, self.model.dropout, device)
+        head_dim = self.model.d_model // self.model.n_head
+        self.path = attention_path(self.model.attn, head_dim, self.model.dropout, device)
 
     def kept(self, model: ModelConfig) -> int:
         hidden = self.low * ACTIVATIONS[model.mlp.activation].kept * linears(model)["fc2"][0]

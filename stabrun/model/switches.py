@@ -96,16 +96,18 @@ def clips(attn: AttentionConfig) -> bool:
     return (attn.clip_low, attn.clip_high) != (0.0, 1.0)
 
 
-def attention_path(attn: AttentionConfig, dropout: float, device: str) -> str:
+def attention_path(attn: AttentionConfig, head_dim: int, dropout: float, device: str) -> str:
     """How attention is computed on a type of device.
 
     - `SDPA` wherever no cap or clip is set: its scale holds the temperature.
-    - `FLEX`: a cap on CUDA, by a fused kernel too. Elsewhere it has no backward pass, and nowhere dropout.
+    - `FLEX`: a cap on CUDA, by a fused kernel too. It has no dropout, needs heads of 16 channels or more, and has no
+      backward pass on other devices.
     - `EXPLICIT`: weights in fp32, for `QUERIES` queries at a time; computed again in the backward pass if T is larger.
     """
     if attn.soft_cap is None and not clips(attn):
         return SDPA
-    return FLEX if device == "cuda" and not clips(attn) and not dropout else EXPLICIT
+    fused = device == "cuda" and not clips(attn) and not dropout and head_dim >= 16
+    return FLEX if fused else EXPLICIT
 
 
 LOGITS = 1 << 29  # outputs of the model in memory at a time: above, the weights' traffic for each part is small
