@@ -205,7 +205,7 @@ def test_ctrl_c_a_killed_rank_and_a_killed_launcher(tmp_path):
             sentence = r"stabrun: rank [01]: ended \(signal 9\); the same command resumes from the last checkpoint\."
             assert re.fullmatch(sentence, err.splitlines()[-1]), err
             assert "Traceback" not in err
-            assert not rank_processes_left(process.pid)
+            wait_for(lambda pid=process.pid: not rank_processes_left(pid))
 
     with running(*words, cwd=tmp_path) as process:
         wait_for(lambda: run.steps_done() > first + 200)
