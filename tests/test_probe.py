@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from stabrun.config import ObserveConfig
 from stabrun.data.batches import training_batch
-from stabrun.observe.probe import Probe, find_sites
+from stabrun.observe.probe import SAMPLED, Probe, find_sites
 
 
 @pytest.fixture(scope="module", params=["baseline", "qk_norm_cap", "qkv_norm"])
@@ -129,6 +129,18 @@ def test_micro_batches_merge_to_the_values_of_the_batch():
         assert row.keys() == rows[0].keys()
         for key, value in rows[0].items():
             assert row[key] == pytest.approx(value, rel=1e-3 if "update" in key else 1e-4), key
+
+
+@pytest.mark.parametrize("micro", [96, 48, 32, 8])
+def test_attention_is_measured_on_the_first_sequences_of_the_batch(micro):
+    assert SAMPLED == 64, "docs/metrics.md says so"
+    keys = "attn/max_logit", "attn/entropy"
+    first = a_trainer(tiny(f"train.batch_size={48 if micro == 48 else 64}")).step(0).read()
+    found = a_trainer(tiny("train.batch_size=96", f"train.micro_batch_size={micro}")).step(0).read()
+    whole = a_trainer(tiny("train.batch_size=32")).step(0).read()
+    for key in keys:
+        assert found[key] == pytest.approx(first[key], rel=1e-5)
+        assert found[key] != pytest.approx(whole[key], rel=1e-5)
 
 
 def test_observation_changes_no_bit():

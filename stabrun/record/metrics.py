@@ -137,9 +137,11 @@ METRICS = {metric.key: metric for metric in (
            "mean g² (clipped, before L2 decay) over mean bias-corrected v after the step: 1 for a typical gradient",
            Signal("surprise")),
     Metric("attn/max_logit", "maximum attention logit", "1", ATTENTION, SLOW_EVERY, "max",
-           "largest QKᵀ/√d over past positions, before temperature and cap", Signal("max_logit")),
+           "largest QKᵀ/√d over past positions, before temperature and cap, in the first 64 sequences of the batch",
+           Signal("max_logit")),
     Metric("attn/entropy", "attention entropy", "nats", ATTENTION, SLOW_EVERY, "mean",
-           "−Σ A log A of the rows of the softmax (before soft_clip), averaged over queries, heads and sequences",
+           "−Σ A log A of the rows of the softmax (before soft_clip), averaged over queries, heads and the first 64 "
+           "sequences of the batch",
            Signal("entropy", falling=True)),
     Metric("residual/norm", "residual norm", "1", BLOCK, EVERY, "mean",
            "L2 norm of a token's vector after the block, averaged over tokens", Signal("residual_norm"), "residual"),
