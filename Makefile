@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 export WANDB_MODE ?= offline
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test disasters lint bench docs clean
+.PHONY: install demo test test-cuda gpu-check disasters lint bench docs clean
 
 install: $(STAMP)
 
@@ -24,6 +24,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# The tests that need a GPU.
+test-cuda: $(STAMP)
+	$(BIN)/pytest -m cuda
+
+# These, a small sweep and some steps at 830M, in less than ten minutes. Needs no network: without .venv, it takes the
+# packages of $(PYTHON).
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) scripts/gpu_check.py
 
 # The slow tests, among them: studies on Slurm and Ray whose jobs, daemons and nodes are killed.
 # Slurm needs Debian's packages slurmctld, slurmd, munge and slurm-client.

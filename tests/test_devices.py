@@ -1,10 +1,8 @@
-"""Every tensor is on the model's device; a few steps on CUDA if available."""
-
-import math
+"""Every tensor is on the model's device, shown on the meta device."""
 
 import pytest
 import torch
-from helpers import VARIANTS, a_trainer
+from helpers import VARIANTS
 from reference import small
 from torch import nn
 from torch.nn import functional as F
@@ -103,20 +101,3 @@ def test_the_guard_accepts_a_correct_module():
         model, x = Planted("nowhere"), torch.ones(2, 4)
     with DeviceGuard("meta"):
         model(x).sum().backward()
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("variant", ["baseline", "qkv_norm", "qk_norm_cap", "sigma_reparam"])
-def test_nano_trains_on_cuda(variant, precision, tmp_path):
-    nano = ("model.n_layer=4", "model.d_model=64", "model.vocab_size=256", "data.seq_len=64")
-    how = ("train.device=cuda", f"train.precision={precision}", "train.compile=false", "schedule.warmup_steps=5")
-    config = small(variant, *nano, *how, f"data.cache_dir={tmp_path}")
-    trainer = a_trainer(config)
-    rows = [trainer.step(step).read() for step in range(12)]
-    losses = [row["train/loss"] for row in rows]
-    assert all(p.is_cuda for p in trainer.parameters)
-    assert math.isfinite(trainer.validate())
-    assert losses[-1] < losses[0]
-    assert all(math.isfinite(value) for row in rows for value in (row["grad/norm"], *row["residual/norm"]))

@@ -112,7 +112,7 @@ def test_a_study_whose_cells_take_two_ranks(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_on_two_nodes_is_cancelled_and_resumes(tmp_path, monkeypatch):
-    """torchrun on each node, as docs/ranks.md says. In fp64, it is the run of one process."""
+    """torchrun on each node, as docs/gpu.md says. In fp64, it is the run of one process."""
     words = f"{FP64} {' '.join(TINY)} train.steps=400 train.checkpoint_every=0"
     (tmp_path / "job.sh").write_text(
         "#!/bin/sh\n"
