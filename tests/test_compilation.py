@@ -1,6 +1,10 @@
 """torch.compile: which graphs it makes, that nothing runs uncompiled, and that the numbers are those without it."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,3 +140,27 @@ def test_the_record_says_what_was_compiled(by, tmp_path):
     plain = RunDir(tmp_path / "plain")
     assert (plain.environment()["compiled"], plain.environment()["attention"]) == (False, ["sdpa"])
     assert not [event for event in plain.events() if event["event"] == "compiled"]
+
+
+WORKER = """
+import sys
+sys.path.insert(0, {tests!r})
+from helpers import a_trainer, tiny
+from torch._dynamo.utils import counters
+a_trainer(tiny("train.compile=true", "model.n_layer=1", "observe.every=0")).step(0).read()
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+@pytest.mark.slow
+def test_workers_share_the_code_that_inductor_made(tmp_path):
+    def counts():
+        program = WORKER.format(tests=str(Path(__file__).parent))
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+        return [int(word) for word in done.stdout.split()[-2:]]
+
+    hits, misses = counts()
+    assert hits == 0
+    assert misses > 0
+    assert counts() == [misses, 0]
