@@ -293,6 +293,14 @@ def test_each_rank_draws_its_own_dropout(monkeypatch):
     assert seeds[:4] == [0, 0, 1, 1], "the first rank's are those of a single process"
 
 
+def test_the_parts_of_a_batch_are_interleaved_and_without_gaps():
+    """A copy to a GPU is not waited for only if the tensor is contiguous."""
+    batch = torch.arange(24).view(6, 4)
+    parts = [Ranks(Place(number, 3)).part(batch) for number in range(3)]
+    assert [part[:, 0].tolist() for part in parts] == [[0, 12], [4, 16], [8, 20]]
+    assert all(part.is_contiguous() for part in parts)
+
+
 def test_gradients_are_summed_in_buckets():
     sizes = [3, 4, 20, 1, 9, 2]
     tensors = [torch.zeros(size) for size in sizes]

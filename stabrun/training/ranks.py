@@ -34,8 +34,11 @@ class Ranks:
         self.count, self.first = self.place.count, self.place.first
 
     def part(self, batch: Tensor) -> Tensor:
-        """This rank's rows of a batch: every `count`-th, so that the first rows of all ranks are those of the batch."""
-        return batch[self.place.number :: self.count]
+        """This rank's rows of a batch: every `count`-th, so that the first rows of all ranks are those of the batch.
+
+        Contiguous: a pinned tensor with gaps would be copied to a GPU by way of one that is not pinned, and waited for.
+        """
+        return batch[self.place.number :: self.count].contiguous()
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks."""
