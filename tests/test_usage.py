@@ -48,6 +48,12 @@ def test_mfu_follows_the_formula_and_leaves_out_the_first_rows(monkeypatch, cloc
     assert fed(config, clock, compiling).mfu() is None
 
 
+def test_the_peak_of_several_ranks_is_that_of_all_their_gpus(monkeypatch, clock):
+    monkeypatch.setattr(usage, "peak_flops", lambda device, precision: 1e9)
+    one, two = (fed(tiny(f"train.ranks={ranks}"), clock, [0, 0, 1.0, 2.0]).mfu() for ranks in (1, 2))
+    assert two == pytest.approx(one / 2, rel=1e-3)
+
+
 def test_the_peak_is_that_of_the_gpu_at_the_precision(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     cuda = torch.device("cuda")

@@ -35,14 +35,14 @@ class Usage:
     def mfu(self) -> float | None:
         """Model FLOPs utilization (arXiv 2204.02311, appendix B): FLOPs per token · tokens/s / peak FLOP/s.
 
-        It begins after the settling rows. Validations and checkpoints take time, and count no FLOPs. None on a CPU, on
-        an unknown GPU, and in a run of these rows alone.
+        The peak is that of the GPUs of all ranks, which are alike. Measured after the settling rows. Validations and
+        checkpoints take time, and count no FLOPs. None on a CPU, on an unknown GPU, and in a run of these rows alone.
         """
         peak = peak_flops(self.device, self.config.train.precision)
         if peak is None or self.seconds <= 0:
             return None
         flops = self.tokens * flops_per_token(self.config.model, self.config.data.seq_len)
-        return float(f"{flops / self.seconds / peak:.4g}")
+        return float(f"{flops / self.seconds / (peak * self.config.train.ranks):.4g}")
 
     def facts(self) -> dict[str, Any]:
         return {"mfu": self.mfu(), "peak_memory_bytes": peak_memory(self.device) if self.memory_is_known else None}
