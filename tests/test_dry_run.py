@@ -95,6 +95,22 @@ def test_more_workers_and_another_utilization(tmp_path):
         assert int(found[1]) + int(found[2] or 0) / 60 == pytest.approx(share * cell, abs=0.1 * share)
 
 
+def test_ranks_shorten_a_cell_and_take_as_much_gpu_time(tmp_path):
+    words = "train.device=cuda", "study.seeds=3", "train.steps=60000000000"
+    assumed = StudyConfig(gpu="l4", workers=2)
+    found = {ranks: table(lines_of(tmp_path, *words, f"train.ranks={ranks}", study=assumed)) for ranks in (1, 4)}
+    (alone, (total, *_)), (shared, (shorter, *_)) = found[1], found[4]
+    for arm, row in alone.items():
+        assert hours(shared[arm]["time per cell"]) == pytest.approx(hours(row["time per cell"]) / 4, abs=0.06)
+        assert shared[arm]["total time"] == row["total time"]
+    gpu_time, wall = (re.search(pattern, total)[1] for pattern in (r"([\d.,]+ h) of GPU time", r": (\d+) h .*workers"))
+    assert f"{gpu_time} of GPU time" in shorter
+    assert shorter.endswith(" with 2 workers of 4 GPUs")
+    assert int(re.search(r"time: (\d+) h", shorter)[1]) == pytest.approx(int(wall) / 4, abs=1)
+    measured, _ = table(lines_of(tmp_path, *words[:2], "train.ranks=4", rows=[ended("baseline")], study=assumed))
+    assert (measured["baseline"]["time per cell"], measured["baseline"]["total time"]) == ("6 s", "72 s")
+
+
 def test_a_gpu_without_the_precision(tmp_path):
     words = "train.device=cuda", "train.precision=bf16"
     rows, (total, note, *_) = table(lines_of(tmp_path, *words, study=StudyConfig(gpu="v100")))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from stabrun.config import Config, StudyConfig
-from stabrun.model.describe import flops_per_token, memory, parameters
+from stabrun.model.describe import CUDA, flops_per_token, memory, parameters
 from stabrun.model.gpus import BY_NAME, Gpu, of_device
 from stabrun.record.schema import Summary
 from stabrun.study.plan import GRID, Plan
@@ -73,9 +73,14 @@ class Cost:
         return self.cells * flops_per_run(self.config)
 
     @property
+    def devices(self) -> int:
+        """That train a cell: each rank has a GPU of its own, while ranks on a CPU share it."""
+        return self.config.train.ranks if self.device == CUDA else 1
+
+    @property
     def seconds(self) -> float | None:
-        """Time of the devices that train the cells. A cell trains on one device."""
-        return None if self.cell_seconds is None else self.cells * self.cell_seconds
+        """Time of all devices that train the cells."""
+        return None if self.cell_seconds is None else self.cells * self.cell_seconds * self.devices
 
 
 def costs(plan: Plan, rows: list[Summary], devices: Mapping[str, str], speeds: Mapping[str, float]) -> list[Cost]:

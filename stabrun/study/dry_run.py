@@ -75,7 +75,7 @@ def speeds_on(
         notes.append(f"times assume {mfu:.3g} of the peak of {gpu.name}, {', '.join(known)} (study.mfu)")
     if unknown := [precision for precision, peak in peaks.items() if not peak]:
         notes.append(f"times are unknown in {', '.join(unknown)}: {gpu.name} has no units for it")
-    speeds = {arm: mfu * peak for arm, config in arms.items() if (peak := peaks[config.train.precision])}
+    speeds = {arm: mfu * peak * c.train.ranks for arm, c in arms.items() if (peak := peaks[c.train.precision])}
     return speeds, notes
 
 
@@ -88,12 +88,14 @@ def total_time(costs: list[Cost], workers: int) -> str:
     times = [cost.seconds for cost in left if cost.seconds is not None]
     if not left or len(times) < len(left):
         return ""
-    total, longest = sum(times), max(cost.cell_seconds or 0.0 for cost in left)
-    text = f"{duration_text(max(total / workers, longest))} with {workers} worker{'s' * (workers != 1)}"
+    devices, longest = max(cost.devices for cost in left), max(cost.cell_seconds or 0.0 for cost in left)
+    total = sum(times)
+    text = f"{duration_text(max(total / devices / workers, longest))} with {workers} worker{'s' * (workers != 1)}"
     if any(cost.device == CPU and not cost.measured for cost in left):
         return f", at least {text}"
     if all(cost.device == CUDA for cost in left):
-        return f", {hours_text(total)} of GPU time: {text}{', each on its own GPU' * (workers > 1)}"
+        own = ", each on its own GPU" * (workers > 1) if devices == 1 else f" of {devices} GPUs"
+        return f", {hours_text(total)} of GPU time: {text}{own}"
     return f", {text}"
 
 
