@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, configured, tiny, train_interrupted
+from helpers import TINY, a_trainer, configured, tiny, train_interrupted
 from helpers import run as stabrun
 from safetensors.torch import load_file, save_file
 
@@ -472,3 +473,19 @@ def test_stop_early_ends_a_run_when_its_divergence_is_certain(tmp_path, monkeypa
     records = [(tmp_path / name / "metrics.jsonl").read_bytes().splitlines() for name in ("early", "whole")]
     assert records[0] == records[1][: summary["steps"]]
     assert train(early) == summary, "it is finished"
+
+
+def test_free_memory_of_a_gpu_includes_what_an_earlier_run_of_the_process_took(monkeypatch):
+    """torch keeps freed memory, and the parameters of a model with hooks are freed by the garbage collector only."""
+    trainer = a_trainer(tiny())
+    gpu = {"used": weakref.ref(trainer.parameters[0]), "kept": 30 << 30}
+
+    def free(device):
+        return (80 << 30) - gpu["kept"] - (10 << 30) * (gpu["used"]() is not None), 80 << 30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gpu.update(kept=0))
+    assert precision.free_memory(torch.device("cuda")) == 70 << 30
+    del trainer
+    gpu["kept"] = 30 << 30
+    assert precision.free_memory(torch.device("cuda")) == 80 << 30

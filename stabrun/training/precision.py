@@ -1,6 +1,7 @@
 """Device and number formats: fp32 master weights always, matrix products in the configured precision."""
 
 import ctypes
+import gc
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -74,8 +75,13 @@ def refuse_too_large(config: Config, device: torch.device, ranks: int = 1) -> No
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device; of a CPU with reclaimable caches. None if that is unknown."""
+    """Bytes that are free on a device; of a CPU with reclaimable caches. None if that is unknown.
+
+    Of CUDA, what torch keeps of an earlier run of the process is given back first: it may be nearly all there is.
+    """
     if device.type == "cuda":
+        gc.collect()  # model and hooks refer to each other
+        torch.cuda.empty_cache()
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     if device.type != "cpu":
