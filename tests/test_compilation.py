@@ -9,16 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import VARIANTS, a_trainer, tiny
+from torch._dynamo import config as dynamo
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention
 
-from stabrun.config import UserError
+from stabrun.config import AttentionConfig, UserError
+from stabrun.model import attention
+from stabrun.model.attention import AttentionCore
+from stabrun.model.switches import FLEX
 from stabrun.record.run_dir import RunDir
 from stabrun.training import trainer as module
 from stabrun.training.compilation import OFF, compile_parts, compiles, graphs
 from stabrun.training.objective import Objective
 from stabrun.training.run import train
 
+compile_by_torch = torch.compile
 STEPS = (0, 1)  # with expensive statistics, and without
 
 
@@ -164,3 +170,41 @@ def test_workers_share_the_code_that_inductor_made(tmp_path):
     assert hits == 0
     assert misses > 0
     assert counts() == [misses, 0]
+
+
+@pytest.fixture
+def flex(monkeypatch):
+    """Use flex_attention on the CPU without a kernel, because torch has none for its backward pass there."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(AttentionCore, "path", lambda core, device: FLEX)
+    monkeypatch.setattr(torch, "compile", partial(compile_by_torch, backend="aot_eager"))
+    attention.compiled_flex_attention.cache_clear()
+    yield
+    attention.compiled_flex_attention.cache_clear()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flex_attention_has_the_numbers_of_the_explicit_path(by, request, compiled):
+    by("aot_eager")
+    words = "+variant=qk_norm_cap", "model.n_layer=2", "model.attn.soft_temp=2", "train.micro_batch_size=2"
+    expected = rows(a_trainer(tiny(*words)))
+    request.getfixturevalue("flex")
+    trainer = a_trainer(tiny(*words, f"train.compile={str(compiled).lower()}", "train.recompute=blocks"))
+    assert trainer.attention == [FLEX]
+    for pair in zip(rows(trainer), expected, strict=True):
+        close(*pair)
+    assert graphs() == (5 if compiled else 1)
+
+
+def test_uncompiled_runs_of_many_arms_with_flex_attention(flex):
+    limits = dynamo.recompile_limit, dynamo.accumulated_recompile_limit
+    dynamo.recompile_limit = 8
+    q = torch.randn(1, 2, 32, 16, requires_grad=True)
+    try:
+        for cap in range(1, 11):
+            core = AttentionCore(AttentionConfig(soft_cap=cap), 16)
+            core.mask_for(32, q.device)
+            core(q, q, q).sum().backward()
+    finally:
+        dynamo.recompile_limit, dynamo.accumulated_recompile_limit = limits
+    assert graphs() == 10

@@ -97,9 +97,17 @@ class AttentionCore(nn.Module):
         self.mask = causal_blocks(time, device) if self.path(device.type) == FLEX else None
 
 
+def allow_graphs() -> None:
+    """Let torch.compile make more graphs of a function than 8: a worker trains many arms, each with its own."""
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 1 << 16
+
+
 @cache
 def compiled_flex_attention() -> Any:
     """flex_attention is a fused kernel only if it is compiled, and otherwise keeps the T × T logits."""
+    allow_graphs()
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from stabrun.config import TrainConfig, UserError
+from stabrun.model.attention import allow_graphs
 from stabrun.training.objective import Objective
 
-GRAPHS = 1 << 16  # per function, in place of torch's 8: a worker trains many arms, and every arm has graphs of its own
 OFF = "TORCH_COMPILE_DISABLE"
 
 
@@ -31,13 +31,14 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
 def compile_parts(objective: Objective, backend: str = "inductor") -> None:
     """Compile each block, and the output layer with the loss, in place.
 
-    Blocks of one shape share one graph for each kind of step: with statistics of `observe.every`, with those of
-    `observe.slow_every`, with neither, and validation. `fullgraph` turns what cannot be compiled, which would silently
+    Blocks of one shape share one graph for each kind of pass: with statistics of `observe.every`, with those of
+    `observe.slow_every`, the latter without attention (which some micro-batches leave out), with none, and validation,
+    again for its last and smaller part. `fullgraph` turns what cannot be compiled, which would silently
     run uncompiled, into an error. With Inductor's `fallback_random`, dropout draws the same numbers as uncompiled.
     """
     import torch._dynamo.config as dynamo
 
-    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = GRAPHS
+    allow_graphs()
     dynamo.suppress_errors = False
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
     if backend == "inductor":
