@@ -313,6 +313,14 @@ def test_help_and_variants_import_nothing_heavy(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_model_names_the_device_of_its_memory(capsys, device):
+    """The memory of a cap is another with each: CUDA has a fused kernel."""
+    status, out, _ = run(capsys, "model", "model=830m", "+variant=soft_cap", f"train.device={device}")
+    assert status == 0
+    assert f"memory of a step of 4 sequences in bf16 on {device} (estimate)" in out
+
+
 def test_model_as_json(capsys):
     import json
 

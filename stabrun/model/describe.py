@@ -226,7 +226,7 @@ def report(facts: dict[str, Any], config: Config) -> str:
         "",
         f"FLOPs per token (training)  {facts['flops_per_token']:,}",
         "",
-        f"memory of a step of {sequences} sequences in {config.train.precision} (estimate)",
+        f"memory of a step of {sequences} sequences in {config.train.precision} on {device_type(config)} (estimate)",
         *(f"  {name.removesuffix('_bytes'):<18}{human(value):>15}" for name, value in bytes_.items()),
         "",
         "switches",
