@@ -13,7 +13,7 @@ from stabrun.config import TrainConfig, UserError
 from stabrun.model.attention import allow_graphs
 from stabrun.training.objective import Objective
 
-OFF = "TORCH_COMPILE_DISABLE"
+OFF = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")  # each alone, if it is 1
 
 
 def compiles(config: TrainConfig, device: torch.device) -> bool:
@@ -22,10 +22,10 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
     Raises UserError if it was asked for, and an environment variable turns torch.compile off.
     """
     wanted = device.type == "cuda" if config.compile is None else config.compile
-    off = os.environ.get(OFF) == "1"
+    off = next((name for name in OFF if os.environ.get(name) == "1"), None)
     if config.compile and off:
-        raise UserError(f"train.compile=true: {OFF}=1 turns torch.compile off; unset it.")
-    return wanted and not off
+        raise UserError(f"train.compile=true: {off}=1 turns torch.compile off; unset it.")
+    return wanted and off is None
 
 
 def compile_parts(objective: Objective, backend: str = "inductor") -> None:
