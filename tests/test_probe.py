@@ -135,7 +135,7 @@ def test_micro_batches_merge_to_the_values_of_the_batch():
 def test_attention_is_measured_on_the_first_sequences_of_the_batch(micro):
     assert SAMPLED == 64, "docs/metrics.md says so"
     keys = "attn/max_logit", "attn/entropy"
-    first = a_trainer(tiny(f"train.batch_size={48 if micro == 48 else 64}")).step(0).read()
+    first = a_trainer(tiny("train.batch_size=64")).step(0).read()
     found = a_trainer(tiny("train.batch_size=96", f"train.micro_batch_size={micro}")).step(0).read()
     whole = a_trainer(tiny("train.batch_size=32")).step(0).read()
     for key in keys:

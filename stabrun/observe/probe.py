@@ -78,8 +78,8 @@ class Probe:
         self.calls = {site: count for site, count in (calls or {}).items() if count > 1}
         self.first = len(self.scalars)  # they are the first values in the buffer
         self.fast = self.slow = self.attention = False
-        self.sequences = min(shape[0], sampled)  # of a micro-batch that attention is measured on
-        self.samples = max(1, sampled // shape[0])  # micro-batches that attention is measured on
+        self.batch, self.most = shape[0], sampled  # sequences of a micro-batch; those that attention is measured on
+        self.sequences = min(shape[0], sampled)  # of this micro-batch that attention is measured on
         self.due: list[Span] = []  # what this step measures
         self.reduced: set[str] = set()  # keys of sources in `ONCE` that this step has measured
         parameters = list(model.parameters())
@@ -208,8 +208,9 @@ class Probe:
         self.due = []
 
     def begin(self, index: int) -> None:
-        """Select what micro-batch `index` measures: attention is measured on the first `SAMPLED` sequences only."""
-        self.attention = index < self.samples
+        """Select what micro-batch `index` measures: attention on its share of the first `sampled` sequences."""
+        self.sequences = min(self.batch, max(0, self.most - index * self.batch))
+        self.attention = self.sequences > 0
 
     @torch.no_grad()
     def part(self, site: str, index: int) -> None:
@@ -244,7 +245,7 @@ class Probe:
         self.values[means] += now[means] / count
         self.values[roots] = torch.hypot(self.values[roots], now[roots])
         if self.attention:
-            self.values[sampled] += now[sampled] / min(self.samples, count)
+            self.values[sampled] += now[sampled] * (self.sequences / min(self.most, self.batch * count))
             self.values[maxima] = torch.maximum(self.values[maxima], now[maxima])
 
     @torch.no_grad()
