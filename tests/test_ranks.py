@@ -476,3 +476,12 @@ def test_a_sweep_is_not_started_by_torchrun(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"study\.workers and train\.ranks"):
         worker_pool([*TINY], SHIPPED, tmp_path, 2)
+
+
+def test_a_rank_that_sees_its_own_gpu_only_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = tiny("train.batch_size=8", "train.ranks=2").train
+    assert pick_device(config, Place(1, 2, 1, 2, started=True)) == torch.device("cuda", 0)
+    with pytest.raises(UserError, match=r"train\.ranks=2: needs 2 GPUs on this machine, which has 1"):
+        pick_device(config)

@@ -18,6 +18,11 @@ class Gpu:
     fp16: float
     bf16: float | None
 
+    @property
+    def usable(self) -> int:
+        """Bytes for a step: CUDA, error correction and fragmentation take about a tenth of the memory on the sheet."""
+        return self.memory * 9 * 2**30 // 10
+
     def peak(self, precision: str) -> float | None:
         """FLOP/s at a value of `train.precision`."""
         teraflops: float | None = getattr(self, precision)

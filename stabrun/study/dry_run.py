@@ -101,11 +101,13 @@ def total_time(costs: list[Cost], workers: int) -> str:
 
 def too_large(costs: list[Cost], gpu: Gpu) -> Iterator[str]:
     """A sentence if a step of some arms does not fit into the GPU's memory, with the settings that fit all of them."""
-    if large := [cost for cost in costs if cost.cells and cost.peak_bytes > gpu.memory << 30]:
-        fits = fitting(max(large, key=lambda cost: cost.peak_bytes).config, CUDA, gpu.memory << 30)
+    if large := [cost for cost in costs if cost.cells and cost.peak_bytes > gpu.usable]:
+        fits = [fitting(cost.config, CUDA, gpu.usable) for cost in large]
+        # The most restrictive of them: recomputation makes a list of two, and then the smallest micro-batch.
+        advice = min(fits, key=lambda words: (-len(words), [int(word.rpartition("=")[2]) for word in words[:1]]))
         names = "each arm" if len(large) == len(costs) else ", ".join(cost.arm for cost in large)
-        advice = f"{' '.join(fits)} fits" if fits else "use a smaller model"
-        yield f"a step of {names} needs more than the {gpu.memory} GiB of {gpu.name}; {advice}"
+        what = f"{' '.join(advice)} fits" if all(fits) else "use a smaller model"
+        yield f"a step of {names} needs more than the {human(gpu.usable)} that are usable of {gpu.name}; {what}"
 
 
 def rate_lines(costs: list[Cost]) -> Iterator[str]:

@@ -34,6 +34,8 @@ def pick_device(config: TrainConfig, place: Place | None = None) -> torch.device
     if name == "cpu":
         return torch.device(name)
     gpus, needed = torch.cuda.device_count(), place.neighbors if place else config.ranks
+    if gpus == 1 and place:  # Slurm may show each rank its own GPU only
+        return torch.device(name, 0)
     if needed > gpus:
         raise UserError(f"train.ranks={config.ranks}: needs {needed} GPUs on this machine, which has {gpus}.")
     return torch.device(name, place.local if place else 0)
