@@ -35,7 +35,7 @@ def test_time_left_of_an_untimed_arm_is_estimated_from_flops():
     plan = a_plan("study.lrs=[1e-2]", "study.seeds=1", "model.n_layer=2,8", "study.variants=[baseline]")
     small, large = plan.cells.values()
     snapshot = timed(a_snapshot(plan, {small.id: "converged"}, [Attempt(large, 1, 0, 30)]), {small.id: 1.0})
-    times = costs(plan, [], 1.0)
+    times = costs(plan, [], dict.fromkeys(plan.arms, "cpu"), {})
     assert seconds_left(snapshot) == pytest.approx(0.1 * times[1].flops / times[0].flops * 30)
 
 
