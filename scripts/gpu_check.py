@@ -79,7 +79,7 @@ def part(name: str, command: list[str], seconds: int, output: Path) -> bool:
 def facts(run: Path) -> dict[str, object]:
     """What a run at 830M used, and what was predicted."""
     from stabrun.config import read_config
-    from stabrun.model.describe import memory
+    from stabrun.model.memory import memory
     from stabrun.record.run_dir import RunDir
 
     directory = RunDir(run)

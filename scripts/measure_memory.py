@@ -45,7 +45,7 @@ def measure(words: list[str]) -> None:
 
     from stabrun.composition import compose
     from stabrun.data.shards import prepare
-    from stabrun.model.describe import memory
+    from stabrun.model.memory import memory
     from stabrun.training import precision
     from stabrun.training.trainer import Trainer
 

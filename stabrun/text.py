@@ -67,3 +67,12 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
 def warn(text: str) -> None:
     """A line on standard error."""
     print(f"stabrun: {text}", file=sys.stderr, flush=True)
+
+
+def human(count: float) -> str:
+    """Bytes in B, KiB, MiB or GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

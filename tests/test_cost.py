@@ -4,7 +4,7 @@ import pytest
 from snapshots import a_plan
 
 from stabrun.config import Config, StudyConfig, TrainConfig
-from stabrun.model.describe import device_type
+from stabrun.model.memory import device_type
 from stabrun.study import cost
 from stabrun.study.cost import costs, gpu_of
 

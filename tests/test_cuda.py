@@ -7,7 +7,7 @@ import torch
 from helpers import VARIANTS, a_trainer, configured, tiny
 
 from stabrun.config import micro_batch
-from stabrun.model.describe import memory
+from stabrun.model.memory import memory
 from stabrun.training.compilation import graphs
 
 pytestmark = [

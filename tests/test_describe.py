@@ -12,8 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stabrun.model import switches
-from stabrun.model.describe import describe, flops_per_token, memory, parameters
+from stabrun.model.counts import flops_per_token, parameters
+from stabrun.model.describe import describe
 from stabrun.model.gpt import GPT, meta_gpt
+from stabrun.model.memory import memory
 from stabrun.training.trace import traced_memory
 
 SITES = ("qkv", "proj", "fc1", "fc2")

@@ -7,7 +7,7 @@ from helpers import run
 from snapshots import a_plan
 
 from stabrun.config import GPUS, StudyConfig
-from stabrun.model.describe import memory
+from stabrun.model.memory import memory
 from stabrun.study import cost, dry_run
 from stabrun.study.dry_run import COLUMNS, dry_run_lines
 

@@ -21,7 +21,7 @@ from studies import ENDLESS, a_plan, ended, recorded, sweeping, swept, wait_for
 from stabrun.composition import SHIPPED
 from stabrun.config import UserError, check
 from stabrun.data.shards import prepare
-from stabrun.model.describe import memory
+from stabrun.model.memory import memory
 from stabrun.record.run_dir import RunDir
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.launch import worker_pool
@@ -345,9 +345,7 @@ def test_errors_before_training_start_no_rank(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="contains a run with"):
         train(tiny("train.steps=3", "train.ranks=2", f"run_dir={directory}"))
     config = tiny("train.ranks=2", f"run_dir={tmp_path / 'other'}")
-    monkeypatch.setattr(
-        "stabrun.training.precision.free_memory", lambda device: int(1.5 * memory(config)["peak_bytes"])
-    )
+    monkeypatch.setattr("stabrun.training.memory.free_memory", lambda device: int(1.5 * memory(config)["peak_bytes"]))
     with pytest.raises(UserError, match="are free"):
         train(config)
     assert not (tmp_path / "other").exists()

@@ -22,7 +22,7 @@ from stabrun.data import tokenizer
 from stabrun.data.shards import prepare
 from stabrun.model.gpt import GPT
 from stabrun.record.run_dir import RunDir
-from stabrun.training import checkpoint, precision, run
+from stabrun.training import checkpoint, memory, run
 from stabrun.training.optimizer import make_optimizer
 from stabrun.training.run import Run, train
 from stabrun.verdict.judge import Judge
@@ -422,7 +422,7 @@ def test_seconds_are_those_of_all_starts_up_to_their_last_event(tmp_path):
 
 
 def test_a_model_too_large_for_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(precision, "free_memory", lambda device: 1 << 18)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1 << 18)
     with pytest.raises(UserError, match=r"a step needs about .* and 256\.0 KiB are free\. Use a smaller model\."):
         train(tiny(f"run_dir={tmp_path / 'run'}"))
     assert not (tmp_path / "run").exists()
@@ -439,16 +439,16 @@ def test_a_model_too_large_for_the_memory_is_refused(tmp_path, monkeypatch):
     ],
 )
 def test_the_settings_that_fit_a_gpu_are_named(monkeypatch, gib, advice):
-    monkeypatch.setattr(precision, "free_memory", lambda device: gib << 30)
+    monkeypatch.setattr(memory, "free_memory", lambda device: gib << 30)
     config = configured("model=830m", "+variant=qk_norm_cap", "train.micro_batch_size=8")
     if advice is None:
-        precision.refuse_too_large(config, torch.device("cuda"))
+        memory.refuse_too_large(config, torch.device("cuda"))
         return
     with pytest.raises(UserError, match=re.escape(f"{gib}.0 GiB are free. {advice}")) as refused:
-        precision.refuse_too_large(config, torch.device("cuda"))
+        memory.refuse_too_large(config, torch.device("cuda"))
     assert str(refused.value).startswith("train.micro_batch_size=8: a step needs about ")
     words = [word for word in advice.split() if "=" in word]
-    precision.refuse_too_large(override(config, words) if words else configured("model=nano"), torch.device("cuda"))
+    memory.refuse_too_large(override(config, words) if words else configured("model=nano"), torch.device("cuda"))
 
 
 def test_a_run_outlives_the_reader_of_its_output(tmp_path):
@@ -485,7 +485,7 @@ def test_free_memory_of_a_gpu_includes_what_an_earlier_run_of_the_process_took(m
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", free)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gpu.update(kept=0))
-    assert precision.free_memory(torch.device("cuda")) == 70 << 30
+    assert memory.free_memory(torch.device("cuda")) == 70 << 30
     del trainer
     gpu["kept"] = 30 << 30
-    assert precision.free_memory(torch.device("cuda")) == 80 << 30
+    assert memory.free_memory(torch.device("cuda")) == 80 << 30

@@ -7,7 +7,7 @@ import torch
 from helpers import tiny
 from studies import rows
 
-from stabrun.model.describe import flops_per_token
+from stabrun.model.counts import flops_per_token
 from stabrun.record.run_dir import RunDir
 from stabrun.training import usage
 from stabrun.training.run import train

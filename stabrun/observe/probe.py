@@ -78,7 +78,7 @@ class Probe:
         self.calls = {site: count for site, count in (calls or {}).items() if count > 1}
         self.first = len(self.scalars)  # they are the first values in the buffer
         self.fast = self.slow = self.attention = False
-        self.batch, self.most = shape[0], sampled  # sequences of a micro-batch; those that attention is measured on
+        self.batch, self.limit = shape[0], sampled  # sequences of a micro-batch; those that attention is measured on
         self.sequences = min(shape[0], sampled)  # of this micro-batch that attention is measured on
         self.due: list[Span] = []  # what this step measures
         self.reduced: set[str] = set()  # keys of sources in `ONCE` that this step has measured
@@ -88,7 +88,9 @@ class Probe:
         blocks, cores = (blocks, cores) if config.every else ((), ())
         self.spans = self._layout(len(blocks), len(cores))
         self.means = self._region(lambda metric: metric.merge == "mean" and metric.source != metrics.ATTENTION)
-        self.sampled = self._region(lambda metric: metric.merge == "mean" and metric.source == metrics.ATTENTION)
+        self.attention_means = self._region(
+            lambda metric: metric.merge == "mean" and metric.source == metrics.ATTENTION
+        )
         self.maxima = self._region(lambda metric: metric.merge == "max")
         self.roots = self._region(lambda metric: metric.merge == "root")
         self.hooked = self._region(lambda metric: metric.source not in ONCE)
@@ -209,7 +211,7 @@ class Probe:
 
     def begin(self, index: int) -> None:
         """Select what micro-batch `index` measures: attention on its share of the first `sampled` sequences."""
-        self.sequences = min(self.batch, max(0, self.most - index * self.batch))
+        self.sequences = min(self.batch, max(0, self.limit - index * self.batch))
         self.attention = self.sequences > 0
 
     @torch.no_grad()
@@ -232,7 +234,9 @@ class Probe:
             return
         cells = list(self.cells.values())
         tokens = sum(cell.dim() > 0 for cell in cells)  # they come first
-        parts = [torch.stack(cells[:tokens]).mean((1, 2)), *[torch.stack(cells[tokens:])] * (tokens < len(cells))]
+        parts = [torch.stack(cells[:tokens]).mean((1, 2))]
+        if tokens < len(cells):
+            parts.append(torch.stack(cells[tokens:]))
         now = self.values.new_zeros(self.size)
         now[self.hooked] = torch.cat(parts)
         if count == 1:
@@ -241,11 +245,12 @@ class Probe:
         if index == 0:
             self.values.zero_()
             self.values[self.maxima] = float("-inf")
-        means, sampled, maxima, roots = self.means, self.sampled, self.maxima, self.roots
+        means, maxima, roots = self.means, self.maxima, self.roots
         self.values[means] += now[means] / count
         self.values[roots] = torch.hypot(self.values[roots], now[roots])
         if self.attention:
-            self.values[sampled] += now[sampled] * (self.sequences / min(self.most, self.batch * count))
+            share = self.sequences / min(self.limit, self.batch * count)
+            self.values[self.attention_means] += now[self.attention_means] * share
             self.values[maxima] = torch.maximum(self.values[maxima], now[maxima])
 
     @torch.no_grad()
@@ -298,7 +303,7 @@ class Probe:
             return
         self.values.copy_(ranks[0])
         losses = [slice(n, n + 1) for n, name in enumerate(self.scalars) if METRICS[name].merge == "mean"]
-        for place in (*losses, self.means, self.sampled):
+        for place in (*losses, self.means, self.attention_means):
             self.values[place] = ranks[:, place].mean(0)
         self.values[self.maxima] = ranks[:, self.maxima].amax(0)
         self.values[self.roots] = torch.linalg.vector_norm(ranks[:, self.roots], dim=0)

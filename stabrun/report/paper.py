@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from stabrun.model.describe import parameters
+from stabrun.model.counts import parameters
 from stabrun.report.study_data import StudyData
 from stabrun.report.tables import (
     Column,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from statistics import median
 
 from stabrun.config import Config, StudyConfig
-from stabrun.model.describe import CUDA, flops_per_token, memory, parameters
+from stabrun.model.counts import flops_per_token, parameters
 from stabrun.model.gpus import BY_NAME, Gpu, of_device
+from stabrun.model.memory import CUDA, memory
 from stabrun.record.schema import Summary
 from stabrun.study.plan import GRID, Plan
 from stabrun.study.pool import gpu_names, nvidia_smi

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from stabrun.config import GPUS, Config, StudyConfig
-from stabrun.model.describe import CPU, CUDA, device_type, fitting, human
 from stabrun.model.gpus import Gpu
+from stabrun.model.memory import CPU, CUDA, device_type, fitting
 from stabrun.record.schema import Summary
 from stabrun.study.cost import Cost, costs, gpu_of, matrix_speed, measured_seconds
 from stabrun.study.plan import GRID, Plan
 from stabrun.study.pool import threads_per_worker
-from stabrun.text import aligned, duration_text, hours_text, rate_text
+from stabrun.text import aligned, duration_text, hours_text, human, rate_text
 
 MFU = 0.35  # model FLOPs utilization on a GPU without study.mfu: an assumption
 COLUMNS = ["arm", "cells", "parameters", "tokens", "FLOPs", "peak memory", "time per cell", "total time"]

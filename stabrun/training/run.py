@@ -20,8 +20,9 @@ from stabrun.training.compilation import graphs
 from stabrun.training.console import Console
 from stabrun.training.environment import environment
 from stabrun.training.launcher import launch
+from stabrun.training.memory import refuse_too_large
 from stabrun.training.place import Place
-from stabrun.training.precision import pick_device, refuse_too_large
+from stabrun.training.precision import pick_device
 from stabrun.training.ranks import Ranks, joined
 from stabrun.training.schedule import unreached
 from stabrun.training.stop import Stop

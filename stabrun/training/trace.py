@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabrun.config import AttentionConfig, Config, micro_batch
-from stabrun.model.describe import device_type
 from stabrun.model.gpt import GPT
+from stabrun.model.memory import device_type
 from stabrun.model.switches import FLEX, sequence_parts
 from stabrun.training.objective import Objective
 from stabrun.training.optimizer import make_optimizer

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from stabrun.config import Config, TrackerConfig, run_id
-from stabrun.model.describe import parameters
+from stabrun.model.counts import parameters
 from stabrun.record.metrics import flatten
 from stabrun.record.run_dir import RunDir
 from stabrun.record.schema import Row, Summary

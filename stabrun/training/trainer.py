@@ -15,9 +15,10 @@ from stabrun.model.switches import sequence_parts
 from stabrun.observe.norms import tensor_norms
 from stabrun.observe.probe import SAMPLED, PendingRow, Probe
 from stabrun.training.compilation import compile_parts, compiles
+from stabrun.training.memory import refuse_too_large
 from stabrun.training.objective import Objective
 from stabrun.training.optimizer import clip_by_norm, clip_by_value, make_optimizer, set_rate
-from stabrun.training.precision import autocast, pick_device, prepare_backend, refuse_too_large
+from stabrun.training.precision import autocast, pick_device, prepare_backend
 from stabrun.training.ranks import Ranks
 from stabrun.training.scaling import LossScale
 from stabrun.training.schedule import learning_rate

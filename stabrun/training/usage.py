@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stabrun.config import Config
-from stabrun.model.describe import flops_per_token
+from stabrun.model.counts import flops_per_token
 from stabrun.model.gpus import of_device
 from stabrun.record.schema import Row
 

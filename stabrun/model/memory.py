@@ -1,0 +1,141 @@
+"""Memory of a training step in closed form, and the settings that fit a device: no torch, nothing is allocated."""
+
+import shutil
+from dataclasses import replace
+
+from stabrun.config import AttentionConfig, Config, MlpConfig, ModelConfig, micro_batch, rotated
+from stabrun.model.counts import parameters
+from stabrun.model.switches import (
+    ACTIVATIONS,
+    EXPLICIT,
+    NORMS,
+    QUERIES,
+    attention_path,
+    clips,
+    layers,
+    linears,
+    sequence_parts,
+)
+
+CPU, CUDA = "cpu", "cuda"
+LOW = {"bf16": "bfloat16", "fp16": "float16"}  # precisions of two bytes → torch's names for them
+
+
+def device_type(config: Config, gpu: str | None = None) -> str:
+    """`cpu`, `cuda` or `mps`: where a run trains, by `train.device`; with `auto` on `gpu`, or as on this machine.
+
+    Determined without torch, whose import takes seconds.
+    """
+    if config.train.device != "auto":
+        return config.train.device
+    return CUDA if gpu or any(map(shutil.which, ("nvidia-smi", "rocm-smi"))) else CPU
+
+
+def memory(config: Config, device: str | None = None) -> dict[str, int]:
+    """Bytes of a training step on one device, by default the one that the run would use.
+
+    fp32 weights, gradients and Adam's moments, the activations of a micro-batch that autograd keeps, and the logits of
+    a part of the sequence with their gradients. `peak_bytes` is the largest of three moments: the loss, the backward
+    pass of a block and the optimizer's step. This is an estimate: kernel workspaces, the allocator's overhead and
+    what torch.compile saves are not counted.
+    """
+    model, seq_len, train = config.model, config.data.seq_len, config.train
+    device = device or device_type(config)
+    cost = BlockMemory(config, device)
+    count, sequences = parameters(model, seq_len)["total"], micro_batch(config)
+    tokens, parts = sequences * seq_len, sequence_parts(model.vocab_size, sequences, seq_len)
+    head = model.vocab_size * model.d_model
+    low = 2 * (train.precision in LOW)  # bytes of a weight that autocast converts, kept for the backward pass
+    matrices = [sum(n_in * n_out for n_in, n_out in linears(layer).values()) for layer in layers(model)]
+    blocks = [tokens * cost.kept(layer) + low * size for layer, size in zip(layers(model), matrices, strict=True)]
+    stream = 4 * tokens * model.d_model  # of the residual stream
+    again = train.recompute == "blocks"
+    kept = len(blocks) * stream if again else sum(blocks)
+    outside = stream * (2 + (parts > 1)) + tokens * model.d_model * cost.mask
+    gradients = 4 * (count if sequences * train.ranks < train.batch_size else head * (parts > 1))
+    logits = 4 * tokens // parts * model.vocab_size
+    loss = logits * (3 + 2 * (config.optim.z_loss > 0)) + low * head
+    backward = tokens * cost.gradients() + max(blocks) * again
+    slow = bool(config.observe.every and config.observe.slow_every)
+    before_update = 4 * (sum(matrices) + head) * slow  # a copy of the weights, for the norm of the update
+    steady = 12 * count + gradients + kept + outside
+    return {
+        "peak_bytes": max(steady + max(loss, backward), 16 * count + before_update),
+        "weights_bytes": 4 * count,
+        "gradients_bytes": 4 * count,
+        "optimizer_bytes": 8 * count,
+        "activations_bytes": kept + outside,
+        "logits_bytes": loss,
+    }
+
+
+def fitting(config: Config, device: str, free: int) -> list[str]:
+    """The overrides that fit `free` bytes: the largest micro-batch, with recomputation if necessary; or none."""
+    train, most = config.train, micro_batch(config)
+    for recompute in dict.fromkeys([train.recompute, "blocks"]):
+        for size in (n for n in range(most, 0, -1) if train.batch_size // train.ranks % n == 0):
+            smaller = replace(config, train=replace(train, micro_batch_size=size, recompute=recompute))
+            if memory(smaller, device)["peak_bytes"] <= free:
+                return [f"train.micro_batch_size={size}", *["train.recompute=blocks"] * (recompute != train.recompute)]
+    return []
+
+
+class BlockMemory:
+    """Bytes that autograd keeps for one token in one block.
+
+    Kernels are assumed to be fused: those of CUDA all are; on the CPU RMSNorm is several operations, and dropout inside
+    attention is computed on the whole matrix of weights.
+    """
+
+    def __init__(self, config: Config, device: str) -> None:
+        self.model, self.seq_len, self.cpu = config.model, config.data.seq_len, device == "cpu"
+        self.low = 2 if config.train.precision in LOW else 4
+        self.cast = self.low < 4  # the fp32 output of a norm is kept a second time, as its low-precision copy
+        norm = NORMS[self.model.norm.kind]
+        unfused = self.cpu and self.model.norm.kind == "rmsnorm" and self.model.norm.affine
+        self.norm = 0 if norm is None else 4 * (1 + unfused)  # bytes of a channel that a norm keeps
+        self.mask = (4 if self.cpu else 1) * bool(self.model.dropout)  # bytes that dropout keeps of a value
+        head_dim = self.model.d_model // self.model.n_head
+        self.path = attention_path(self.model.attn, head_dim, self.model.dropout, device)
+
+    def kept(self, model: ModelConfig) -> int:
+        hidden = self.low * ACTIVATIONS[model.mlp.activation].kept * linears(model)["fc2"][0]
+        return self.branch(model, model.attn) + self.branch(model, model.mlp) + self.attention(model) + hidden
+
+    def branch(self, model: ModelConfig, switches: AttentionConfig | MlpConfig) -> int:
+        """The residual stream before the branch, the input of its first linear layer, its outer norms and its scale."""
+        d, low, normed = model.d_model, self.low, self.norm > 0
+        kept = self.norm * d * (switches.pre_norm + switches.out_norm + switches.post_norm) + low * d
+        wide = 4 if switches.out_norm and normed else low
+        scaled = wide * d if model.layer_scale is not None else 0
+        return kept + scaled + self.mask * d
+
+    def attention(self, model: ModelConfig) -> int:
+        attn, d, low = model.attn, model.d_model, self.low
+        explicit, whole = self.path == EXPLICIT, self.seq_len <= QUERIES  # whole: the weights are kept
+        qk_norm, v_norm = (self.norm and where != "none" for where in (attn.qk_norm, attn.v_norm))
+        # Under autocast a norm's input is kept in fp32; if Q, K and V are all normed, the projection's output is freed.
+        kept = 3 * d * low * (not (self.cast and qk_norm and v_norm)) + d * low * (1 + (whole or not explicit))
+        if qk_norm or rotated(model) or (explicit and whole and self.cast):
+            kept += 2 * d * (4 if explicit else low)
+        kept += 8 * d * bool(self.cast and qk_norm) + (low + 4 * self.cast) * d * bool(v_norm)
+        if self.norm > 4:
+            kept += 8 * d * bool(qk_norm) + 4 * d * bool(v_norm)
+        if self.cpu and self.mask and not explicit:
+            return kept + 12 * model.n_head * self.seq_len + (4 - 3 * low) * d
+        return kept + (self.seq_len * self.score() if explicit and whole else 4) * model.n_head
+
+    def score(self) -> int:
+        """Of one explicit attention weight."""
+        attn, dropped = self.model.attn, bool(self.mask)
+        kinds = 1 + (attn.soft_cap is not None) + clips(attn)
+        return 4 * kinds + 2 * self.cast + self.mask + 4 * (dropped and not self.cast)
+
+    def gradients(self) -> int:
+        """Of a token while its block is differentiated: at the hidden layer, or at the explicit attention weights."""
+        model, low = self.model, self.low
+        needed = [ACTIVATIONS[layer.mlp.activation].needed * linears(layer)["fc2"][0] for layer in layers(model)]
+        hidden = low * max(needed) + 5 * low * model.d_model // 2
+        block = self.score() * (self.seq_len > QUERIES)  # of the queries whose weights are computed again
+        weights = min(QUERIES, self.seq_len) * model.n_head * (block + 8)
+        return max(hidden, weights * (self.path == EXPLICIT))
