@@ -87,10 +87,9 @@ class Probe:
         self.sites = find_sites(model) if config.every else {}
         blocks, cores = (blocks, cores) if config.every else ((), ())
         self.spans = self._layout(len(blocks), len(cores))
-        self.means = self._region(lambda metric: metric.merge == "mean" and metric.source != metrics.ATTENTION)
-        self.attention_means = self._region(
-            lambda metric: metric.merge == "mean" and metric.source == metrics.ATTENTION
-        )
+        means = [metric for metric in METRICS.values() if metric.merge == "mean"]
+        self.means = self._region(lambda metric: metric in means and metric.source != metrics.ATTENTION)
+        self.attention_means = self._region(lambda metric: metric in means and metric.source == metrics.ATTENTION)
         self.maxima = self._region(lambda metric: metric.merge == "max")
         self.roots = self._region(lambda metric: metric.merge == "root")
         self.hooked = self._region(lambda metric: metric.source not in ONCE)
@@ -247,11 +246,11 @@ class Probe:
             self.values[self.maxima] = float("-inf")
         means, maxima, roots = self.means, self.maxima, self.roots
         self.values[means] += now[means] / count
+        self.values[maxima] = torch.maximum(self.values[maxima], now[maxima])
         self.values[roots] = torch.hypot(self.values[roots], now[roots])
         if self.attention:
             share = self.sequences / min(self.limit, self.batch * count)
             self.values[self.attention_means] += now[self.attention_means] * share
-            self.values[maxima] = torch.maximum(self.values[maxima], now[maxima])
 
     @torch.no_grad()
     def before_update(self, gradient_norms: Tensor, loss_scale: Tensor | None = None) -> None:
