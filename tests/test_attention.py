@@ -80,16 +80,13 @@ def flex(monkeypatch):
     return core
 
 
-@pytest.mark.parametrize("time", [16, 300])
+@pytest.mark.parametrize("time", [16, QUERIES])
 def test_flex_attention_equals_the_explicit_path_forward(flex, time):
     q, k, v = inputs(time)
     flex.mask_for(time, q.device)
     assert flex.mask is causal_blocks(time, q.device)
     with torch.no_grad():
-        difference = (
-            flex(q, k, v) - torch.cat([flex.recomputed(q, k, v, n) for n in range(0, time, QUERIES)], 2)
-        ).abs()
-    assert difference.max() <= 2e-6
+        assert flex(q, k, v).equal(flex.explicit(q, k, v))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert flex(q, k, v).dtype == torch.bfloat16
 
