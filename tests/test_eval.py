@@ -10,6 +10,9 @@ from helpers import tiny
 
 import stabrun
 from stabrun.config import UserError
+from stabrun.model import switches
+from stabrun.model.gpt import GPT
+from stabrun.training.evaluate import evaluate
 from stabrun.training.run import train
 
 
@@ -110,3 +113,14 @@ def test_the_command_prints_loss_and_perplexity(run, tmp_path, capsys):
     status, out, err = helpers.run(capsys, "eval", run.directory, "--step", "7")
     assert (status, out) == (2, "")
     assert "step=7" in err
+
+
+def test_a_long_output_is_computed_in_parts(monkeypatch):
+    model, calls = GPT(tiny().model, 16), []
+    model.head.register_forward_hook(lambda *_: calls.append(0))
+    windows = [torch.randint(256, (4, 17), generator=torch.Generator().manual_seed(0))]
+    whole = evaluate(model, windows)
+    assert len(calls) == 1
+    monkeypatch.setattr(switches, "LOGITS", 4 * 4 * 256)
+    assert evaluate(model, windows).loss == pytest.approx(whole.loss, rel=1e-6)
+    assert len(calls) == 1 + 4

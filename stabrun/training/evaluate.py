@@ -16,8 +16,9 @@ from stabrun.data.batches import validation_batch
 from stabrun.data.shards import prepare, unescaped
 from stabrun.data.tokenizer import Tokenizer
 from stabrun.model.gpt import GPT
+from stabrun.model.switches import sequence_parts
 from stabrun.record.run_dir import RunDir
-from stabrun.training.objective import cross_entropy
+from stabrun.training.objective import Objective
 
 OF_THE_MODEL = ("data.seq_len", "data.tokenizer", "data.tokenizer_revision", "data.bpe_size")
 
@@ -39,9 +40,10 @@ def evaluate(model: GPT, windows: Iterable[Tensor]) -> Evaluation:
     """Mean loss over windows `[B, T + 1]` of tokens, each predicted from those before it in its window."""
     total, tokens = 0.0, 0
     for window in windows:
-        inputs, targets = window[:, :-1], window[:, 1:]
-        total += float(cross_entropy(model(inputs), targets)) * targets.numel()
-        tokens += targets.numel()
+        sequences, length = window.shape[0], window.shape[1] - 1
+        parts = sequence_parts(model.head.out_features, sequences, length)
+        total += float(Objective(model, 0.0, parts).mean(window)[0]) * sequences * length
+        tokens += sequences * length
     if not tokens:
         raise UserError("eval: the text must contain at least two tokens.")
     return Evaluation(total / tokens, tokens)
