@@ -202,6 +202,7 @@ class Probe:
         self.fast = bool(every) and step % every == 0
         self.slow = bool(every and slow_every) and step % slow_every == 0
         self.due, self.reduced = [span for span in self.spans if self._on(span.metric)], set()
+        self.begin(0)
 
     def rest(self) -> None:
         """Measure nothing until the next `arm`; for validation."""
@@ -216,8 +217,8 @@ class Probe:
     @torch.no_grad()
     def part(self, site: str, index: int) -> None:
         """Keep what the layers of `site` measured on part `index` of the sequence."""
-        for span in self.due:
-            if span.site == site and span.metric.source not in ONCE and site in self.calls:
+        for span in self.due if site in self.calls else ():
+            if span.site == site and span.metric.source not in ONCE:
                 for place in range(span.start, span.stop):
                     whole, part = self.cells[place], self.part_cells[place]
                     if span.metric.per_token:

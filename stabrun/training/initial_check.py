@@ -27,8 +27,7 @@ def check_initial(config: Config) -> dict[str, Any]:
     device = pick_device(config.train)
     model = GPT(config.model, config.data.seq_len, config.seed).to(device).eval()
     blocks: list[Any] = list(model.blocks)
-    cores = [block.attn.layer.core for block in blocks]
-    probe = Probe(model, ObserveConfig(every=1, slow_every=1), (batch, time), blocks, cores)
+    probe = Probe(model, ObserveConfig(every=1, slow_every=1), (batch, time), blocks, model.cores)
     probe.arm(0)
     model.before_step()
     generator = torch.Generator().manual_seed(config.seed)
