@@ -7,20 +7,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from helpers import TINY, run, stabrun
 
 from stabrun.record.study_dir import StudyDir
 from stabrun.study import results, sweep
+from stabrun.study.ledger import Ledger
 from stabrun.study.plan import Plan
-from stabrun.study.pool import WorkerPool
+from stabrun.study.pool import WorkerPool, stop_file
 from stabrun.study.question import planned
 from stabrun.study.snapshot import SnapshotReader
-from stabrun.study.worker import work
+from stabrun.study.worker import registered, work
 from stabrun.training.run import train
 
 TIMINGS = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes")
@@ -124,13 +127,11 @@ def swept(directory, *overrides, env=()):
 
 
 @contextmanager
-def sweeping(directory, *overrides, env=()):
-    """A running sweep of QUESTION in a session of its own. What is left of it is killed at the end."""
-    command = [sys.executable, "-m", "stabrun", "sweep", *QUESTION, *overrides]
+def running(*words, cwd, env=()):
+    """A Python command in a session of its own. What is left of it is killed at the end."""
+    command = [sys.executable, *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(
-        command, cwd=directory, env=os.environ | dict(env), text=True, start_new_session=True, **pipes
-    )
+    process = subprocess.Popen(command, cwd=cwd, env=os.environ | dict(env), text=True, start_new_session=True, **pipes)
     try:
         yield process
     finally:
@@ -139,11 +140,31 @@ def sweeping(directory, *overrides, env=()):
         process.communicate()
 
 
+def sweeping(directory, *overrides, env=()):
+    """A running sweep of QUESTION."""
+    return running("-m", "stabrun", "sweep", *QUESTION, *overrides, cwd=directory, env=env)
+
+
 def ended(process):
     """Exit status and output of a sweep that is about to end."""
     out, err = process.communicate(timeout=300)
     assert "Traceback" not in err
     return process.returncode, out + err
+
+
+def work_until_the_stop_file(directory, pool, ready):
+    """Be a worker of a pool, which is told to stop once `ready()` is true. It must leave a checkpoint."""
+
+    def stop_soon():
+        wait_for(ready)
+        stop_file(directory, pool).touch()
+
+    thread = threading.Thread(target=stop_soon)
+    thread.start()
+    with registered(Ledger(directory), pool, 1) as stop, pytest.raises(KeyboardInterrupt):
+        work(directory, stop=stop)
+    thread.join()
+    assert len(list(directory.glob("attempts/*/checkpoints/step_*/meta.json"))) == 1
 
 
 def wait_for(condition):

@@ -4,13 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 
 import pytest
-from studies import ENDLESS, a_plan, recorded, wait_for
+from studies import ENDLESS, a_plan, recorded, work_until_the_stop_file
 
 from stabrun.study.ledger import PLANNED, Ledger
-from stabrun.study.pool import SPARE, Batch, LauncherPool, LocalPool, WorkerPool, gpu_names, gpus, stop_file
+from stabrun.study.pool import SPARE, Batch, LauncherPool, LocalPool, WorkerPool, gpu_names, gpus
 from stabrun.study.worker import registered, work
 
 LISTED = """\
@@ -118,17 +117,7 @@ def test_a_launched_worker_that_dies_is_not_alive(tmp_path):
 
 def test_the_stop_file_stops_a_worker_after_its_step(tmp_path):
     plan = a_plan(tmp_path, "study.variants=[baseline]", "study.lrs=[1e-2]", "study.seeds=1", *ENDLESS)
-
-    def stop_soon():
-        wait_for(lambda: recorded(tmp_path))
-        stop_file(tmp_path, "cafe").touch()
-
-    thread = threading.Thread(target=stop_soon)
-    thread.start()
-    with registered(Ledger(tmp_path), "cafe", 1) as stop, pytest.raises(KeyboardInterrupt):
-        work(tmp_path, stop=stop)
-    thread.join()
-    assert len(list(tmp_path.glob("attempts/*/checkpoints/step_*/meta.json"))) == 1
+    work_until_the_stop_file(tmp_path, "cafe", lambda: recorded(tmp_path))
     with registered(Ledger(tmp_path), "cafe", 2) as stop:
         work(tmp_path, stop=stop)
     (entry,) = Ledger(tmp_path).entries(plan.cells).values()

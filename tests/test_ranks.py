@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,17 @@ import torch
 from clusters import pids
 from helpers import TINY, stabrun, tiny
 from rank_targets import endless, exchanged, failing
-from studies import ENDLESS, a_plan, ended, recorded, sweeping, swept, wait_for
+from studies import (
+    ENDLESS,
+    a_plan,
+    ended,
+    recorded,
+    running,
+    sweeping,
+    swept,
+    wait_for,
+    work_until_the_stop_file,
+)
 
 from stabrun.composition import SHIPPED
 from stabrun.config import UserError, check
@@ -26,8 +35,8 @@ from stabrun.record.run_dir import RunDir
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.launch import worker_pool
 from stabrun.study.ledger import Ledger
-from stabrun.study.pool import LocalPool, groups, stop_file
-from stabrun.study.worker import registered, train_cell, work
+from stabrun.study.pool import LocalPool, groups
+from stabrun.study.worker import train_cell, work
 from stabrun.training.launcher import launch
 from stabrun.training.place import Place
 from stabrun.training.precision import pick_device
@@ -114,20 +123,6 @@ def test_losses_in_fp64_on_1_2_and_4_ranks(tmp_path):
         for run in (f"ours{count}", f"theirs{count}"):
             assert len(metrics(tmp_path / run)) == 50
             assert_same(metrics(tmp_path / run), metrics(tmp_path / "one"), within=1e-10)
-
-
-@contextmanager
-def running(*words, cwd):
-    """A command in a session of its own. What is left of it is killed at the end."""
-    command = [sys.executable, *map(str, words)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=cwd, text=True, start_new_session=True, **pipes)
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 def ranks_of(process):
@@ -408,17 +403,7 @@ def test_ctrl_c_and_a_killed_worker_in_a_sweep(tmp_path):
 def test_a_worker_with_ranks_follows_the_stop_file(tmp_path):
     plan = a_plan(tmp_path, "study.variants=[baseline]", "study.lrs=[1e-2]", "study.seeds=1", *ENDLESS, "train.ranks=2")
     (cell,) = plan.cells
-
-    def stop_soon():
-        wait_for(lambda: Ledger(tmp_path).heartbeat(cell, 1).get("step"))
-        stop_file(tmp_path, "cafe").touch()
-
-    thread = threading.Thread(target=stop_soon)
-    thread.start()
-    with registered(Ledger(tmp_path), "cafe", 1) as stop, pytest.raises(KeyboardInterrupt):
-        work(tmp_path, stop=stop)
-    thread.join()
-    assert len(list(tmp_path.glob("attempts/*/checkpoints/step_*/meta.json"))) == 1
+    work_until_the_stop_file(tmp_path, "cafe", lambda: Ledger(tmp_path).heartbeat(cell, 1).get("step"))
     assert [path.name.split(".", 1)[1] for path in (tmp_path / "ledger").glob(f"{cell}*.left")] == ["0001.left"]
 
 
