@@ -62,7 +62,8 @@ MODELS = {
         },
     ),
     "ViTForImageClassification": Model(
-        ("projection",), {"": ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")},
+        ("projection",),
+        {"": ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")},
         ("classifier",),
         {
             "query": ("attn/max_logit",), "value": ("norm/in/attention.output.dense",),
