@@ -48,10 +48,13 @@ def test_each_metric_names_a_source_and_a_merge():
     ("key", "layer", "where"),
     [
         ("norm/out/fc2", 3, "layer_03/fc2"),
-        ("norm/out/head", 0, "head"),
+        ("norm/out/head", None, "head"),
+        ("norm/out/encoder.SelfAttention.q", 5, "layer_05/encoder.SelfAttention.q"),
         ("norm/out/up", 0, "layer_00/up"),
         ("residual/norm", 12, "layer_12"),
-        ("grad/norm", 0, None),
+        ("residual/norm/encoder", 3, "layer_03/encoder"),
+        ("grad/norm", None, None),
+        ("grad/norm/encoder", 0, None),
     ],
 )
 def test_place_of_a_value(key, layer, where):

@@ -219,7 +219,7 @@ def test_only_planned_cells_count(tmp_path, capsys):
         (("one", "two"), "unexpected extra argument (two)"),
         (("--follow", "."), "no such option '--follow'"),
         (("nowhere",), "nowhere: neither a study nor a run: no such directory."),
-        ((".",), "study.yaml and config.yaml are missing"),
+        ((".",), "study.yaml, config.yaml and watch.json are missing"),
     ],
 )
 def test_neither_a_study_nor_a_run(tmp_path, monkeypatch, capsys, words, message):

@@ -8,7 +8,7 @@ from stabrun.record.study_dir import StudyDir, find
 
 
 def test_a_directory_is_a_study_a_run_or_neither(tmp_path):
-    with pytest.raises(UserError, match=r"neither a study nor a run: study\.yaml and config\.yaml are missing"):
+    with pytest.raises(UserError, match=r"study\.yaml, config\.yaml and watch\.json are missing"):
         find(tmp_path)
     with pytest.raises(UserError, match="no such directory"):
         find(tmp_path / "nowhere")

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from stabrun.config import Config, UserError
+from stabrun.config import UserError
 from stabrun.foreign.follow import POLL, followed, replaced
 from stabrun.foreign.read import read_foreign_runs
 from stabrun.foreign.runs import ForeignRun
@@ -48,16 +48,16 @@ class Request:
 
 @dataclass
 class Saved:
-    """The rows of a run, read again at each call, and its configuration, if it is one of stabrun."""
+    """The rows of a run, read again at each call, and where its record is, if it is one of stabrun."""
 
     name: str
     rows: Callable[[], Iterable[Row]]
-    config: Config | None = None
+    record: RunDir | None = None
     notes: list[str] = field(default_factory=list)
     foreign: ForeignRun | None = None
 
     def verdict(self) -> Verdict:
-        judge = judge_of(self.config)
+        judge = Judge.of_record(self.record) if self.record else Judge()
         if self.foreign:
             run = self.foreign
             steps, losses, rates, gradients = map(np.asarray, (run.steps, run.losses, run.rates, run.gradients))
@@ -196,11 +196,7 @@ def records_in(folder: Path) -> Iterator[Path]:
 
 def of_directory(directory: Path) -> Saved:
     run = RunDir(directory)
-    return Saved(str(directory), run.rows, run.config() if run.is_run() else None)
-
-
-def judge_of(config: Config | None) -> Judge:
-    return Judge.of(config) if config else Judge()
+    return Saved(str(directory), run.rows, run)
 
 
 def show(record: Saved, request: Request) -> dict[str, Any]:
@@ -235,8 +231,7 @@ def follow(request: Request) -> int:
         raise UserError(f"--follow {request.path}: not a run directory.")
     if request.path.is_dir() and any(request.columns):
         raise UserError("--step, --loss and --split name columns of another tool's file, not of a run directory.")
-    config = run.config() if run.is_run() else None
-    printed, fold, check_at = set[str](), judge_of(config), 0
+    printed, fold, check_at = set[str](), Judge.of_record(run), 0
 
     def enough() -> bool:
         return over(request.path, fold)
@@ -245,7 +240,7 @@ def follow(request: Request) -> int:
     try:
         for row in rows_of(request, file, enough):
             if row is None:  # the file was truncated or replaced
-                printed, fold, check_at = set(), judge_of(config), 0
+                printed, fold, check_at = set(), Judge.of_record(run), 0
                 continue
             fold.add(row)
             if len(fold.losses) >= check_at or fold.over:

@@ -4,7 +4,9 @@ The probe, the signals, the check at initialization, the figures, the report pag
 `METRICS`. `python -m stabrun.record.metrics` prints it as `docs/metrics.md`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from stabrun.record.jsonl import number
 from stabrun.record.schema import Row
@@ -12,6 +14,7 @@ from stabrun.record.schema import Row
 SITES = ("qkv", "proj", "fc1", "fc2", "head")
 """The linear layers, in the order of the forward pass; all but the head are in each block."""
 BLOCK_SITES = SITES[:-1]
+HEAD = SITES[-1]
 
 SCALAR, BY_LAYER, BY_SITE = "number", "by layer", "by site and layer"
 EVERY, SLOW_EVERY = "observe.every", "observe.slow_every"
@@ -149,8 +152,13 @@ METRICS = {metric.key: metric for metric in (
 
 
 def find(key: str) -> Metric | None:
-    """The metric that a key of a row belongs to, whatever its site is named."""
-    return METRICS.get(key) or METRICS.get(key.rpartition("/")[0] + "/{site}")
+    """The metric that a key of a row belongs to, whatever its site, or the stack of its layers, is named."""
+    parent = key.rpartition("/")[0]
+    of_stack = METRICS.get(parent)
+    return (
+        METRICS.get(key) or METRICS.get(f"{parent}/{{site}}")
+        or (of_stack if of_stack and of_stack.shape == BY_LAYER else None)
+    )  # fmt: skip
 
 
 def signals() -> dict[str, Metric]:
@@ -158,26 +166,46 @@ def signals() -> dict[str, Metric]:
     return {metric.signal.name: metric for metric in METRICS.values() if metric.signal}
 
 
-def site_name(site: str, layer: int) -> str:
-    """`layer_03/fc2`; the head has no layer."""
-    return site if site == "head" else f"layer_{layer:02d}/{site}"
+def items(key: str, value: Any) -> Iterator[tuple[int | None, Any]]:
+    """The layers and items of a row's value; layer None for a number, or for the only item of stabrun's own head.
+
+    An item is None if the layer was not called.
+    """
+    if not isinstance(value, list):
+        yield None, value
+    elif len(value) == 1 and key.endswith(f"/{HEAD}"):
+        yield None, value[0]
+    else:
+        yield from enumerate(value)
 
 
-def place(key: str, layer: int) -> str | None:
-    """Where item `layer` of a row's value belongs: `layer_03/fc2`, `layer_03`, `head`; None for the whole model."""
+def site_name(site: str, layer: int | None) -> str:
+    """`layer_03/fc2`; a site outside the layers, such as the head, has no layer."""
+    return site if layer is None else f"layer_{layer:02d}/{site}"
+
+
+def place(key: str, layer: int | None) -> str | None:
+    """Where an item of a row's value belongs: `layer_03/fc2`, `layer_03`, `head`; None for the whole model.
+
+    A layer of one of several stacks is `layer_03/encoder`.
+    """
     metric = find(key)
     if metric is None or metric.shape == SCALAR:
         return None
-    return site_name(key.rpartition("/")[2], layer) if metric.shape == BY_SITE else f"layer_{layer:02d}"
+    if metric.shape == BY_SITE:
+        return site_name(key.rpartition("/")[2], layer)
+    stack = key.removeprefix(metric.key)
+    return stack[1:] or None if layer is None else f"layer_{layer:02d}{stack}"
 
 
 def by_site(row: Row, prefix: str) -> dict[str, float]:
     """The values of the keys that start with `prefix`, by site and layer: `layer_03/fc2` → value."""
     return {
-        site_name(key.removeprefix(prefix), layer): number(value)
-        for key, values in row.items()
+        site_name(key.removeprefix(prefix), layer): number(item)
+        for key, value in row.items()
         if key.startswith(prefix)
-        for layer, value in enumerate(values if isinstance(values, list) else [values])
+        for layer, item in items(key, value)
+        if item is not None
     }
 
 
@@ -188,8 +216,11 @@ def flatten(row: Row, lists: bool = True) -> dict[str, float]:
         if not isinstance(value, list):
             flat[key] = value if isinstance(value, int) else float(value)
         elif lists:
-            single = key.endswith("/head")
-            flat |= {key if single else f"{key}/layer_{i:02d}": float(item) for i, item in enumerate(value)}
+            flat |= {
+                key if layer is None else f"{key}/layer_{layer:02d}": float(item)
+                for layer, item in items(key, value)
+                if item is not None
+            }
     return flat
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from stabrun.config import Config
 from stabrun.record.run_dir import RunDir, RunWriter
 from stabrun.record.schema import Event, Row, Summary
+from stabrun.record.watched import Watched
 
 
 class NoRunDir(RunDir):
@@ -29,6 +30,13 @@ class NoRunDir(RunDir):
     def keep_tokenizer(self, definition: str) -> None:
         pass
 
+    def write_watched(self, watched: Watched) -> None:
+        pass
+
+    @contextmanager
+    def hold(self) -> Iterator[RunWriter]:
+        yield NoWriter(self)
+
     @contextmanager
     def lock(self, config: Config) -> Iterator[RunWriter]:
         yield NoWriter(self)
@@ -37,6 +45,9 @@ class NoRunDir(RunDir):
 class NoWriter(RunWriter):
     def cut(self, step: int) -> tuple[list[Row], int]:
         return [], 0
+
+    def cut_from(self, step: int) -> list[Row]:
+        return []
 
     def write(self, row: Row) -> None:
         pass

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -22,6 +22,7 @@ from stabrun.record.jsonl import (
     write_json,
 )
 from stabrun.record.schema import EMPTY, FAILED, FORMAT, INTERRUPTED, OVER, RUNNING, Event, Row, Summary
+from stabrun.record.watched import Watched
 
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # of the disk, not of a name
 
@@ -32,6 +33,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "config.yaml"
+        self.watched_file = path / "watch.json"
         self.environment_file = path / "environment.json"
         self.tokenizer_file = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
@@ -142,14 +144,49 @@ class RunDir:
             refuse_newer(self.environment_file, self.environment().get("format", FORMAT))
         return read_config(self.config_file, to_train)
 
+    def watched(self) -> Watched | None:
+        """What `watch.json` holds; None if this is not a watched run. UserError if it is damaged."""
+        return Watched.read(self.watched_file) if self.watched_file.is_file() else None
+
+    def write_watched(self, watched: Watched) -> None:
+        """Write `watch.json`. UserError if the one of an earlier start is of a newer version."""
+        if before := self.watched():
+            refuse_newer(self.watched_file, before.format)
+        watched.write(self.watched_file)
+
     def is_run(self) -> bool:
-        """Whether the directory holds a run: a configuration, at least."""
-        return self.config_file.is_file()
+        """Whether the directory holds a run: the configuration of one of stabrun, or what a watched one has."""
+        return self.config_file.is_file() or self.watched_file.is_file()
+
+    def refuse_watched(self, command: str) -> None:
+        """Raise UserError for `command`, which needs the configuration of a run, if this is a watched one."""
+        if self.watched_file.is_file() and not self.config_file.is_file():
+            raise UserError(
+                f"{command} {self.path}: a run watched by stabrun.watch, trained by code that stabrun does not have. "
+                f"{command} needs a run of `stabrun train`."
+            )
 
     def checkpoint_step(self) -> int | None:
         """The updates that the newest complete checkpoint holds."""
         names = [meta.parent.name for meta in self.checkpoints.glob("step_*/meta.json")]
         return max((int(name.removeprefix("step_")) for name in names), default=None)
+
+    def checkpoint_before(self, step: int) -> tuple[int, Path] | None:
+        """The newest checkpoint that holds no update after `step`: its updates and path. None if there is none.
+
+        From the events; of their paths, which are relative to `checkpoints/` or to the working directory, those that
+        exist.
+        """
+        found: tuple[int, Path] | None = None
+        for event in self.events():
+            updates, name = event.get("step"), event.get("path")
+            if event.get("event") != "checkpoint" or not isinstance(updates, int) or not isinstance(name, str):
+                continue
+            if not name or updates > step + 1 or (found and updates < found[0]):
+                continue
+            path = next((path for path in (self.checkpoints / name, Path(name)) if path.exists()), None)
+            found = (updates, path) if path else found
+        return found
 
     def environment(self) -> dict[str, Any]:
         """What `environment.json` holds; empty if there is none. UserError if it is damaged."""
@@ -196,10 +233,10 @@ class RunDir:
         return False
 
     @contextmanager
-    def lock(self, config: Config) -> Iterator["RunWriter"]:
+    def hold(self) -> Iterator["RunWriter"]:
         """Hold the directory, created if necessary, for this process only, and yield its writer.
 
-        Raises UserError if another process holds it, or `refuse_other_run` does.
+        Raises UserError if another process holds it.
         """
         with naming("run_dir", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -208,10 +245,19 @@ class RunDir:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"run_dir={self.path}: another process is training it now.") from error
+            yield RunWriter(self)
+
+    @contextmanager
+    def lock(self, config: Config) -> Iterator["RunWriter"]:
+        """Hold the directory as that of a run of this configuration.
+
+        Raises UserError as `hold` and `refuse_other_run` do.
+        """
+        with self.hold() as writer:
             self.refuse_other_run(config)
             if not self.config_file.exists():
                 write_atomic(self.config_file, config_yaml(config))
-            yield RunWriter(self)
+            yield writer
 
 
 class RunWriter:
@@ -226,23 +272,45 @@ class RunWriter:
 
         Raises UserError, before anything is removed, if the file does not hold the rows.
         """
-        rows, end, removed = list[Row](), 0, 0
-        for line in read_lines(self.run.metrics):
-            if line.value is None:
-                break
-            if len(rows) < step:
-                rows.append(line.value)
-                end = line.end
-            else:
-                removed += 1
+        rows, end, lines = self._first_rows(lambda count, _: count < step)
         if [row.get("step") for row in rows if is_number(row.get("train/loss"))] != list(range(step)):
             raise UserError(
                 f"{self.run.metrics} does not contain the {step} steps of its checkpoint in order; "
                 f"restore it, or remove {self.run.path} to train again from the start."
             )
+        self._truncate(end)
+        return rows, lines - len(rows)
+
+    def cut_from(self, step: int) -> list[Row]:
+        """Truncate the metrics to the rows before `step`, however many there are, and return those.
+
+        Raises UserError, before anything is removed, if one of them is damaged.
+        """
+        rows, end, _ = self._first_rows(lambda _, row: row_fault(row) is None and row["step"] < step)
+        for row in self.run.rows():  # raises at damage, such as a line that ended the first rows early
+            if row["step"] >= step:
+                break
+        self._truncate(end)
+        return rows
+
+    def _first_rows(self, keeps: Callable[[int, Row], bool]) -> tuple[list[Row], int, int]:
+        """The rows up to the first that `keeps`, given their number before and a row, does not, or the first damage.
+
+        Also the byte after them, and the number of all rows before the damage.
+        """
+        rows, end, count, whole = list[Row](), 0, 0, True
+        for line in read_lines(self.run.metrics):
+            if line.value is None:
+                break
+            count, whole = count + 1, whole and keeps(len(rows), line.value)
+            if whole:
+                rows.append(line.value)
+                end = line.end
+        return rows, end, count
+
+    def _truncate(self, end: int) -> None:
         if self.run.metrics.exists():
             os.truncate(self.run.metrics, end)
-        return rows, removed
 
     def write(self, row: Row) -> None:
         if self.file is None:

@@ -78,5 +78,6 @@ def find(path: Path) -> StudyDir | RunDir:
         return study
     if run.is_run():
         return run
-    missing = f"{study.plan_file.name} and {run.config_file.name} are missing" if path.is_dir() else "no such directory"
+    needs = ", ".join((study.plan_file.name, run.config_file.name))
+    missing = f"{needs} and {run.watched_file.name} are missing" if path.is_dir() else "no such directory"
     raise UserError(f"{path}: neither a study nor a run: {missing}.")

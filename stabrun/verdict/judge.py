@@ -13,6 +13,7 @@ import numpy as np
 
 from stabrun.config import Config
 from stabrun.record.jsonl import number
+from stabrun.record.run_dir import RunDir
 from stabrun.record.schema import Row
 from stabrun.verdict.chart import LEAST_ROWS, Floats, trailing_medians, window_of
 from stabrun.verdict.direction import FALLING, direction
@@ -114,6 +115,16 @@ class Judge:
     def of(cls, config: Config) -> Self:
         """A judge of a run of stabrun."""
         return cls(config.train.steps, config.schedule.kind == "constant")
+
+    @classmethod
+    def of_record(cls, run: RunDir) -> Self:
+        """A judge of the run in a directory, by its configuration or its `watch.json`; of any rows if it has neither.
+
+        Raises UserError if the file is damaged.
+        """
+        if watched := run.watched():
+            return cls(watched.planned, watched.constant)
+        return cls.of(run.config()) if run.is_run() else cls()
 
     def add(self, row: Row) -> None:
         loss, gradient = number(row["train/loss"]), number(row.get("grad/norm", 0.0))
@@ -217,9 +228,13 @@ class Judge:
 
     def _ended(self, verdict: Verdict) -> Verdict:
         """The verdict; `undecided` in place of a stable one if the run ended before its planned steps."""
-        if self.planned is not None and verdict.stable and verdict.horizon + 1 < self.planned:
+        if self.planned is not None and verdict.stable and verdict.horizon + self._spacing() < self.planned:
             return replace(verdict, verdict=UNDECIDED, reason="interrupted")
         return verdict
+
+    def _spacing(self) -> float:
+        """Steps between the last two rows: 1, unless the loss is recorded every few steps."""
+        return max(1.0, self.steps[-1] - self.steps[-2]) if len(self.steps) > 1 else 1.0
 
     def _validated(self, curve: Curve, stable: bool) -> dict[str, Any]:
         """The fields that validations determine; only a run that is stable so far can overfit."""

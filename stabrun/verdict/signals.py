@@ -11,41 +11,48 @@ from typing import Any
 
 import numpy as np
 
-from stabrun.record.metrics import ALARM_FACTOR, SITES, Signal, by_site, find, place, signals, site_name
+from stabrun.record.jsonl import number
+from stabrun.record.metrics import ALARM_FACTOR, Signal, find, items, place, signals, site_name
 from stabrun.verdict.chart import Floats, noise, trailing_means
+from stabrun.verdict.feeds import feeds, stacks_of
 
 SIGMAS = 8.0  # deviation from the statistic's own trend that raises an alarm, in standard deviations of its noise
 LONGEST, SHORTEST, SHARE = 20, 6, 8  # observations in the trend: an eighth of all, within these bounds
 GROWN = 10.0  # growth since the first observation that names a site when none left its trend
 KEPT = 4096  # observations kept of a key; longer records are thinned to every second, fourth, … observation
 
-FEEDS = {
-    "qkv": ("norm/in/proj", "attn/max_logit"),
-    "proj": ("residual/norm",),
-    "fc1": ("norm/in/fc2",),
-    "fc2": ("residual/norm",),
-    "head": ("norm/out/head",),
-}
-"""Site → keys of what its output feeds. Growth that reaches none of them is harmless: a norm removes it."""
-
 
 class History:
     """The observations of one key: rows of the record, and values `[observations, layers]`; at most KEPT of them."""
 
-    def __init__(self, signal: Signal) -> None:
-        self.signal = signal
-        self.rows, self.values, self.seen, self.stride = list[int](), list[list[float]](), 0, 1
+    def __init__(self, key: str, signal: Signal) -> None:
+        self.key, self.signal = key, signal
+        self.places: list[str | None] = []  # of each layer
+        self.rows, self.values, self.seen, self.stride = list[int](), list[list[Any]](), 0, 1
 
     def add(self, row: int, value: Any) -> None:
+        """Add an observation. A layer that was not called has the value of its observation before."""
         layers = value if isinstance(value, list) else [value]
-        if self.values and len(layers) != len(self.values[0]):
+        if not self.values:
+            self.places = [place(self.key, layer) for layer, _ in items(self.key, value)]
+        elif len(layers) != len(self.values[0]):
             return  # not a record of one model
+        if None in layers or (self.values and None in self.values[-1]):
+            layers = self._completed(layers)
         if self.seen % self.stride == 0:
             self.rows.append(row)
             self.values.append(layers)
             if len(self.rows) > KEPT:
                 self.rows, self.values, self.stride = self.rows[::2], self.values[::2], 2 * self.stride
         self.seen += 1
+
+    def _completed(self, layers: list[Any]) -> list[Any]:
+        """The values with those of layers that were not called; a first value also takes the place of those before."""
+        before = self.values[-1] if self.values else [None] * len(layers)
+        for layer, (old, new) in enumerate(zip(before, layers, strict=True)):
+            if old is None and new is not None:
+                self.values = [[*values[:layer], new, *values[layer + 1 :]] for values in self.values]
+        return [old if new is None else new for old, new in zip(before, layers, strict=True)]
 
     def logs(self) -> Floats:
         """Natural logarithms `[observations, layers]`; values that are not finite count as 1e30."""
@@ -69,7 +76,7 @@ class History:
             spread = noise(logs, 2 * window)[window - 1 : -1]
             wide = size[window:] > np.maximum(SIGMAS * spread, math.log(self.signal.factor))
             alarm[window:-1] = wide[:-1] & wide[1:]
-        return Deviation(self.rows, size, alarm)
+        return Deviation(self.rows, self.places, size, alarm)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class Deviation:
     """How far each layer of a key deviates from its own trend, and where that raises an alarm."""
 
     rows: list[int]
+    places: list[str | None]  # of each layer
     size: Floats  # [observations, layers], in natural logarithms
     alarm: np.ndarray  # [observations, layers], bool
 
@@ -104,7 +112,7 @@ class Signals:
         for key, value in values.items():
             if key not in self.histories:
                 metric = find(key)
-                self.histories[key] = History(metric.signal) if metric and metric.signal else None
+                self.histories[key] = History(key, metric.signal) if metric and metric.signal else None
             if history := self.histories[key]:
                 history.add(row, value)
 
@@ -125,19 +133,22 @@ class Signals:
         This is the site whose output deviated most from its own trend between the two (from LONGEST rows before). If
         none deviated, as when the learning rate is too high from the start and all outputs grow together, it is the
         site whose output grew most since the first observation, by a factor of at least GROWN. In either case what the
-        output feeds must share the growth. None if there is no such site, or no outputs are recorded.
+        output feeds, as far as that is known, must share the growth: a norm removes any other. None if there is no such
+        site, or no outputs are recorded.
         """
+        known = feeds([key for key, history in self.histories.items() if history])
 
         def most(measure: Callable[[str, bool], Floats | None], least: float) -> str | None:
             largest, site_at_fault = least, None
-            for site, fed in FEEDS.items():
-                own = measure(f"norm/out/{site}", True)
-                if own is None:
+            for site, fed in known.items():
+                output = f"norm/out/{site}"
+                own, history = measure(output, True), self.histories[output]
+                if own is None or history is None:
                     continue
                 onward = [size for key in fed if (size := measure(key, False)) is not None and len(size) == len(own)]
                 harm = np.minimum(own, np.max(onward, axis=0)) if onward else own
                 if harm.max() > largest:
-                    largest, site_at_fault = float(harm.max()), site_name(site, int(harm.argmax()))
+                    largest, site_at_fault = float(harm.max()), history.places[int(harm.argmax())]
             return site_at_fault
 
         def deviated(key: str, alarmed: bool) -> Floats | None:
@@ -161,16 +172,24 @@ def alarms(deviations: dict[str, Deviation], since: int) -> dict[str, tuple[int,
             for layer in range(deviation.alarm.shape[1]):
                 at = np.flatnonzero(deviation.alarm[:, layer] & late)
                 if len(at) and (name not in first or deviation.rows[at[0]] < first[name][0]):
-                    first[name] = deviation.rows[at[0]], place(key, layer)
+                    first[name] = deviation.rows[at[0]], deviation.places[layer]
     return first
 
 
 def first_nonfinite(row: dict[str, Any], prefix: str) -> str | None:
-    """The first site, in the order of the forward pass, with a value that is not finite."""
-    bad = [name for name, value in by_site(row, prefix).items() if not np.isfinite(value)]
+    """The first site, in the order of the forward pass, with a value that is not finite.
 
-    def order(name: str) -> tuple[bool, str, int]:
-        layer, _, site = name.partition("/")
-        return name == "head", layer, SITES.index(site) if site in SITES else len(SITES)
-
-    return min(bad, key=order, default=None)
+    Within a layer this is the order of the row's keys. Sites outside the layers come before all of these if their keys
+    do, and otherwise after them.
+    """
+    sites = [key.removeprefix(prefix) for key in row if key.startswith(prefix)]
+    stacks = stacks_of(sites, row)
+    order = list(dict.fromkeys(stacks.values()))
+    bad, layered = list[tuple[int, int, int, str]](), False
+    for index, site in enumerate(sites):
+        for layer, item in items(prefix + site, row[prefix + site]):
+            layered |= layer is not None
+            if item is not None and not np.isfinite(number(item)):
+                part = order.index(stacks[site]) if layer is not None else len(order) if layered else -1
+                bad.append((part, layer or 0, index, site_name(site, layer)))
+    return min(bad, default=(None,))[-1]

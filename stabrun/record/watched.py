@@ -1,0 +1,72 @@
+"""What `watch.json` says of a watched run, in place of the configuration that a run of stabrun has."""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from stabrun.config import UserError
+from stabrun.record.jsonl import read_json, write_json
+from stabrun.record.schema import FORMAT
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A run of another training loop, attached to by `stabrun.watch`.
+
+    `model` is the class of the model. `planned` is the number of steps of the whole run, if known; `constant` says that
+    the learning rate is. `every` and `slow_every` are the steps between two measurements. `sites` lists the paths of
+    each site's modules by layer, several of one layer joined by ", "; those in `single` lie outside the layers.
+    `stacks` lists the paths of the blocks of each stack of layers, whose name is "" if it is the only one. `settings`
+    holds what the caller says about the run.
+    """
+
+    format: int = FORMAT
+    model: str = ""
+    planned: int | None = None
+    constant: bool = False
+    every: int = 1
+    slow_every: int = 1
+    sites: dict[str, list[str]] = field(default_factory=dict)
+    stacks: dict[str, list[str]] = field(default_factory=dict)
+    single: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What the run is called: the setting `name`, or else the class of its model."""
+        return str(self.settings.get("name") or self.model or "watched run")
+
+    @staticmethod
+    def read(file: Path) -> "Watched":
+        """What a file holds: keys of other versions are left out, missing ones have their defaults.
+
+        Raises UserError if it is damaged.
+        """
+        facts = read_json(file)
+        known = {item.name: facts[item.name] for item in fields(Watched) if item.name in facts}
+        for name, value in known.items():
+            if not of_its_type(name, value):
+                raise UserError(f"{file} is damaged: {name} is {str(value)[:40]!r}.")
+        return Watched(**known)
+
+    def write(self, file: Path) -> None:
+        write_json(file, asdict(self))
+
+
+def of_its_type(name: str, value: Any) -> bool:
+    """Whether a value may be that of the field `name`."""
+    if name in ("sites", "stacks"):
+        return isinstance(value, dict) and all(map(is_paths, value.values()))
+    if name == "single":
+        return is_paths(value)
+    if name == "settings":
+        return isinstance(value, dict)
+    if name == "model":
+        return isinstance(value, str)
+    if name == "constant":
+        return isinstance(value, bool)
+    return (isinstance(value, int) and not isinstance(value, bool)) or (name == "planned" and value is None)
+
+
+def is_paths(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
