@@ -142,7 +142,7 @@ class Probe:
         self.weights: list[Tensor] = []  # of all sites, in order, as they were when last looked at
         self.parameters: list[nn.Parameter] = []  # of the model
         self.before: list[Tensor] = []  # copies of them before the update
-        self._look_up()
+        self.look_up()
 
     # Layout
 
@@ -189,7 +189,7 @@ class Probe:
                 targets.setdefault((span.metric.source, span.site, index), []).append(target)
         return targets
 
-    def _look_up(self) -> None:
+    def look_up(self) -> None:
         """Find the weights of the sites, and all parameters: sharding replaces them after the probe was attached."""
         parameters = list(self.model.parameters())
         spans = [span for span in self.spans if span.metric.key == WEIGHT]
@@ -331,21 +331,31 @@ class Probe:
         """
         if loss_scale is not None:
             self.values[self.roots] /= loss_scale
-        self._look_up()
+        self.look_up()
         parameters = Parameters(self.weights, gradient_norms, self.weight_index, self.block_members, self.owners)
         self._reduce(metrics.PARAMETERS, parameters)
         if self._is_due(metrics.UPDATE):
             self.before = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
+    def rescale_gradients(self, factor: Tensor) -> None:
+        """Multiply the norms of gradients by a factor, 0-dim, as if `before_update` had been given them so."""
+        for place in joined(span for span in self.due if "grad" in span.key and span.key in self.reduced):
+            self.values[place] *= factor
+
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure the update, and Adam's state of the sites whose weights all have one in `optimizer`."""
-        if self._is_due(metrics.UPDATE):
+        self.update()
+        self.adam(optimizer)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Measure the change of the weights since `before_update`."""
+        if self.before:
             for before, weight in zip(self.before, self.weights, strict=True):
                 before.sub_(weight)
             self._reduce(metrics.UPDATE, Update(self.before, self.owners))
             self.before = []
-        self.adam(optimizer)
 
     @torch.no_grad()
     def adam(self, optimizer: torch.optim.Optimizer) -> None:

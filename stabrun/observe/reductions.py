@@ -13,7 +13,7 @@ given and returns depends on the metric's source:
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ class Core(Protocol):
 
     def shaped(self, logits: Tensor) -> Tensor:
         """The input of the softmax, as a new tensor; the queries are those of the last keys."""
+        ...
+
+
+@runtime_checkable
+class Masked(Protocol):
+    """An attention core with a mask of its own; those without one attend to the past."""
+
+    def masked(self, q: Tensor, k: Tensor, start: int, stop: int) -> Tensor:
+        """The logits of the queries `start` … `stop` − 1 at all keys, as a new tensor; FAR_BELOW where masked."""
         ...
 
 
@@ -111,20 +120,25 @@ def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float32)
 
 
+def past_logits(core: Core, q: Tensor, k: Tensor, start: int, stop: int) -> Tensor:
+    """The logits of the queries `start` … `stop` − 1 at the keys up to `stop`; future ones are FAR_BELOW."""
+    logits = core.logits(q[:, :, start:stop], k[:, :, :stop])
+    return logits.add_(torch.full(logits.shape[-2:], FAR_BELOW, device=q.device).triu(1 + start))
+
+
 def attention_statistics(core: Core, q: Tensor, k: Tensor) -> dict[str, Tensor]:
-    """Largest logit over past positions, and mean entropy of the rows of the softmax, some queries at a time.
+    """Largest logit over visible positions, and mean entropy of the rows of the softmax, some queries at a time.
 
     With logits s relative to the largest of their row, p = softmax(s) and log p = s + log max p. The entropy of a row,
     −Σ p log p, is therefore −Σ p·s − log max p: no logarithm of a full matrix, and no difference of large numbers.
     """
     batch, heads, time, _ = q.shape
-    queries = min(time, max(1, LOGITS_AT_ONCE // (batch * heads * time)))
+    queries = min(time, max(1, LOGITS_AT_ONCE // (batch * heads * k.shape[2])))
     peaks, entropies = [], []
     for start in range(0, time, queries):
         stop = min(start + queries, time)
-        logits = core.logits(q[:, :, start:stop], k[:, :, :stop])
-        future = torch.full(logits.shape[-2:], FAR_BELOW, device=q.device).triu(1 + start)
-        peaks.append(logits.add_(future).amax())
+        logits = core.masked(q, k, start, stop) if isinstance(core, Masked) else past_logits(core, q, k, start, stop)
+        peaks.append(logits.amax())
         shaped = core.shaped(logits)
         shaped.sub_(shaped.amax(-1, keepdim=True))
         p = shaped.softmax(-1)
