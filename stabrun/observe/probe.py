@@ -82,7 +82,7 @@ Target = tuple[Metric, Cell]  # a value that a hook measures, and its cell
 
 
 class Probe:
-    """Measures the layers of any `nn.Module`, and optionally its blocks and attention cores.
+    """Measures the layers of any `nn.Module`, and optionally its blocks and attention cores, in passes with gradients.
 
     `sites` says where. `batch` is the number of sequences of each micro-batch; None if that is unknown: attention is
     then measured in the first micro-batch only. `cores` are the attention modules of a stack whose inputs are queries
@@ -236,7 +236,7 @@ class Probe:
             return (x, *args[1:])
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not (self.fast or self.slow):
+            if not ((self.fast or self.slow) and torch.is_grad_enabled()):
                 return
             if (y := first_tensor(output)) is not None:
                 self._measure(outputs, y)
@@ -260,7 +260,7 @@ class Probe:
         """
         values: dict[str, Tensor] = {}
         for metric, cell in targets:
-            if self._on(metric) and self.attention:
+            if self._on(metric) and self.attention and torch.is_grad_enabled():
                 with torch.no_grad():
                     if metric.key not in values:
                         values |= REDUCTIONS[metric.key](core, *(x[: self.sequences] for x in (q, k)))

@@ -396,8 +396,14 @@ class Pending:
 def kept(value: Any) -> Any:
     """A number of a step: a copy of a tensor, which the caller may change in place, or a number."""
     if isinstance(value, Tensor):
-        return whole(value).detach().float().clone() if value.device.type != "cpu" else float(whole(value).detach())
+        value = whole(value).detach()
+        return float(value) if on_host(value) else value.float().clone()
     return value
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading a tensor waits for no device."""
+    return tensor.device.type == "cpu"
 
 
 def dense(gradient: Any) -> Tensor:
