@@ -258,6 +258,7 @@ class Run:
             "seed": config.seed,
             "status": status,
             **asdict(verdict),
+            "last_healthy_checkpoint": self.run_dir.healthy_checkpoint(verdict.last_healthy_step),
             **self.tally.facts(),
             "val_loss": val,
             "val_perplexity": None if val is None else math.exp(min(val, 700.0)),
