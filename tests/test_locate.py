@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -170,7 +172,7 @@ def test_a_token_outside_the_vocabulary(bad):
     assert fault.tokens == (tuple(ids[1, :3].tolist()),)
     ids = " ".join(map(str, ids[1, :3].tolist()))
     assert fault.sentence() == (
-        f"Id {bad} in sequence 1 at position 2 (token ids up to there: {ids}) has no row in model.embed_tokens "
+        f"Id {bad}, in sequence 1 at position 2 (token ids up to there: {ids}), has no row in model.embed_tokens "
         "(Embedding), whose ids go from 0 to 49."
     )
 
@@ -752,15 +754,28 @@ def test_anomaly_detection_of_pytorch():
 def on_rank(rank, place):
     """The second of two ranks has NaN in its backward pass."""
     dist.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
-    model = Layered(lambda x: Reverse.apply(x, lambda gradient: gradient * (NAN if rank else 1)))
-    wrapped = DistributedDataParallel(model)
-    torch.save([vars(locate(wrapped, cross_entropy(wrapped)))["pass_"]], f"{place}/{rank}")
+    found = []
+    for sharded in (False, True):
+        model = Layered(lambda x: Reverse.apply(x, lambda gradient: gradient * (NAN if rank else 1)))
+        if sharded:
+            mesh = init_device_mesh("cpu", (2,))
+            for layer in model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        else:
+            model = DistributedDataParallel(model)
+        fault = locate(model, cross_entropy(model))
+        found.append((fault.module, fault.pass_))
+    torch.save(found, f"{place}/{rank}")
     dist.destroy_process_group()
 
 
 def test_each_rank_judges_its_own_part(tmp_path):
+    """With DDP and FSDP2. The other one sees what comes out of the exchange."""
     torch.multiprocessing.spawn(on_rank, (str(tmp_path),), nprocs=2)
-    assert [torch.load(tmp_path / str(rank)) for rank in range(2)] == [["exchange"], ["backward"]]
+    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert first == [("", "exchange")] * 2
+    assert second == [("module.layers.1", "backward"), ("layers.1", "backward")]
 
 
 @pytest.mark.cuda

@@ -10,7 +10,7 @@ FORWARD = "forward"
 LOSS = "loss"  # or its backward pass: between the last module and the loss
 BACKWARD = "backward"
 WEIGHT_GRADIENT = "weight gradient"
-EXCHANGE = "exchange"  # a gradient that was finite on this rank, and is not after the exchange of ranks
+EXCHANGE = "exchange"  # gradients were finite on this rank, and one is not after the ranks have exchanged theirs
 
 
 LISTED = 3  # names of weights
@@ -45,19 +45,19 @@ class Fault:
 
     @property
     def place(self) -> str:
-        """` in sequence 0 at position 5 (token ids up to there: 7 8 9)`, or nothing."""
+        """`, in sequence 0 at position 5 (token ids up to there: 7 8 9)`, or nothing."""
         if not self.positions:
             return ""
         sequence, position = self.positions[0]
         ids = f" (token ids up to there: {' '.join(map(str, self.tokens[0]))})" if self.tokens else ""
-        return f" in sequence {sequence} at position {position}{ids}"
+        return f", in sequence {sequence} at position {position}{ids}"
 
     def sentence(self) -> str:
         """One or two sentences."""
         return _SENTENCES[self.pass_](self)
 
     def _what(self) -> str:
-        return f"{'infinite' if self.overflow else 'NaN'} in {self.dtype}"
+        return f"{'infinite' if self.overflow else 'NaN'} ({self.dtype})"
 
     def _reason(self) -> str:
         """Of a result that is not finite although what went in is."""
@@ -66,14 +66,19 @@ class Fault:
             names = broken if len(broken) <= LISTED else [*broken[:LISTED], f"{len(broken) - LISTED} more"]
             return f"Its {_listed(names)} already held values that are not finite."
         among = "" if self.input_finite else " beside infinite ones"
-        parts = [f"inputs up to {self.input_largest:.3g}{among}"] if self.input_largest is not None else []
+        parts = [f"inputs up to {_short(self.input_largest)}{among}"] if self.input_largest is not None else []
         if self.gradient_largest is not None:
             scaled = f" (with a loss scale of {self.scale:g})" if self.scale != 1 else ""
-            parts.append(f"a gradient up to {self.gradient_largest:.3g}{scaled} at its output")
+            parts.append(f"a gradient up to {_short(self.gradient_largest)}{scaled} at its output")
         if self.weights_largest:
-            parts.append(f"weights up to {max(self.weights_largest.values()):.3g}")
+            parts.append(f"weights up to {_short(max(self.weights_largest.values()))}")
         end = f", and the largest number of {self.dtype} is {self.limit:.6g}" if self.overflow else ""
         return f"It had {_listed(parts)}{end}." if parts else ""
+
+
+def _short(x: float) -> str:
+    """`0.0123`, `102`, `60000`, `1.2e+06`."""
+    return f"{x:.3g}" if x < 1000 else f"{x:.5g}"
 
 
 def _listed(parts: list[str]) -> str:
@@ -86,7 +91,8 @@ def _input(fault: Fault) -> str:
 
 
 def _token(fault: Fault) -> str:
-    return f"Id {fault.token}{fault.place} has no row in {fault.name}, whose ids go from 0 to {(fault.rows or 0) - 1}."
+    where = f"{fault.place}," if fault.place else ""
+    return f"Id {fault.token}{where} has no row in {fault.name}, whose ids go from 0 to {(fault.rows or 0) - 1}."
 
 
 def _forward(fault: Fault) -> str:
@@ -100,8 +106,8 @@ def _loss(fault: Fault) -> str:
             "Its function or its targets are the cause, for example a mean over no targets."
         )
     return (
-        f"The gradient was {fault._what()}{fault.place} where the backward pass of the loss reached the model, "
-        "although the loss was finite."
+        "Where the backward pass of the loss reached the model, "
+        f"the gradient was {fault._what()}{fault.place}, although the loss was finite."
     )
 
 
@@ -118,7 +124,7 @@ def _weight_gradient(fault: Fault) -> str:
 def _exchange(fault: Fault) -> str:
     return (
         f"The gradient of {fault.parameter} was {fault._what()} after the ranks had exchanged theirs. "
-        "On this rank it was finite before; another one has the cause, or the sum was too large."
+        "Before, none at a module of this rank was: another rank has the cause, or the sum was too large."
     )
 
 

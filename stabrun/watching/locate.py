@@ -346,6 +346,8 @@ class Trace:
     # Forward
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if module not in self.paths:  # a copy that DataParallel makes
+            return None
         parent = self.stack[-1] if self.stack else None
         if not self.recording and parent is None:  # recomputed
             parent = next((call.parent for call in self.calls if call.module is module), None)
@@ -384,12 +386,11 @@ class Trace:
         return views[id(value)]
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        while self.stack:
-            call = self.stack.pop()
-            if call.module is module:
-                break  # calls above it have ended by an exception
-        else:
+        if module not in self.paths:
             return
+        call = self.stack.pop()
+        while call.module is not module:  # it has ended by an exception
+            call = self.stack.pop()
         if self.recording:
             self.calls.append(call)
             found = _read(_without_loss(output))
