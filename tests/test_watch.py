@@ -638,3 +638,13 @@ def test_a_wrong_word_is_refused(tmp_path):
     ):
         with pytest.raises(stabrun.UserError, match=text):
             stabrun.watch(a_model(), tmp_path, quiet=True, **options)
+
+
+def test_the_record_is_sent_to_wandb(tmp_path):
+    from wandb_files import assert_holds
+
+    watch = stabrun.watch(a_model(), tmp_path, 2, slow_every=4, quiet=True, tracker="wandb")
+    trained(watch.model, watch, steps=5)
+    watch.close()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert_holds(folder, rows_of(tmp_path), norms_every=2)

@@ -28,17 +28,17 @@ class Tracker:
     An exception raised by W&B is reported once and disables tracking.
     """
 
-    def __init__(self, config: Config, files: RunDir, earlier: Iterable[Row]) -> None:
-        self.tracker: TrackerConfig = config.tracker
+    def __init__(self, tracker: TrackerConfig, identity: "Identity", files: RunDir, earlier: Iterable[Row]) -> None:
+        self.tracker, self.identity = tracker, identity
         self.files, self.steps = files, 0
         self.steps_at_server = 0  # asked once: each request waits for the W&B process
         self.run: Any = None
         if self.tracker.name == "wandb":
-            self._guard(lambda: self._start(config, earlier))
+            self._guard(lambda: self._start(earlier))
 
-    def _start(self, config: Config, earlier: Iterable[Row]) -> None:
+    def _start(self, earlier: Iterable[Row]) -> None:
         forget(self.files.path)
-        self.run = open_run(config.tracker, identity(config, self.files), self.files)
+        self.run = open_run(self.tracker, self.identity, self.files)
         self.steps_at_server = self.run.step or 0
         self.run.define_metric("train/loss", summary="min", step_metric="step")
         for row in earlier:

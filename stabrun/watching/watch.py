@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from stabrun.config import ObserveConfig, UserError
+from stabrun.config import ObserveConfig, TrackerConfig, UserError
 from stabrun.observe.norms import tensor_norms, whole
 from stabrun.observe.probe import PendingRow, Probe
 from stabrun.observe.sites import Sites
@@ -70,6 +70,7 @@ class Watch:
         on_nonfinite: "locate": check the gradient before each update, which waits for the device, and if it is not
             finite, `locate` the module at fault before the weights are changed.
         loss_of: function of what the model returns, for `locate`; not needed if that has a `loss`.
+        tracker, project: "wandb" also sends the record to a W&B run of its own; `stabrun upload` does so afterwards.
         settings: facts about the run for the report, such as `name` and `seed`.
         quiet: do not print the table of sites.
 
@@ -93,6 +94,8 @@ class Watch:
         on_spike: Policy = None,
         on_nonfinite: str | None = None,
         loss_of: LossOf | None = None,
+        tracker: str = "none",
+        project: str = "stabrun",
         settings: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> None:
@@ -100,6 +103,8 @@ class Watch:
             raise UserError(f"watch: every={every}: must be at least 1.")
         if on_nonfinite not in (None, "locate"):
             raise UserError(f'watch: on_nonfinite={on_nonfinite!r}: must be "locate" or None.')
+        if tracker not in ("none", "wandb"):
+            raise UserError(f"watch: tracker={tracker!r}: must be wandb or none.")
         self.model = unwrapped(model)
         refuse_sharding(self.model)
         self.sites: Sites = find_sites(self.model, sites)
@@ -113,8 +118,12 @@ class Watch:
             overwrite,
             {"on_verdict": on_verdict, "on_signal": on_signal, "on_spike": on_spike},
         )
-        self.log.run.keep_environment(machine(self.probe.device) | {"ranks": rank_count()})
-        self.log.writer.event("start", step=first_step, environment=self.log.run.environment())
+        tracking = tracker if is_first() and out is not None else "none"
+        self.log.start(
+            first_step,
+            machine(self.probe.device) | {"ranks": rank_count()},
+            TrackerConfig(name=tracking, project=project, norms_every=every),
+        )
         self.next = first_step  # number of the next step
         self.waiting: list[tuple[int, dict[str, Any]]] = []  # steps whose values are still on the device
         self.pending: Pending | None = None
