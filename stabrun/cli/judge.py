@@ -230,6 +230,24 @@ def verdict_facts(verdict: Verdict, run: RunDir | None) -> dict[str, Any]:
     return facts | {"last_healthy_checkpoint": found and {"step": found[0], "path": str(found[1])}}
 
 
+class Follower:
+    """A judge of the rows of a growing run. A verdict costs time in proportion to the rows: one is `due` from time to
+    time.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self.judge, self.due_at = Judge.of_record(run), 0
+
+    @property
+    def due(self) -> bool:
+        return len(self.judge.losses) >= self.due_at or self.judge.over
+
+    def conclude(self) -> Verdict:
+        """The verdict so far on a run that goes on."""
+        self.due_at = len(self.judge.losses) + max(10, len(self.judge.losses) // 100)
+        return self.judge.conclude(running=True)
+
+
 def follow(request: Request) -> int:
     """Watch a growing run: print each alarm once; end when the run ends or is certain to have diverged."""
     run = RunDir(request.path)
@@ -240,28 +258,27 @@ def follow(request: Request) -> int:
         raise UserError(f"--follow {request.path}: not a run directory.")
     if request.path.is_dir() and any(request.columns):
         raise UserError("--step, --loss and --split name columns of another tool's file, not of a run directory.")
-    printed, fold, check_at = set[str](), Judge.of_record(run), 0
+    printed, follower = set[str](), Follower(run)
 
     def enough() -> bool:
-        return over(request.path, fold)
+        return over(request.path, follower.judge)
 
     status = 0
     try:
         for row in rows_of(request, file, enough):
             if row is None:  # the file was truncated or replaced
-                printed, fold, check_at = set(), Judge.of_record(run), 0
+                printed, follower = set(), Follower(run)
                 continue
-            fold.add(row)
-            if len(fold.losses) >= check_at or fold.over:
-                check_at = len(fold.losses) + max(10, len(fold.losses) // 100)
-                for what, line in alarm_lines(fold.conclude(running=True)):
+            follower.judge.add(row)
+            if follower.due:
+                for what, line in alarm_lines(follower.conclude()):
                     if what not in printed and not request.as_json:
                         print(line, flush=True)
                     printed.add(what)
     except KeyboardInterrupt:
         status = 130
     record = run if request.path.is_dir() else None
-    facts = {"path": str(request.path), **verdict_facts(fold.conclude(), record), "notes": []}
+    facts = {"path": str(request.path), **verdict_facts(follower.judge.conclude(), record), "notes": []}
     print(json.dumps(facts, indent=1) if request.as_json else "\n  ".join([verdict_line(facts), *details(facts)]))
     return status
 

@@ -17,7 +17,7 @@ from stabrun.record.study_dir import StudyDir, find
 from stabrun.study.live_table import LEGEND, colored_table, counts_text, failure_messages, running_lines
 from stabrun.study.snapshot import Snapshot, SnapshotReader, seconds_left
 from stabrun.text import duration_text, run_name
-from stabrun.verdict.judge import Judge
+from stabrun.verdict.judge import Judge, Verdict
 from stabrun.verdict.wording import healthy_line, short, verdict_line
 
 STATES = {
@@ -82,18 +82,20 @@ def study_lines(snapshot: Snapshot) -> Iterator[str | Text]:
         yield "no cell is being trained now; the same `stabrun sweep` command resumes."
 
 
-def run_facts(run: RunDir) -> dict[str, Any]:
-    """The state of a run as plain data, with the verdict on what is recorded so far if it is not over."""
+def run_facts(run: RunDir, so_far: Verdict | None = None) -> dict[str, Any]:
+    """The state of a run as plain data, with the verdict on what is recorded so far if it is not over.
+
+    `so_far` is this verdict, if the rows have been judged already.
+    """
     facts, state, summary = identity(run), run.state(), run.final_summary()
-    verdict: Any = summary
+    verdict: Any = summary and {
+        **summary, "last_healthy_checkpoint": run.healthy_checkpoint(summary["last_healthy_step"])
+    }  # fmt: skip
     steps = summary["steps"] if summary else run.steps_done()
     if verdict is None and steps:
-        judge = Judge.of_record(run)
-        for row in run.rows():
-            judge.add(row)
-        concluded = judge.conclude(running=state == RUNNING)
-        saved = run.healthy_checkpoint(concluded.last_healthy_step)
-        verdict = asdict(concluded) | {"last_healthy_checkpoint": saved}
+        so_far = so_far or judged(run, state == RUNNING)
+        saved = run.healthy_checkpoint(so_far.last_healthy_step)
+        verdict = asdict(so_far) | {"last_healthy_checkpoint": saved}
     speed, planned = run.steps_per_second() if state == RUNNING else None, facts.pop("planned")
     return {
         "path": str(run.path),
@@ -108,6 +110,14 @@ def run_facts(run: RunDir) -> dict[str, Any]:
         "checkpoint": run.checkpoint_step(),
         "verdict": verdict,
     }
+
+
+def judged(run: RunDir, running: bool) -> Verdict:
+    """The verdict on all rows of a run."""
+    judge = Judge.of_record(run)
+    for row in run.rows():
+        judge.add(row)
+    return judge.conclude(running)
 
 
 def identity(run: RunDir) -> dict[str, Any]:
