@@ -24,6 +24,7 @@ from stabrun.config import AttentionConfig, Config, ObserveConfig, micro_batch
 from stabrun.model.gpt import GPT
 from stabrun.model.switches import FLEX, sequence_parts
 from stabrun.observe.probe import SAMPLED, Probe
+from stabrun.observe.sites import model_sites
 from stabrun.training.objective import Objective
 from stabrun.training.precision import autocast
 
@@ -94,14 +95,14 @@ def counted(config: Config, step: int | None, attention: bool = True) -> Count:
                 core.config = AttentionConfig()
         parts = sequence_parts(config.model.vocab_size, *shape)
         observe = ObserveConfig() if step is not None else ObserveConfig(every=0)
-        probe = Probe(model, observe, shape, list(model.blocks), model.cores, calls={"head": parts})
+        probe = Probe(model, observe, model_sites(model), shape[0], model.cores)
         objective = Objective(model, 0.0, parts, partial(autocast, config.train, torch.device("cpu")))
         tokens = torch.zeros(shape[0], shape[1] + 1, dtype=torch.long)
         probe.arm(step or 0)
         probe.begin(0 if attention else SAMPLED)
         with Counter() as counter:
-            objective.accumulate(tokens, 1, lambda loss: loss, partial(probe.part, "head"))
-            probe.merge(0, 2)
+            objective.accumulate(tokens, 1, lambda loss: loss)
+            probe.merge()
     return Count(counter.low, counter.full, counter.bytes)
 
 

@@ -12,10 +12,16 @@ if TYPE_CHECKING:
     from stabrun.api import Run, Study, judge, load_run, load_study, train
     from stabrun.composition import compose
     from stabrun.config import Config, UserError
+    from stabrun.watching.watch import watch
 
-__all__ = ["Config", "Run", "Study", "UserError", "compose", "judge", "load_run", "load_study", "train"]
+__all__ = ["Config", "Run", "Study", "UserError", "compose", "judge", "load_run", "load_study", "train", "watch"]
 
-MODULES = {"Config": "stabrun.config", "UserError": "stabrun.config", "compose": "stabrun.composition"}
+MODULES = {
+    "Config": "stabrun.config",
+    "UserError": "stabrun.config",
+    "compose": "stabrun.composition",
+    "watch": "stabrun.watching.watch",
+}
 
 
 def __getattr__(name: str) -> Any:

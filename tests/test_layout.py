@@ -14,7 +14,7 @@ FLOORS = (  # from the ground up; rooms of one floor do not import each other
     ("foreign", "verdict"),
     ("observe", "model", "data"),
     ("training",),
-    ("study",),
+    ("study", "watching"),
     ("report",),
     ("publish",),
     ("api",),

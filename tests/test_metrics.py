@@ -6,7 +6,7 @@ import pytest
 from helpers import a_trainer, tiny
 
 from stabrun.observe import reductions
-from stabrun.observe.probe import find_sites
+from stabrun.observe.sites import linear_sites
 from stabrun.record import metrics
 from stabrun.record.metrics import METRICS, SCALAR, SITES, Metric, Signal
 from stabrun.record.run_dir import RunDir
@@ -79,8 +79,9 @@ def test_a_new_statistic_is_recorded():
     words = "train.micro_batch_size=2", "train.batch_size=4"
     trainer = a_trainer(tiny(*words))
     largest = dict.fromkeys(SITES, 0.0)
-    for site, layers in find_sites(trainer.model).items():
-        layers[0][1].register_forward_hook(
+    for site, layers in linear_sites(trainer.model).items():
+        (layer,) = layers[0].modules.values()
+        layer.register_forward_hook(
             lambda m, x, y, site=site: largest.update({site: max(largest[site], float(y.detach().abs().max()))})
         )
     row = trainer.step(0).read()

@@ -39,9 +39,7 @@ def test_parts_have_the_terms_and_gradients_of_the_formula(parts, tied, dtype):
     z_loss = weight * logits.exp().sum(-1).log().square().mean()
     (loss + z_loss).backward()
     expected = gradients(model)
-    calls = []
-    terms = Objective(model, weight, parts).accumulate(batch, 1, lambda loss: loss, calls.append)
-    assert calls == list(range(parts))
+    terms = Objective(model, weight, parts).accumulate(batch, 1, lambda loss: loss)
     of_terms, of_gradients = TOLERANCE[dtype]
     torch.testing.assert_close(terms, (loss.detach(), z_loss.detach()), rtol=of_terms, atol=0)
     for found, wanted in zip(gradients(model), expected, strict=True):

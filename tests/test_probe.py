@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from stabrun.config import ObserveConfig
 from stabrun.data.batches import training_batch
-from stabrun.observe.probe import SAMPLED, Probe, find_sites
+from stabrun.observe.probe import SAMPLED, Probe
+from stabrun.observe.sites import Sites, linear_sites
 
 
 @pytest.fixture(scope="module", params=["baseline", "qk_norm_cap", "qkv_norm"])
@@ -67,8 +68,9 @@ def test_loss_and_gradient_norm(measured):
 
 def test_norms_of_layers(measured):
     row, _, twin, seen, before, raw, _ = measured
-    for site, layers in find_sites(twin.model).items():
-        for index, (name, _) in enumerate(layers):
+    for site, layers in linear_sites(twin.model).items():
+        for index, layer in enumerate(layers):
+            (name,) = layer.modules
             x, y = seen[name]
             close(row[f"norm/out/{site}"][index], tokens_mean(y))
             close(row[f"norm/in/{site}"][index], tokens_mean(x))
@@ -108,8 +110,9 @@ def test_update_and_moments(measured):
     row, trainer, _, _, before, raw, _ = measured
     total = float(sum(g.double().pow(2).sum() for g in raw.values()) ** 0.5)
     factor = min(1.0, 0.5 / (total + 1e-6))
-    for site, layers in find_sites(trainer.model).items():
-        for index, (name, layer) in enumerate(layers):
+    for site, layers in linear_sites(trainer.model).items():
+        for index, place in enumerate(layers):
+            ((name, layer),) = place.modules.items()
             state = trainer.optimizer.state[layer.weight]
             m, v = state["exp_avg"].double(), state["exp_avg_sq"].double()
             change = layer.weight.detach().double() - before[f"{name}.weight"].double()
@@ -164,14 +167,14 @@ class Foreign(nn.Module):
 
 def observed(model, optimizer, steps=1):
     """The row of the last of some steps, all of them slow, on random inputs."""
-    probe = Probe(model, ObserveConfig(every=1, slow_every=1), shape=(2, 5))
+    probe = Probe(model, ObserveConfig(every=1, slow_every=1), Sites(linear_sites(model)))
     for step in range(steps):
         probe.arm(step)
         x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(step), requires_grad=True)
         loss = model(x).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        probe.merge(0, 1)
+        probe.merge()
         norms = torch.stack([p.grad.norm() for p in model.parameters()])
         probe.before_update(norms)
         optimizer.step()
@@ -240,6 +243,6 @@ def test_moments_are_those_of_each_group_of_parameters(kind):
 def test_validation_measures_nothing():
     trainer = a_trainer(tiny())
     trainer.step(0).read()
-    before = {place: cell.clone() for place, cell in trainer.probe.cells.items()}
+    before = [cell.clone() for cell in trainer.probe.cells]
     trainer.validate()
-    assert all(cell.equal(before[place]) for place, cell in trainer.probe.cells.items())
+    assert all(map(torch.equal, trainer.probe.cells, before))

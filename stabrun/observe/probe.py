@@ -2,197 +2,275 @@
 
 The layout follows the table of metrics (`stabrun.record.metrics`), the values come from
 `stabrun.observe.reductions`. The model is not modified, and its results are bit-identical without hooks. Each hook
-writes into preallocated fp32 tensors of its own, its cells: torch.compile then sees the same hook in every layer, and
-makes one graph for all. A hook overwrites and never adds, so that recomputation (activation checkpointing) is harmless.
+adds to preallocated fp32 tensors of its own, its cells: torch.compile then sees the same hook in every layer, and makes
+one graph for all. A cell holds a sum and its count, so that recomputation (activation checkpointing), which doubles
+both, changes no mean.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from stabrun.config import ObserveConfig
-from stabrun.observe.reductions import REDUCTIONS, AdamState, Parameters, has_adam_state
+from stabrun.observe.reductions import REDUCTIONS, AdamState, Core, Parameters, Update, has_adam_state
+from stabrun.observe.sites import Layer, Sites
 from stabrun.record import metrics
 from stabrun.record.metrics import METRICS, Metric
 
 LINEAR = (metrics.OUTPUT, metrics.INPUT, metrics.INPUT_GRADIENT)  # sources at each linear layer
 ONCE = (metrics.PARAMETERS, metrics.UPDATE, metrics.ADAM)  # sources that are read once per step, and not by hooks
+WEIGHT = "norm/weight/{site}"  # the sites that have it have weights
 SAMPLED = 64  # sequences of a batch that attention is measured on: at long contexts all would cost too much
 
 
-def find_sites(model: nn.Module) -> dict[str, list[tuple[str, nn.Linear]]]:
-    """The linear layers of any model by the last part of their name, in order: site → [(name, layer), …]."""
-    sites: dict[str, list[tuple[str, nn.Linear]]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            sites.setdefault(name.rsplit(".", 1)[-1], []).append((name, module))
-    return sites
+class Cell(NamedTuple):
+    """What a hook measures in a micro-batch, 0-dim each: the merged value, and the tokens or calls in it."""
+
+    value: Tensor
+    number: Tensor
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where the values of one key of the record are in the buffer, one per layer."""
+    """Where the values of one key of the record are in the buffer: one per layer, of those that are `present`.
+
+    `site` is the site, or the name of the stack of a metric by layer. `counts` is where their counts begin.
+    """
 
     metric: Metric
-    site: str | None
+    site: str
     start: int
-    stop: int
+    present: tuple[bool, ...]
+    single: bool
+    counts: int | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.present)
 
     @property
     def key(self) -> str:
-        return self.metric.key.format(site=self.site)
+        by_site = self.metric.shape == metrics.BY_SITE
+        return self.metric.key.format(site=self.site) if by_site or not self.site else f"{self.metric.key}/{self.site}"
+
+    def read(self, values: Sequence[float]) -> Any:
+        """What the row holds: a list over layers, None for one that was not called; a number for a single site."""
+        numbers: list[float | None] = list(values[self.start : self.stop])
+        if self.counts is not None:
+            counts = values[self.counts : self.counts + len(numbers)]
+            mean = self.metric.merge == "mean"
+            pairs = zip(values[self.start : self.stop], counts, strict=True)
+            numbers = [(value / count if mean else value) if count else None for value, count in pairs]
+        numbers = [number if here else None for number, here in zip(numbers, self.present, strict=True)]
+        return numbers[0] if self.single else numbers
 
 
-Target = tuple[Metric, Tensor]  # a value that a hook measures, and its cell
+def add(merge: str, cell: Cell, value: Tensor, count: int) -> None:
+    """Add a 0-dim value of `count` tokens or sequences to a cell."""
+    if merge == "mean":
+        cell.value.add_(value)
+    else:
+        cell.value.copy_((torch.maximum if merge == "max" else torch.hypot)(cell.value, value))
+    cell.number.add_(count)
+
+
+Target = tuple[Metric, Cell]  # a value that a hook measures, and its cell
 
 
 class Probe:
-    """Measures the linear layers of any `nn.Module`, and optionally its blocks and attention cores.
+    """Measures the layers of any `nn.Module`, and optionally its blocks and attention cores, in passes with gradients.
 
-    `shape` is (batch, time) of each forward pass; `scalars` names the values that the caller adds in `snapshot`.
-    `calls` names sites whose layers are called on several equal parts of the sequence in turn, and how many. If several
-    ranks share the batch in equal parts, `gather` returns the values `[n]` of each rank, `[ranks, n]`. Attention is
-    measured on the first `sampled` sequences.
+    `sites` says where. `batch` is the number of sequences of each micro-batch; None if that is unknown: attention is
+    then measured in the first micro-batch only. `cores` are the attention modules of a stack whose inputs are queries
+    and keys. `scalars` names the values that the caller adds in `snapshot`. If several ranks share the batch, `gather`
+    returns the values `[n]` of each rank, `[ranks, n]`. Attention is measured on the first `sampled` sequences.
 
-    The order of calls in a step is: `arm(step)`; for each micro-batch `begin(index)` before its forward pass,
-    `part(site, index)` after the backward pass of each part of a site in `calls`, and `merge(index, count)` after its
-    backward pass; `before_update`; `after_update`; and `snapshot()`, which starts the copy of all values to the host.
+    The order of calls in a step is: `arm(step)`; for each micro-batch `begin(index)` before its forward pass and
+    `merge()` after its backward pass; `before_update`; `after_update`; and `snapshot()`, which starts the copy of all
+    values to the host.
     """
 
     def __init__(
         self,
         model: nn.Module,
         config: ObserveConfig,
-        shape: tuple[int, int],
-        blocks: Sequence[nn.Module] = (),
+        sites: Sites,
+        batch: int | None = None,
         cores: Sequence[Any] = (),
         scalars: Sequence[str] = ("train/loss", "grad/norm"),
-        calls: Mapping[str, int] | None = None,
         gather: Callable[[Tensor], Tensor] = lambda values: values[None],
         sampled: int = SAMPLED,
     ) -> None:
         self.config, self.scalars, self.gather = config, tuple(scalars), gather
-        self.calls = {site: count for site, count in (calls or {}).items() if count > 1}
-        self.first = len(self.scalars)  # they are the first values in the buffer
+        self.model, self.sites = model, sites if config.every else Sites()
         self.fast = self.slow = self.attention = False
-        self.batch, self.limit = shape[0], sampled  # sequences of a micro-batch; those that attention is measured on
-        self.sequences = min(shape[0], sampled)  # of this micro-batch that attention is measured on
+        self.batch, self.limit = batch, sampled  # sequences of a micro-batch; those that attention is measured on
+        self.sequences = sampled  # of this micro-batch that attention is measured on
         self.due: list[Span] = []  # what this step measures
         self.reduced: set[str] = set()  # keys of sources in `ONCE` that this step has measured
-        parameters = list(model.parameters())
-        self.device = parameters[0].device
-        self.sites = find_sites(model) if config.every else {}
-        blocks, cores = (blocks, cores) if config.every else ((), ())
-        self.spans = self._layout(len(blocks), len(cores))
-        means = [metric for metric in METRICS.values() if metric.merge == "mean"]
-        self.means = self._region(lambda metric: metric in means and metric.source != metrics.ATTENTION)
-        self.attention_means = self._region(lambda metric: metric in means and metric.source == metrics.ATTENTION)
-        self.maxima = self._region(lambda metric: metric.merge == "max")
-        self.roots = self._region(lambda metric: metric.merge == "root")
-        self.hooked = self._region(lambda metric: metric.source not in ONCE)
-        self.size = self.spans[-1].stop if self.spans else self.first
-        batch, time = shape
-        hooked = [span for span in self.spans if span.metric.source not in ONCE]
-        in_parts = [span for span in hooked if span.site in self.calls]
-        self.cells = self._cells(hooked, batch, dict.fromkeys(hooked, time))  # of this micro-batch
-        self.part_cells = self._cells(in_parts, batch, {span: time // self.calls[span.site or ""] for span in in_parts})
+        self.device = next(model.parameters()).device
+        self.first = len(self.scalars)  # they are the first values in the buffer
+        self.spans = self._layout(cores if config.every else ())
+        self.hooked = [span for span in self.spans if span.counts is not None]
+        places = sum(len(span.present) for span in self.hooked)
+        self.measured = slice(self.first, self.first + places)  # the values of hooks in the buffer
+        self.counts = slice(self.first + places, self.first + 2 * places)
+        self.means, self.maxima, self.roots = (self._region(merge) for merge in ("mean", "max", "root"))
+        self.size = max([self.counts.stop, *(span.stop for span in self.spans)])
+        cells = [Cell(*(torch.zeros((), device=self.device) for _ in range(2))) for _ in range(places)]
+        self.cells = [*(cell.value for cell in cells), *(cell.number for cell in cells)]  # of this micro-batch
+        self.targets = self._targets(cells)
         self.values = torch.zeros(self.size, device=self.device)  # the step
         self.hosts = [torch.zeros(self.size, pin_memory=self.device.type == "cuda") for _ in range(2)]
+        self._clear()
 
-        for site, layers in self.sites.items():
-            for index, (_, layer) in enumerate(layers):
-                self._watch(layer, *(self._targets(source, index, site) for source in LINEAR))
-        for index, block in enumerate(blocks):
-            self._watch(block, self._targets(metrics.BLOCK, index))
-        for index, core in enumerate(cores):
-            self._watch_attention(core, self._targets(metrics.ATTENTION, index))
+        self.handles: list[RemovableHandle] = []
+        for site, layers in self.sites.sites.items():
+            for index, layer in enumerate(layers):
+                for module in layer.modules.values() if layer else ():
+                    self._watch(module, *(self.targets.get((source, site, index), []) for source in LINEAR))
+        for stack, blocks in self.sites.stacks.items():
+            for index, block in enumerate(blocks.values()):
+                self._watch(block, self.targets.get((metrics.BLOCK, stack, index), []))
+        for index, core in enumerate(cores if config.every else ()):
+            self._watch_core(core, self.targets[metrics.ATTENTION, "", index])
 
-        self.site_weights = {site: [layer.weight for _, layer in layers] for site, layers in self.sites.items()}
-        self.weights = [weight for weights in self.site_weights.values() for weight in weights]
+        self.weights: list[Tensor] = []  # of all sites, in order, as they were when last looked at
+        self.parameters: list[nn.Parameter] = []  # of the model
+        self.before: list[Tensor] = []  # copies of them before the update
+        self.look_up()
+
+    # Layout
+
+    def _layout(self, cores: Sequence[Any]) -> list[Span]:
+        """The buffer: what hooks measure, ordered by how it merges, its counts, and what is read once per step."""
+        merges = list(metrics.MERGES)
+        declared = [metric for metric in METRICS.values() if metric.source != metrics.STEP]
+        declared.sort(key=lambda metric: (metric.source in ONCE, merges.index(metric.merge)))
+        chosen = [(metric, site, present) for metric in declared for site, present in self._places(metric, cores)]
+        places = sum(len(present) for metric, _, present in chosen if metric.source not in ONCE)
+        spans, start = list[Span](), self.first
+        for metric, site, present in chosen:
+            once = metric.source in ONCE
+            single = metric.shape == metrics.BY_SITE and site in self.sites.single
+            at = start + places * once
+            spans.append(Span(metric, site, at, present, single, None if once else start + places))
+            start += len(present)
+        return spans
+
+    def _places(self, metric: Metric, cores: Sequence[Any]) -> Iterable[tuple[str, tuple[bool, ...]]]:
+        """Site or stack → which of its layers have the metric; those without any are left out."""
+        if metric.shape == metrics.BY_SITE:
+            for site, layers in self.sites.sites.items():
+                present = tuple(layer is not None and has(layer, metric.source) for layer in layers)
+                if any(present):
+                    yield site, present
+        elif metric.source == metrics.ATTENTION and cores:
+            yield "", (True,) * len(cores)
+        elif metric.source != metrics.ATTENTION or self.batch is None:
+            for stack, blocks in self.sites.stacks.items():
+                if blocks:
+                    yield stack, (True,) * len(blocks)
+
+    def _region(self, merge: str) -> slice:
+        spans = [span for span in self.hooked if span.metric.merge == merge]
+        return slice(spans[0].start, spans[-1].stop) if spans else slice(self.first, self.first)
+
+    def _targets(self, cells: Sequence[Cell]) -> dict[tuple[str, str, int], list[Target]]:
+        """(source, site or stack, layer) → what is measured there."""
+        targets: dict[tuple[str, str, int], list[Target]] = {}
+        for span in self.hooked:
+            for index in range(len(span.present)):
+                target = span.metric, cells[span.start - self.first + index]
+                targets.setdefault((span.metric.source, span.site, index), []).append(target)
+        return targets
+
+    def look_up(self) -> None:
+        """Find the weights of the sites, and all parameters: sharding replaces them after the probe was attached."""
+        parameters = list(self.model.parameters())
+        spans = [span for span in self.spans if span.metric.key == WEIGHT]
+        layers = [layer for span in spans for layer in self.sites.sites[span.site]]
+        weights = [layer.weights() if layer else [] for layer in layers]
+        flat = [weight for own in weights for weight in own]
+        if self.parameters and list(map(id, flat)) == list(map(id, self.weights)):
+            return
+        self.weights, self.parameters = list[Tensor](flat), parameters
+        owners = [index for index, own in enumerate(weights) for _ in own]
+        # None if each layer has one weight: nothing needs to be added up then.
+        self.owners = None if owners == list(range(len(layers))) else self._indices(owners)
         numbers = {id(p): i for i, p in enumerate(parameters)}
-        self.weight_index = torch.tensor([numbers[id(w)] for w in self.weights], dtype=torch.long, device=self.device)
+        self.weight_index = self._indices([numbers[id(weight)] for weight in flat])
+        blocks = [block for blocks in self.sites.stacks.values() for block in blocks.values()]
         self.block_members = torch.zeros(len(blocks), len(parameters), device=self.device)
         for row, block in zip(self.block_members, blocks, strict=True):
             row[[numbers[id(p)] for p in block.parameters()]] = 1.0
-        self.before: list[Tensor] = []
 
-    def _layout(self, n_blocks: int, n_cores: int) -> list[Span]:
-        """The buffer, ordered by how values merge over micro-batches; means over tokens come first."""
-        merges, spans, start = list(metrics.MERGES), list[Span](), self.first
-        for metric in sorted(METRICS.values(), key=lambda metric: (merges.index(metric.merge), not metric.per_token)):
-            if metric.source == metrics.STEP:
-                continue
-            counts: dict[str | None, int] = {None: n_cores if metric.source == metrics.ATTENTION else n_blocks}
-            if metric.shape == metrics.BY_SITE:
-                counts = {site: len(layers) for site, layers in self.sites.items()}
-            for site, count in counts.items():
-                if count:
-                    spans.append(Span(metric, site, start, start + count))
-                    start += count
-        return spans
-
-    def _cells(self, spans: Iterable[Span], batch: int, times: Mapping[Span, int]) -> dict[int, Tensor]:
-        """Place in the buffer → a tensor for what is measured: a value for each token, or one number."""
-        return {
-            place: torch.zeros((batch, times[span]) if span.metric.per_token else (), device=self.device)
-            for span in spans
-            for place in range(span.start, span.stop)
-        }
-
-    def _region(self, chosen: Callable[[Metric], bool]) -> slice:
-        spans = [span for span in self.spans if chosen(span.metric)]
-        return slice(spans[0].start, spans[-1].stop) if spans else slice(self.first, self.first)
-
-    def _targets(self, source: str, index: int, site: str | None = None) -> list[Target]:
-        spans = [span for span in self.spans if (span.metric.source, span.site) == (source, site)]
-        return [(span.metric, (self.cells | self.part_cells)[span.start + index]) for span in spans]
+    def _indices(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self.device)
 
     # Hooks
 
     def _on(self, metric: Metric) -> bool:
         return self.slow if metric.slow else self.fast
 
-    def _measure(self, targets: Sequence[Target], x: Tensor) -> None:
+    def _measure(self, targets: Sequence[Target], x: Any) -> None:
         for metric, cell in targets:
             if self._on(metric):
-                if metric.per_token:
-                    REDUCTIONS[metric.key](x.detach(), out=cell)
-                else:
-                    cell.copy_(REDUCTIONS[metric.key](x.detach()))
+                value = REDUCTIONS[metric.key](x.detach())
+                add(metric.merge, cell, value.sum() if metric.merge == "mean" else value, value.numel())
 
     def _watch(
         self, module: nn.Module, outputs: list[Target], inputs: Sequence[Target] = (), gradients: Sequence[Target] = ()
     ) -> None:
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if not (any(self._on(metric) for metric, _ in gradients) and args[0].requires_grad):
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            wanted = any(self._on(metric) for metric, _ in gradients)
+            if not (wanted and args and isinstance(args[0], Tensor) and args[0].requires_grad):
                 return None
             # A view, so that the gradient is the one through this layer alone.
             x = args[0].view_as(args[0])
             x.register_hook(lambda gradient: self._measure(gradients, gradient))
             return (x, *args[1:])
 
-        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._measure(outputs, output)
-            self._measure(inputs, args[0])
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not ((self.fast or self.slow) and torch.is_grad_enabled()):
+                return
+            if (y := first_tensor(output)) is not None:
+                self._measure(outputs, y)
+            if inputs and (x := first_tensor(args)) is not None and x.is_floating_point():
+                self._measure(inputs, x)
 
         if gradients:
-            module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
+            self.handles.append(module.register_forward_pre_hook(before))
+        self.handles.append(module.register_forward_hook(after))
 
-    def _watch_attention(self, core: nn.Module, targets: list[Target]) -> None:
+    def _watch_core(self, core: nn.Module, targets: Sequence[Target]) -> None:
         def after(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            values: dict[str, Tensor] = {}
-            for metric, cell in targets:
-                if self._on(metric) and self.attention:
-                    with torch.no_grad():
-                        if metric.key not in values:
-                            values |= REDUCTIONS[metric.key](module, *(x[: self.sequences] for x in args[:2]))
-                        cell.copy_(values[metric.key])
+            self.attend(targets, module, *args[:2])
 
-        core.register_forward_hook(after)
+        self.handles.append(core.register_forward_hook(after))
+
+    def attend(self, targets: Sequence[Target], core: Core, q: Tensor, k: Tensor) -> None:
+        """Measure attention from queries and keys `[batch, heads, time, width]`, if it is due.
+
+        `targets` are those of a layer: `self.targets[metrics.ATTENTION, stack, layer]`.
+        """
+        values: dict[str, Tensor] = {}
+        for metric, cell in targets:
+            if self._on(metric) and self.attention and torch.is_grad_enabled():
+                with torch.no_grad():
+                    if metric.key not in values:
+                        values |= REDUCTIONS[metric.key](core, *(x[: self.sequences] for x in (q, k)))
+                    count, value = min(len(q), self.sequences), values[metric.key]
+                    add(metric.merge, cell, value * count if metric.merge == "mean" else value, count)
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        for handle in self.handles:
+            handle.remove()
 
     # What the training loop calls
 
@@ -202,6 +280,8 @@ class Probe:
         self.fast = bool(every) and step % every == 0
         self.slow = bool(every and slow_every) and step % slow_every == 0
         self.due, self.reduced = [span for span in self.spans if self._on(span.metric)], set()
+        if self.due:
+            self._clear()
         self.begin(0)
 
     def rest(self) -> None:
@@ -211,47 +291,36 @@ class Probe:
 
     def begin(self, index: int) -> None:
         """Select what micro-batch `index` measures: attention on its share of the first `sampled` sequences."""
-        self.sequences = min(self.batch, max(0, self.limit - index * self.batch))
+        left = self.limit - index * self.batch if self.batch else self.limit * (index == 0)
+        self.sequences = max(0, min(left, self.batch) if self.batch else left)
         self.attention = self.sequences > 0
 
     @torch.no_grad()
-    def part(self, site: str, index: int) -> None:
-        """Keep what the layers of `site` measured on part `index` of the sequence."""
-        for span in self.due if site in self.calls else ():
-            if span.site == site and span.metric.source not in ONCE:
-                for place in range(span.start, span.stop):
-                    whole, part = self.cells[place], self.part_cells[place]
-                    if span.metric.per_token:
-                        width = part.shape[1]
-                        whole[:, index * width : (index + 1) * width] = part
-                    else:
-                        whole.copy_(torch.hypot(whole, part) if index else part)
+    def _clear(self) -> None:
+        """Start again with the values of a step."""
+        self.values[self.first :] = 0.0
+        self.values[self.maxima] = float("-inf")
+        self._empty()
+
+    def _empty(self) -> None:
+        """Start again with the values of a micro-batch."""
+        if self.cells:
+            torch._foreach_zero_(self.cells)
+        for cell in self.cells[self.maxima.start - self.first : self.maxima.stop - self.first]:
+            cell.fill_(float("-inf"))
 
     @torch.no_grad()
-    def merge(self, index: int, count: int) -> None:
-        """Merge micro-batch `index` of `count` equal ones into the values of the step."""
-        if not (self.fast or self.slow):
+    def merge(self) -> None:
+        """Merge the micro-batch into the values of the step."""
+        if not self.due:
             return
-        cells = list(self.cells.values())
-        tokens = sum(cell.dim() > 0 for cell in cells)  # they come first
-        parts = [torch.stack(cells[:tokens]).mean((1, 2))]
-        if tokens < len(cells):
-            parts.append(torch.stack(cells[tokens:]))
-        now = self.values.new_zeros(self.size)
-        now[self.hooked] = torch.cat(parts)
-        if count == 1:
-            self.values[self.hooked].copy_(now[self.hooked])
-            return
-        if index == 0:
-            self.values.zero_()
-            self.values[self.maxima] = float("-inf")
-        means, maxima, roots = self.means, self.maxima, self.roots
-        self.values[means] += now[means] / count
-        self.values[maxima] = torch.maximum(self.values[maxima], now[maxima])
-        self.values[roots] = torch.hypot(self.values[roots], now[roots])
-        if self.attention:
-            share = self.sequences / min(self.limit, self.batch * count)
-            self.values[self.attention_means] += now[self.attention_means] * share
+        now = torch.zeros_like(self.values)
+        now[self.measured.start : self.counts.stop] = torch.stack(self.cells)
+        for place in (self.means, self.counts):
+            self.values[place] += now[place]
+        self.values[self.maxima] = torch.maximum(self.values[self.maxima], now[self.maxima])
+        self.values[self.roots] = torch.hypot(self.values[self.roots], now[self.roots])
+        self._empty()
 
     @torch.no_grad()
     def before_update(self, gradient_norms: Tensor, loss_scale: Tensor | None = None) -> None:
@@ -261,25 +330,50 @@ class Probe:
         `loss_scale`, 0-dim, is the factor of the loss in the backward pass; `gradient_norms` do not contain it.
         """
         if loss_scale is not None:
-            for place in joined(span for span in self.due if span.metric.source == metrics.INPUT_GRADIENT):
-                self.values[place] /= loss_scale
-        parameters = Parameters(self.weights, gradient_norms, self.weight_index, self.block_members)
+            self.values[self.roots] /= loss_scale
+        self.look_up()
+        parameters = Parameters(self.weights, gradient_norms, self.weight_index, self.block_members, self.owners)
         self._reduce(metrics.PARAMETERS, parameters)
         if self._is_due(metrics.UPDATE):
             self.before = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
+    def rescale_gradients(self, factor: Tensor) -> None:
+        """Multiply the norms of gradients by a factor, 0-dim, as if `before_update` had been given them so."""
+        for place in joined(span for span in self.due if "grad" in span.key and span.key in self.reduced):
+            self.values[place] *= factor
+
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Measure the update, and Adam's state of the sites whose weights all have one."""
-        if self._is_due(metrics.UPDATE):
+        """Measure the update, and Adam's state of the sites whose weights all have one in `optimizer`."""
+        self.update()
+        self.adam(optimizer)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Measure the change of the weights since `before_update`."""
+        if self.before:
             for before, weight in zip(self.before, self.weights, strict=True):
                 before.sub_(weight)
-            self._reduce(metrics.UPDATE, self.before)
+            self._reduce(metrics.UPDATE, Update(self.before, self.owners))
             self.before = []
-        if self._is_due(metrics.ADAM):
-            sites = [site for site, weights in self.site_weights.items() if has_adam_state(weights, optimizer)]
-            if weights := [weight for site in sites for weight in self.site_weights[site]]:
-                self._reduce(metrics.ADAM, AdamState.of(weights, optimizer), sites)
+
+    @torch.no_grad()
+    def adam(self, optimizer: torch.optim.Optimizer) -> None:
+        """Measure Adam's state of the sites whose weights all have one in `optimizer`."""
+        if not self._is_due(metrics.ADAM):
+            return
+        chosen = {
+            site: weights
+            for site, layers in self.sites.sites.items()
+            if any(weights := [layer.weights() if layer else [] for layer in layers])
+            and has_adam_state([weight for own in weights for weight in own], optimizer)
+        }
+        own = [weights for layers in chosen.values() for weights in layers]
+        owners = [index for index, weights in enumerate(own) for _ in weights]
+        if owners:
+            single = owners == list(range(len(own)))
+            state = AdamState.of([weight for weights in own for weight in weights], optimizer)
+            self._reduce(metrics.ADAM, replace(state, owners=None if single else self._indices(owners)), chosen)
 
     def _is_due(self, source: str) -> bool:
         return any(span.metric.source == source for span in self.due)
@@ -297,14 +391,15 @@ class Probe:
     def _merge_ranks(self, ranks: Tensor) -> None:
         """Merge the values of each rank, `[ranks, n]`. What all compute alike is the first one's: their rows are equal.
 
-        A loss and a statistic over tokens are means of equal parts, as in `merge`.
+        A loss is a mean of equal parts.
         """
         if len(ranks) == 1:
             return
         self.values.copy_(ranks[0])
-        losses = [slice(n, n + 1) for n, name in enumerate(self.scalars) if METRICS[name].merge == "mean"]
-        for place in (*losses, self.means, self.attention_means):
-            self.values[place] = ranks[:, place].mean(0)
+        losses = [n for n, name in enumerate(self.scalars) if METRICS[name].merge == "mean"]
+        self.values[losses] = ranks[:, losses].mean(0)
+        for place in (self.means, self.counts):
+            self.values[place] = ranks[:, place].sum(0)
         self.values[self.maxima] = ranks[:, self.maxima].amax(0)
         self.values[self.roots] = torch.linalg.vector_norm(ranks[:, self.roots], dim=0)
 
@@ -324,6 +419,22 @@ class Probe:
             event.record()
         measured = [span for span in self.due if span.metric.source not in ONCE or span.key in self.reduced]
         return PendingRow(self.scalars, host, event, measured)
+
+
+def has(layer: Layer, source: str) -> bool:
+    """Whether a layer has the metrics of a source: an embedding has no input vectors, other modules no matrices."""
+    if source in (metrics.INPUT, metrics.INPUT_GRADIENT):
+        return not any(isinstance(module, nn.Embedding) for module in layer.modules.values())
+    return source not in ONCE or bool(layer.weights())
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The value, or the first one in a tuple, list or mapping, if it is a tensor."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        value = value[0] if value else None
+    return value if isinstance(value, Tensor) else None
 
 
 def joined(spans: Iterable[Span]) -> list[slice]:
@@ -347,9 +458,13 @@ class PendingRow:
     spans: list[Span]
 
     def read(self) -> dict[str, Any]:
-        """The scalars by name, and a list over layers for each key that the step measured."""
+        """The scalars by name, and the value of each key that the step measured: those of no layer are left out."""
         if self.event is not None:
             self.event.synchronize()
         values = self.host.tolist()
         row: dict[str, Any] = dict(zip(self.scalars, values, strict=False))
-        return row | {span.key: values[span.start : span.stop] for span in self.spans}
+        for span in self.spans:
+            value = span.read(values)
+            if value is not None and (span.single or any(item is not None for item in value)):
+                row[span.key] = value
+        return row

@@ -3,18 +3,17 @@
 A statistic is declared in `stabrun.record.metrics` and registered in `REDUCTIONS` under its key. What a reduction is
 given and returns depends on the metric's source:
 
-- `OUTPUT`, `INPUT`, `BLOCK`: a detached tensor `[batch, time, width]`; returns a 0-dim tensor. If the metric is a mean
-  over tokens (`Metric.per_token`), it writes the value of each token to its argument `out`, `[batch, time]`, instead.
-- `INPUT_GRADIENT`: a gradient `[batch, time, width]`; returns a 0-dim tensor.
+- `OUTPUT`, `INPUT`, `BLOCK`: a detached tensor `[…, width]`; returns the value of each token, `[…]`.
+- `INPUT_GRADIENT`: a gradient `[…, width]`; returns a 0-dim tensor.
 - `ATTENTION`: the core, queries and keys `[batch, heads, time, width]`; returns a 0-dim tensor for each of its keys.
-- `PARAMETERS`: `Parameters`; `UPDATE`: a list of the changes of the weights; `ADAM`: `AdamState`. Returns the values
-  of all linear layers or blocks, in order, `[n]`.
+- `PARAMETERS`: `Parameters`; `UPDATE`: `Update`; `ADAM`: `AdamState`. Returns the values of all layers or blocks, in
+  order, `[n]`. Their `owners` is the layer of each weight, `[len(weights)]`, or None if each layer has one weight.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,14 +36,32 @@ class Core(Protocol):
         ...
 
 
+@runtime_checkable
+class Masked(Protocol):
+    """An attention core with a mask of its own; those without one attend to the past."""
+
+    def masked(self, q: Tensor, k: Tensor, start: int, stop: int) -> Tensor:
+        """The logits of the queries `start` … `stop` − 1 at all keys, as a new tensor; FAR_BELOW where masked."""
+        ...
+
+
 @dataclass(frozen=True)
 class Parameters:
-    """The weights of the linear layers, and all gradients, before the update."""
+    """The weights of the layers, and all gradients, before the update."""
 
     weights: list[Tensor]
     gradient_norms: Tensor  # [parameters]: norm of each gradient before clipping, in the model's order
     weight_index: Tensor  # [len(weights)]: positions of the weights in that order
     block_members: Tensor  # [blocks, parameters]: 1 if the parameter belongs to the block, else 0
+    owners: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """The changes of the weights by an update."""
+
+    changes: list[Tensor]
+    owners: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,7 @@ class AdamState:
     first: list[Tensor]
     second: list[Tensor]
     correction: Tensor  # [len(first)]: 1 − β₂ᵗ, the bias of the second moment
+    owners: Tensor | None = None
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> "AdamState":
@@ -79,9 +97,22 @@ def has_adam_state(weights: Iterable[Tensor], optimizer: torch.optim.Optimizer) 
     return all(w.grad is not None and needed <= optimizer.state.get(w, {}).keys() for w in weights)
 
 
-def token_norms(x: Tensor, out: Tensor) -> None:
-    """L2 norm of each token's vector in fp32: `[batch, time, width]` → `out`, `[batch, time]`."""
-    torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32, out=out)
+def layer_sums(values: Tensor, owners: Tensor | None) -> Tensor:
+    """Values of weights `[n]` added up by layer, `[layers]`."""
+    if owners is None:
+        return values
+    return values.new_zeros(int(owners.max()) + 1).index_add_(0, owners, values)
+
+
+def layer_norms(tensors: list[Tensor], owners: Tensor | None) -> Tensor:
+    """L2 norm over all weights of each layer, `[layers]`."""
+    norms = tensor_norms(tensors)
+    return norms if owners is None else layer_sums(norms.square(), owners).sqrt()
+
+
+def token_norms(x: Tensor) -> Tensor:
+    """L2 norm of each token's vector in fp32: `[…, width]` → `[…]`."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -89,20 +120,25 @@ def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float32)
 
 
+def past_logits(core: Core, q: Tensor, k: Tensor, start: int, stop: int) -> Tensor:
+    """The logits of the queries `start` … `stop` − 1 at the keys up to `stop`; future ones are FAR_BELOW."""
+    logits = core.logits(q[:, :, start:stop], k[:, :, :stop])
+    return logits.add_(torch.full(logits.shape[-2:], FAR_BELOW, device=q.device).triu(1 + start))
+
+
 def attention_statistics(core: Core, q: Tensor, k: Tensor) -> dict[str, Tensor]:
-    """Largest logit over past positions, and mean entropy of the rows of the softmax, some queries at a time.
+    """Largest logit over visible positions, and mean entropy of the rows of the softmax, some queries at a time.
 
     With logits s relative to the largest of their row, p = softmax(s) and log p = s + log max p. The entropy of a row,
     −Σ p log p, is therefore −Σ p·s − log max p: no logarithm of a full matrix, and no difference of large numbers.
     """
     batch, heads, time, _ = q.shape
-    queries = min(time, max(1, LOGITS_AT_ONCE // (batch * heads * time)))
+    queries = min(time, max(1, LOGITS_AT_ONCE // (batch * heads * k.shape[2])))
     peaks, entropies = [], []
     for start in range(0, time, queries):
         stop = min(start + queries, time)
-        logits = core.logits(q[:, :, start:stop], k[:, :, :stop])
-        future = torch.full(logits.shape[-2:], FAR_BELOW, device=q.device).triu(1 + start)
-        peaks.append(logits.add_(future).amax())
+        logits = core.masked(q, k, start, stop) if isinstance(core, Masked) else past_logits(core, q, k, start, stop)
+        peaks.append(logits.amax())
         shaped = core.shaped(logits)
         shaped.sub_(shaped.amax(-1, keepdim=True))
         p = shaped.softmax(-1)
@@ -114,7 +150,14 @@ def attention_statistics(core: Core, q: Tensor, k: Tensor) -> dict[str, Tensor]:
 
 def surprise(adam: AdamState) -> Tensor:
     """Mean squared gradient over the mean bias-corrected second moment."""
-    return tensor_norms(adam.gradients).square() / (tensor_norms(adam.second, 1) / adam.correction)
+    squares, usual = tensor_norms(adam.gradients).square(), tensor_norms(adam.second, 1) / adam.correction
+    return layer_sums(squares, adam.owners) / layer_sums(usual, adam.owners)
+
+
+def gradient_norms(parameters: Parameters) -> Tensor:
+    """Norm of the gradient of each layer's weights."""
+    norms = parameters.gradient_norms[parameters.weight_index]
+    return norms if parameters.owners is None else layer_sums(norms.square(), parameters.owners).sqrt()
 
 
 REDUCTIONS: dict[str, Callable[..., Any]] = {
@@ -124,12 +167,12 @@ REDUCTIONS: dict[str, Callable[..., Any]] = {
     "norm/in_grad/{site}": norm,
     "attn/max_logit": attention_statistics,
     "attn/entropy": attention_statistics,
-    "norm/weight/{site}": lambda parameters: tensor_norms(parameters.weights),
-    "norm/grad/{site}": lambda parameters: parameters.gradient_norms[parameters.weight_index],
+    "norm/weight/{site}": lambda parameters: layer_norms(parameters.weights, parameters.owners),
+    "norm/grad/{site}": gradient_norms,
     "grad/norm_by_layer": lambda parameters: (parameters.block_members @ parameters.gradient_norms.square()).sqrt(),
-    "norm/update/{site}": tensor_norms,
-    "norm/adam_m/{site}": lambda adam: tensor_norms(adam.first),
-    "norm/adam_v/{site}": lambda adam: tensor_norms(adam.second),
+    "norm/update/{site}": lambda update: layer_norms(update.changes, update.owners),
+    "norm/adam_m/{site}": lambda adam: layer_norms(adam.first, adam.owners),
+    "norm/adam_v/{site}": lambda adam: layer_norms(adam.second, adam.owners),
     "adam/surprise/{site}": surprise,
 }
 """Key of a metric → its reduction."""

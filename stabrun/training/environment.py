@@ -16,7 +16,13 @@ PACKAGES = ("torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetens
 def environment(
     device: torch.device, data_hash: str, *, ranks: int, compiled: bool, attention: list[str]
 ) -> dict[str, Any]:
-    """Versions, commit, machine, device used, threads, ranks, how the model is computed, and the hash of the data."""
+    """Those of `machine`, ranks, how the model is computed, and the hash of the data."""
+    own = {"ranks": ranks, "compiled": compiled, "attention": attention, "data_hash": data_hash}
+    return machine(device) | own
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Versions, commit, machine, device used, threads."""
     processor = platform.processor() or platform.machine()
     return {
         "stabrun": __version__,
@@ -27,10 +33,6 @@ def environment(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "ranks": ranks,
-        "compiled": compiled,
-        "attention": attention,
-        "data_hash": data_hash,
     }
 
 

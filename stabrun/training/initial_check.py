@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from stabrun.config import Config, ObserveConfig
 from stabrun.model.gpt import GPT
 from stabrun.observe.initial import findings, variances
 from stabrun.observe.norms import tensor_norms
 from stabrun.observe.probe import Probe
+from stabrun.observe.sites import model_sites
 from stabrun.training.objective import cross_entropy
 from stabrun.training.precision import pick_device
 
@@ -26,20 +28,20 @@ def check_initial(config: Config) -> dict[str, Any]:
     batch = max(1, min(config.train.batch_size, TOKENS // time))
     device = pick_device(config.train)
     model = GPT(config.model, config.data.seq_len, config.seed).to(device).eval()
-    blocks: list[Any] = list(model.blocks)
-    probe = Probe(model, ObserveConfig(every=1, slow_every=1), (batch, time), blocks, model.cores)
+    sites = model_sites(model)
+    probe = Probe(model, ObserveConfig(every=1, slow_every=1), sites, batch, model.cores)
     probe.arm(0)
     model.before_step()
     generator = torch.Generator().manual_seed(config.seed)
     tokens = torch.randint(config.model.vocab_size, (batch, time + 1), generator=generator).to(device)
     loss = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
     loss.backward()
-    probe.merge(0, 1)
+    probe.merge()
     norms = tensor_norms([p.grad for p in model.parameters() if p.grad is not None])
     probe.before_update(norms)
     row = probe.snapshot(loss.detach(), torch.linalg.vector_norm(norms)).read()
-    layers = {site: members[0][1] for site, members in probe.sites.items() if site != "head"}
-    widths = {site: (layer.in_features, layer.out_features) for site, layer in layers.items()}
+    layers = [(name.rpartition(".")[2], layer) for name, layer in model.blocks[0].named_modules()]
+    widths = {site: (layer.in_features, layer.out_features) for site, layer in layers if isinstance(layer, nn.Linear)}
     return {
         "loss": row["train/loss"],
         "ln_vocab": math.log(config.model.vocab_size),

@@ -53,24 +53,20 @@ class Objective:
             terms = [self.terms(*pair) for pair in pairs]
         return tuple(sum(part[1:], part[0]) / self.parts for part in zip(*terms, strict=True))
 
-    def accumulate(
-        self, tokens: Tensor, count: int, scaled: Callable[[Tensor], Tensor], after: Callable[[int], None]
-    ) -> Terms:
+    def accumulate(self, tokens: Tensor, count: int, scaled: Callable[[Tensor], Tensor]) -> Terms:
         """Add the gradient of the mean objective over tokens `[B, T + 1]`, divided by `count`, to the parameters'.
 
-        `scaled` is applied to the loss; `after` is called with the number of each part after its backward pass.
-        Returns the terms divided by `count`.
+        `scaled` is applied to the loss. Returns the terms divided by `count`.
         """
         with self.autocast():
             hidden = self.model.hidden(tokens[:, :-1])
         totals: Terms = ()
         leaves = []
-        for index, (inputs, targets) in enumerate(self.pairs(hidden, tokens)):
+        for inputs, targets in self.pairs(hidden, tokens):
             leaves.append(inputs if self.parts == 1 else inputs.detach().requires_grad_())
             with self.autocast():
                 terms = [term / (self.parts * count) for term in self.terms(leaves[-1], targets)]
             scaled(sum(terms[1:], terms[0])).backward()
-            after(index)
             done = [term.detach() for term in terms]
             totals = tuple(map(torch.add, totals, done)) if totals else tuple(done)
         if self.parts > 1:

@@ -72,7 +72,7 @@ def traced_memory(config: Config) -> int:
         for _ in range(2):
             memory.peak = memory.now
             for _ in range(min(2, train.batch_size // train.ranks // sequences)):
-                objective.accumulate(tokens, 1, lambda loss: loss, lambda index: None)
+                objective.accumulate(tokens, 1, lambda loss: loss)
             before = [weight.clone() for weight in model.matrices()] if slow else []
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -1,7 +1,6 @@
 """One update: batch, gradients, clipping, Adam."""
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from stabrun.model.gpt import GPT
 from stabrun.model.switches import sequence_parts
 from stabrun.observe.norms import tensor_norms
 from stabrun.observe.probe import SAMPLED, PendingRow, Probe
+from stabrun.observe.sites import model_sites
 from stabrun.training.compilation import compile_parts, compiles
 from stabrun.training.memory import refuse_too_large
 from stabrun.training.objective import Objective
@@ -40,13 +40,12 @@ class Trainer:
         clipped = ("grad/clipped",) * (config.optim.clip is not None)
         z_term = ("train/z_loss",) * (config.optim.z_loss > 0)
         scalars = ("train/loss", *z_term, "grad/norm", *clipped, *self.scaling.keys)
-        blocks: list[Any] = list(self.model.blocks)
         self.micro_batch_size = micro_batch(config)
         shape = self.micro_batch_size, config.data.seq_len
         parts, sampled = sequence_parts(config.model.vocab_size, *shape), max(1, SAMPLED // self.ranks.count)
         self.probe = Probe(
-            self.model, config.observe, shape, blocks, self.model.cores, scalars,
-            {"head": parts}, self.ranks.gather, sampled,
+            self.model, config.observe, model_sites(self.model), self.micro_batch_size, self.model.cores, scalars,
+            self.ranks.gather, sampled,
         )  # fmt: skip
         self.rate = 0.0  # learning rate of the last update
         self.seen: dict[str, int] = {}  # digest of a batch → the step that used it, since this start
@@ -100,10 +99,9 @@ class Trainer:
         totals: tuple[Tensor, ...] = ()
         for index, part in enumerate(parts):
             self.probe.begin(index)
-            after = partial(self.probe.part, "head")
-            terms = self.objective.accumulate(part, len(parts), self.scaled, after)
+            terms = self.objective.accumulate(part, len(parts), self.scaled)
             totals = tuple(map(torch.add, totals, terms)) if totals else terms
-            self.probe.merge(index, len(parts))
+            self.probe.merge()
         return totals
 
     def scaled(self, loss: Tensor) -> Tensor:

@@ -1,0 +1,411 @@
+"""The instrument for any model in any training loop: `stabrun.watch`."""
+
+import atexit
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from stabrun.config import ObserveConfig, UserError
+from stabrun.observe.norms import tensor_norms, whole
+from stabrun.observe.probe import PendingRow, Probe
+from stabrun.observe.sites import Sites
+from stabrun.record.metrics import METRICS
+from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, Row, Summary
+from stabrun.record.watched import Watched
+from stabrun.training.environment import machine
+from stabrun.verdict.judge import Verdict
+from stabrun.watching.attention import Attention
+from stabrun.watching.exchange import gather, is_first, rank_count, refuse_sharding
+from stabrun.watching.log import Log, Policy
+from stabrun.watching.sites import Choice, find_sites, table, unwrapped
+from stabrun.watching.tap import Tap
+
+CLIP = Tap("clip_grad_norm_", nn.utils, nn.utils.clip_grad, iterable="parameters")
+SLOW = 10  # times `every`: steps between two measurements of the expensive statistics, by default
+
+
+class Watch:
+    """Records what the layers of a model put out while any training loop trains it, and judges the run.
+
+        watch = stabrun.watch(model, out="runs/mine", every=10)
+        for batch in batches:
+            loss = ...
+            loss.backward()
+            norm = clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            verdict = watch.step(loss=loss, grad_norm=norm)
+            optimizer.zero_grad()
+        watch.close()
+
+    The directory `out` then holds what a run of stabrun does: `stabrun judge`, `report`, `top` and `upload` read it.
+    Losses are recorded for each step; statistics of layers every `every` steps, the expensive ones every `slow_every`.
+    Nothing waits for the device in between. The model's results are bit-identical with and without.
+
+    Args:
+        model: any module; give it before it is compiled. With several ranks, watch on all of them.
+        out: directory of the record; None keeps none.
+        every, slow_every: steps between two measurements; `slow_every` is ten times `every` by default.
+        sites: what to observe; see `find_sites`. By default all linear layers, embeddings and experts.
+        steps: planned steps of the whole run, if known. A run that ends before is not called stable.
+        constant_lr: whether the learning rate is constant after its warm-up: a divergence can then be certain early.
+        first_step: number of the first step, that of the checkpoint when training is resumed. Later rows are removed.
+        overwrite: replace the record that `out` holds.
+        on_verdict, on_signal, on_spike: "stop", "warn", or a function; see `Log`. `stopped` says whether to stop.
+        settings: facts about the run for the report, such as `name` and `seed`.
+        quiet: do not print the table of sites.
+
+    Raises UserError if the model cannot be observed, no site is found, or `out` holds another record.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        out: str | Path | None = None,
+        every: int = 10,
+        *,
+        slow_every: int | None = None,
+        sites: Choice = None,
+        steps: int | None = None,
+        constant_lr: bool = False,
+        first_step: int = 0,
+        overwrite: bool = False,
+        on_verdict: Policy = None,
+        on_signal: Policy = None,
+        on_spike: Policy = None,
+        settings: Mapping[str, Any] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        if every < 1:
+            raise UserError(f"watch: every={every}: must be at least 1.")
+        self.model = unwrapped(model)
+        refuse_sharding(self.model)
+        self.sites: Sites = find_sites(self.model, sites)
+        observe = ObserveConfig(every=every, slow_every=SLOW * every if slow_every is None else slow_every)
+        self.probe = Probe(self.model, observe, self.sites, scalars=(), gather=gather)
+        self.attention = Attention(self.probe)
+        self.log = Log(
+            Path(out) if out is not None and is_first() else None,
+            self._watched(observe, steps, constant_lr, dict(settings or {})),
+            first_step,
+            overwrite,
+            {"on_verdict": on_verdict, "on_signal": on_signal, "on_spike": on_spike},
+        )
+        self.log.run.keep_environment(machine(self.probe.device) | {"ranks": rank_count()})
+        self.log.writer.event("start", step=first_step, environment=self.log.run.environment())
+        self.next = first_step  # number of the next step
+        self.waiting: list[tuple[int, dict[str, Any]]] = []  # steps whose values are still on the device
+        self.pending: Pending | None = None
+        self.closed = False
+        self.clip_norm: Tensor | None = None  # what clip_grad_norm_ returned in this step
+        self.total: Tensor | None = None  # norm of all gradients as the optimizer got them
+        self.rate: float | Tensor | None = None
+        self.scaler: Any = None
+        self.stepped, self.found_inf = False, None
+        self.mine: dict[int, bool] = {}  # id of an optimizer → whether it has parameters of the model
+        self.handles: list[RemovableHandle] = [
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._after),
+        ]
+        CLIP.add(self._clipped)
+        atexit.register(self.close, INTERRUPTED)
+        if not quiet and is_first():
+            print(table(self.sites))
+        self._arm()
+
+    def _watched(self, observe: ObserveConfig, steps: int | None, constant: bool, settings: dict[str, Any]) -> Watched:
+        return Watched(
+            model=type(self.model).__name__,
+            planned=steps,
+            constant=constant,
+            every=observe.every,
+            slow_every=observe.slow_every,
+            sites={
+                name: [", ".join(layer.modules) if layer else "" for layer in layers]
+                for name, layers in self.sites.sites.items()
+            },
+            stacks={name: [*blocks] for name, blocks in self.sites.stacks.items()},
+            single=sorted(self.sites.single),
+            settings=settings,
+        )
+
+    # During a step
+
+    def _arm(self) -> None:
+        """Prepare the next step."""
+        self.probe.arm(self.next)
+        self.attention.rest()
+        self.attention.listen()
+        self.clip_norm = self.total = self.found_inf = None
+        self.stepped = False
+
+    def _clipped(self, norm: Tensor, parameters: Any, *_: Any, **__: Any) -> None:
+        """Keep the norm that clip_grad_norm_ returned, if the gradients are the model's."""
+        first = parameters if isinstance(parameters, Tensor) else next(iter(parameters), None)
+        if any(first is parameter for parameter in self.probe.parameters):
+            self.clip_norm = norm
+
+    def _owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        if id(optimizer) not in self.mine:
+            own = {id(parameter) for parameter in self.model.parameters()}
+            self.mine[id(optimizer)] = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        return self.mine[id(optimizer)]
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        """Measure before the update; if there is a closure, which computes the gradients, after its first call."""
+        if not self._owns(optimizer):
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._before_update(optimizer)
+            return None
+
+        def measured() -> Any:
+            result = closure()
+            self._before_update(optimizer)
+            return result
+
+        return (args[:1], {"closure": measured}) if "closure" not in kwargs else (args, {**kwargs, "closure": measured})
+
+    def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.stepped:
+            return
+        self.stepped, self.rate = True, optimizer.param_groups[0]["lr"]
+        if not self.probe.due:
+            return
+        norms = self._gradient_norms(optimizer)
+        self.total = torch.linalg.vector_norm(norms)
+        scale = self.scaler.get_scale() if self.scaler is not None else 1.0
+        self.probe.before_update(norms, torch.tensor(scale, device=norms.device) if scale != 1.0 else None)
+
+    @torch.no_grad()
+    def _gradient_norms(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Norm of each parameter's gradient `[parameters]`, 0 without one, not scaled for fp16."""
+        self.probe.look_up()
+        norms = torch.zeros(len(self.probe.parameters), device=self.probe.device)
+        having = [n for n, parameter in enumerate(self.probe.parameters) if parameter.grad is not None]
+        gradients = [dense(self.probe.parameters[n].grad) for n in having]
+        if gradients:
+            norms[having] = tensor_norms(gradients).to(norms)
+        scale = getattr(optimizer, "grad_scale", None)  # that a fused optimizer divides by itself
+        return norms if scale is None else norms / scale
+
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._owns(optimizer):
+            self.found_inf = getattr(optimizer, "found_inf", None)
+            self.probe.adam(optimizer)
+
+    # After a step
+
+    def step(
+        self,
+        loss: Tensor | float,
+        *,
+        grad_norm: Tensor | float | None = None,
+        lr: float | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        tokens: int | None = None,
+        val_loss: Tensor | float | None = None,
+        scaler: Any = None,
+        step: int | None = None,
+    ) -> Verdict:
+        """Record a step, after `optimizer.step()`. Returns the newest verdict; it waits for nothing between rows.
+
+        Args:
+            loss: the training loss of the step: the mean over micro-batches.
+            grad_norm: norm of the gradient before clipping. By default what `clip_grad_norm_` of torch returned in this
+                step, or what is measured every `every` steps.
+            lr: learning rate of the update; by default that of the first group of parameters.
+            optimizer: only needed to learn the rate of one that is not of torch.
+            tokens: tokens of this step.
+            val_loss: validation loss after the update.
+            scaler: the GradScaler of fp16: the record then shows its scale and the steps that it skipped.
+            step: number of the step, if it is not the one after the last.
+
+        Raises UserError if the watch is closed, or `step` is not after the last one.
+        """
+        number = self.next if step is None else step
+        if self.closed:
+            raise UserError(f"watch: step {number} after close(). Watch the model again to go on.")
+        if number < self.next:
+            raise UserError(f"watch: step={number}: must be at least {self.next}, the step after the last.")
+        self.scaler = self.scaler or scaler
+        rate = next((given for given in (lr, self.rate) if given is not None), None)
+        if rate is None and optimizer is not None:
+            rate = optimizer.param_groups[0]["lr"]
+        norm = next((given for given in (grad_norm, self.clip_norm) if given is not None), None)
+        if self.probe.due and self.total is not None:
+            norm = self._unclipped(norm, self.total)
+        self.log.tokens += tokens or 0
+        facts = {
+            "tokens": self.log.tokens or None,
+            "train/lr": rate,
+            "val/loss": val_loss,
+            "train/loss": loss,
+            "grad/norm": norm,
+            **self._scaled(),
+        }
+        self.waiting.append((number, {key: kept(value) for key, value in facts.items() if value is not None}))
+        self._read()
+        if self.probe.due:
+            self._launch()
+            self._read(wait=rank_count() > 1)
+        self.next = number + 1
+        self._arm()
+        return self.log.verdict
+
+    def _unclipped(self, norm: Tensor | float | None, total: Tensor) -> Tensor:
+        """The norm before clipping; the norms of single gradients, measured after it, are scaled by the same factor."""
+        if norm is None:
+            return total
+        norm = torch.as_tensor(whole(norm), device=total.device, dtype=total.dtype).detach()
+        factor = norm / total
+        self.probe.rescale_gradients(torch.where(factor.isfinite() & (factor > 1), factor, 1.0))
+        return norm
+
+    def _scaled(self) -> dict[str, Any]:
+        """What the loss scale of fp16 did in this step."""
+        if self.scaler is None:
+            return {}
+        skipped = self.found_inf if self.found_inf is not None else float(not self.stepped)
+        return {"scale/loss_scale": self.scaler.get_scale() if self.probe.due or not self.stepped else None} | {
+            "scale/skipped": skipped
+        }
+
+    def _launch(self) -> None:
+        """Start the copy of the values of all steps since the last one to the host."""
+        self._read(wait=True)
+        self.probe.merge()
+        self.probe.update()
+        several = rank_count() > 1
+        places = [
+            (row, key)
+            for row, (_, facts) in enumerate(self.waiting)
+            for key, value in facts.items()
+            if isinstance(value, Tensor) or (several and key == "train/loss")
+        ]
+        host = None
+        if places:
+            device = self.probe.device
+            parts = [torch.as_tensor(self.waiting[row][1][key], device=device).float() for row, key in places]
+            ranks = gather(torch.stack(parts))
+            means = torch.tensor([METRICS[key].merge == "mean" for _, key in places], device=device)
+            values = torch.where(means, ranks.mean(0), ranks[0])
+            host = torch.empty(len(values), pin_memory=device.type == "cuda")
+            host.copy_(values, non_blocking=device.type == "cuda")
+        self.pending = Pending(self.waiting, places, host, self.probe.snapshot())
+        self.waiting = []
+
+    def _read(self, wait: bool = False) -> None:
+        """Take over the rows whose copies have arrived."""
+        if self.pending is not None and (wait or self.pending.arrived()):
+            rows, self.pending = self.pending.rows(), None
+            self.log.add(rows)
+
+    # What the caller may ask for
+
+    @property
+    def verdict(self) -> Verdict:
+        """The newest verdict."""
+        return self.log.verdict
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a policy says that training should stop."""
+        return self.log.stopped
+
+    def table(self) -> str:
+        """The sites that are observed."""
+        return table(self.sites)
+
+    def saved(self, path: str | Path) -> None:
+        """Record that a checkpoint of all steps so far was saved at `path`."""
+        self.log.writer.event("checkpoint", step=self.next, path=str(path))
+
+    def detach(self) -> None:
+        """Remove everything from the model, the optimizers and torch. The record stays open."""
+        self.probe.remove()
+        self.attention.remove()
+        CLIP.remove(self._clipped)
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def close(self, status: str = COMPLETE) -> Summary | None:
+        """Write what is still on the device and the summary, and detach. Returns the summary, None if closed before.
+
+        `status` is `complete`, `interrupted` or `failed`.
+        """
+        if self.closed:
+            return None
+        self.closed = True
+        atexit.unregister(self.close)
+        self.probe.rest()
+        if self.waiting:
+            self._launch()
+        self._read(wait=True)
+        self.detach()
+        return self.log.close(status, {})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.close(INTERRUPTED if issubclass(kind, KeyboardInterrupt) else FAILED)
+
+
+watch = Watch
+
+
+class Pending:
+    """Rows on their way to the host."""
+
+    def __init__(
+        self,
+        steps: list[tuple[int, dict[str, Any]]],
+        places: list[tuple[int, str]],
+        host: Tensor | None,
+        snapshot: PendingRow,
+    ) -> None:
+        self.steps, self.places, self.host, self.snapshot = steps, places, host, snapshot
+
+    def arrived(self) -> bool:
+        """Whether reading them waits for nothing."""
+        return self.snapshot.event is None or self.snapshot.event.query()
+
+    def rows(self) -> list[Row]:
+        """The rows, of which the last has the statistics of layers."""
+        measured = self.snapshot.read()
+        rows: list[Row] = [{"step": number, **facts} for number, facts in self.steps]
+        for (row, key), value in zip(self.places, self.host.tolist() if self.host is not None else [], strict=True):
+            rows[row][key] = value
+        rows[-1] |= measured
+        return rows
+
+
+def kept(value: Any) -> Any:
+    """A number of a step: a copy of a tensor, which the caller may change in place, or a number."""
+    if isinstance(value, Tensor):
+        value = whole(value).detach()
+        return float(value) if on_host(value) else value.float().clone()
+    return value
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading a tensor waits for no device."""
+    return tensor.device.type == "cpu"
+
+
+def dense(gradient: Any) -> Tensor:
+    """A gradient whose values have a norm: those of a sparse one."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
