@@ -43,6 +43,8 @@ def test_judge_names_the_checkpoint_before_the_last_healthy_step(lost, capsys):
     assert verdict["first_bad_site"] == "layer_02/mlp.c_proj"
     assert f"last healthy step: {healthy}; newest checkpoint before it: {lost.path}/saved/50 (step 50)" in out
     assert verdict["last_healthy_checkpoint"] == {"step": 50, "path": f"{lost.path}/saved/50"}
+    for command in ("status", "top"):
+        assert f"newest checkpoint before it: {lost.path}/saved/50 (step 50)" in run(capsys, command, lost.path)[1]
 
 
 def test_judge_follows_and_compares_watched_runs(lost, capsys, tmp_path):

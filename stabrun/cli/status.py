@@ -1,7 +1,7 @@
 """`stabrun status`: the state of a study or a run, read from its files; nothing is written."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def status(directory: Path, as_json: bool = False) -> None:
         facts, lines = study_facts(found.path, snapshot), study_lines(snapshot)
     else:
         facts = run_facts(found)
-        lines = run_lines(facts)
+        lines = run_lines(found, facts)
     if as_json:
         print(json.dumps(jsonable(facts), indent=1))
         return
@@ -88,14 +88,10 @@ def run_facts(run: RunDir, so_far: Verdict | None = None) -> dict[str, Any]:
     `so_far` is this verdict, if the rows have been judged already.
     """
     facts, state, summary = identity(run), run.state(), run.final_summary()
-    verdict: Any = summary and {
-        **summary, "last_healthy_checkpoint": run.healthy_checkpoint(summary["last_healthy_step"])
-    }  # fmt: skip
+    verdict: Any = summary
     steps = summary["steps"] if summary else run.steps_done()
     if verdict is None and steps:
-        so_far = so_far or judged(run, state == RUNNING)
-        saved = run.healthy_checkpoint(so_far.last_healthy_step)
-        verdict = asdict(so_far) | {"last_healthy_checkpoint": saved}
+        verdict = with_checkpoint(asdict(so_far or judged(run, state == RUNNING)), run)
     speed, planned = run.steps_per_second() if state == RUNNING else None, facts.pop("planned")
     return {
         "path": str(run.path),
@@ -110,6 +106,13 @@ def run_facts(run: RunDir, so_far: Verdict | None = None) -> dict[str, Any]:
         "checkpoint": run.checkpoint_step(),
         "verdict": verdict,
     }
+
+
+def with_checkpoint(verdict: Mapping[str, Any], run: RunDir | None) -> dict[str, Any]:
+    """A verdict with the newest checkpoint before its last healthy step, by a path from the working directory."""
+    healthy = verdict["last_healthy_step"]
+    found = run.checkpoint_before(healthy) if run and healthy is not None else None
+    return {**verdict, "last_healthy_checkpoint": found and {"step": found[0], "path": str(found[1])}}
 
 
 def judged(run: RunDir, running: bool) -> Verdict:
@@ -130,7 +133,7 @@ def identity(run: RunDir) -> dict[str, Any]:
     return facts | {"planned": config.train.steps}
 
 
-def run_lines(facts: dict[str, Any]) -> Iterator[str]:
+def run_lines(run: RunDir, facts: dict[str, Any]) -> Iterator[str]:
     """`qk_norm lr=1e-2 s0 is running: step 225 of 500, loss 1.912, 33 steps/s, 8 s left`, verdict and checkpoint."""
     parts = [f"step {facts['step']}" + (f" of {facts['steps']}" if facts["steps"] else "")]
     if facts["last_loss"] is not None:
@@ -145,6 +148,6 @@ def run_lines(facts: dict[str, Any]) -> Iterator[str]:
     if facts["verdict"]:
         yield ("" if facts["status"] in OVER else "so far: ") + verdict_line(facts["verdict"])
         if facts["verdict"]["first_bad_step"] is not None and facts["verdict"]["last_healthy_step"] is not None:
-            yield healthy_line(facts["verdict"])
+            yield healthy_line(with_checkpoint(facts["verdict"], run))
     step = facts["checkpoint"]
     yield "no checkpoint yet" if step is None else f"last checkpoint: after step {step}"

@@ -78,7 +78,7 @@ class RunView:
     def lines(self, width: int) -> Iterator[Text]:
         """The view in `width` columns."""
         facts, losses = self.facts(), self.follower.judge.losses
-        head, *state = run_lines(facts)
+        head, *state = run_lines(self.run, facts)
         yield Text(head, style="bold")
         if facts["steps"]:
             share = min(1.0, facts["step"] / facts["steps"])
