@@ -399,6 +399,8 @@ class Mask(nn.Module):
         self.slope = slope
 
     def forward(self, time):
+        if isinstance(time, torch.Tensor):
+            time = time.shape[1]
         distance = torch.arange(time)[:, None] - torch.arange(time)
         return (-self.slope * distance.float()).masked_fill(distance < 0, -torch.inf)
 
@@ -425,6 +427,48 @@ def test_masks_are_healthy(slope):
     with torch.no_grad():
         model[1].out.weight[0, 0] = NAN
     assert locate(model, lambda: model(x).square().sum()).module == "1.out"
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_masks_are_not_named_for_what_is_done_with_them(slope):
+    """One is of zeros and −inf; the other one is made without any number."""
+
+    class Given(nn.Module):
+        def forward(self, x, mask):
+            return (x @ x.mT + mask).softmax(-1) @ x
+
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mask, self.attention, self.out = Mask(slope), Given(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.out(self.attention(x, self.mask(x.shape[1] if slope else x)))
+
+    model, x = Apart(), torch.ones(BATCH, TIME, 4)
+    assert locate(model, lambda: model(x).sum()) is None
+    planted(model.attention, (1, 1))
+    assert locate(model, lambda: model(x).sum()).module == "attention"
+
+
+def test_a_mask_that_a_module_made_finite_is_not_named():
+    """The fault is in the code around both."""
+
+    class Ranked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log, self.softmax = Log(), nn.Softmax(-1)
+
+        def forward(self, x):
+            return (self.softmax(self.log(x)) * 0 - x.sum() * torch.inf) * 0
+
+    class Log(nn.Module):
+        def forward(self, x):
+            return x.log()
+
+    model = Ranked()
+    fault = locate(model, lambda: model(torch.tensor([[0.0, 2.0, 3.0]])).sum())
+    assert (fault.module, fault.kind, fault.pass_) == ("", "Ranked", "forward")
 
 
 class Gated(nn.Module):
@@ -569,7 +613,39 @@ def test_activations_in_place_and_modules_that_return_their_input(in_place):
     assert locate(model, lambda: model(x).sum()).module == "3"
 
 
-def test_modules_that_compare_their_inputs():
+def test_a_module_that_returns_its_input_to_broken_code():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.same = nn.Linear(4, 4), nn.Identity()
+
+        def forward(self, x):
+            return Reverse.apply(self.same(self.linear(x)), mark)
+
+    model = nn.Sequential(nn.Linear(4, 4), Around())
+    assert locate(model, lambda: model(torch.ones(BATCH, TIME, 4)).sum()).module == "1"
+
+
+def test_modules_see_that_two_inputs_are_one_tensor():
+    class Self(nn.Module):
+        def forward(self, query, key):
+            assert query is key
+            return query @ key.mT
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.attention = nn.Linear(4, 4), Self()
+
+        def forward(self, x):
+            x = self.linear(x)
+            return self.attention(x, key=x)
+
+    model = Outer()
+    assert locate(model, lambda: model(torch.ones(BATCH, TIME, 4)).sum()) is None
+
+
+def test_attention_of_pytorch():
     """Self-attention in PyTorch has a path of its own if query, key and value are one tensor."""
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)

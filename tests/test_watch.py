@@ -562,3 +562,79 @@ def test_stabruns_own_model_has_the_values_of_its_trainer(tmp_path):
         for key in a:
             if key.startswith(("norm/out", "norm/in/", "residual")):
                 assert b[key] == pytest.approx(a[key] if "head" not in key else a[key][0], rel=1e-5), key
+
+
+class WithLoss(nn.Module):
+    """A model that returns its loss; a NaN can be planted in a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = a_model()
+
+    def forward(self, tokens):
+        return {"loss": loss_of(self.model, tokens)}
+
+
+def bad_step(model, watch, guarded=False):
+    """A loop in which a bias is NaN in step 4. Returns the optimizer."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    if guarded:
+        watch.guard(optimizer)
+    bias = model.model.layers[1].up.bias
+    for step, batch in enumerate(batches(8)):
+        bias.data[0] = math.nan if step == 4 else 0.0
+        loss = model(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        watch.step(loss=loss)
+        optimizer.zero_grad()
+    bias.data[0] = 0.0
+    return optimizer
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_fault_is_located_before_the_update(tmp_path, capsys, every):
+    model = WithLoss()
+    watch = stabrun.watch(model, tmp_path, every, quiet=True, on_nonfinite="locate")
+    bad_step(model, watch)
+    watch.close()
+    events = [event for event in stabrun.load_run(tmp_path).events if event["event"] == "nonfinite"]
+    assert events[0]["step"] == 4
+    assert "model.layers.1.up (Linear)" in events[0]["fault"]
+    assert "step 4: " in capsys.readouterr().err
+
+
+def test_a_guard_keeps_the_run_healthy(tmp_path):
+    model = WithLoss()
+    watch = stabrun.watch(model, tmp_path, 1, quiet=True, on_nonfinite="locate")
+    optimizer = bad_step(model, watch, guarded=True)
+    watch.close()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    rows = rows_of(tmp_path)
+    assert [row.get("scale/skipped") for row in rows] == [None] * 4 + [1.0] + [None] * 3
+    events = [(event["event"], event["step"]) for event in stabrun.load_run(tmp_path).events]
+    assert ("skipped", 4) in events
+    assert ("nonfinite", 4) in events
+    assert type(optimizer).step is torch.optim.AdamW.step
+    assert "step" not in vars(optimizer)
+
+
+def test_locate_on_a_batch(tmp_path):
+    model = WithLoss()
+    watch = stabrun.watch(model, tmp_path, 1, quiet=True)
+    with pytest.raises(stabrun.UserError, match="give it a batch"):
+        watch.locate()
+    assert watch.locate(batches(1)[0]) is None
+    model.model.layers[0].down.weight.data[2, 3] = math.nan
+    fault = watch.locate({"tokens": batches(1)[0]})
+    assert fault.module == "model.layers.0.down"
+    watch.close()
+
+
+def test_a_wrong_word_is_refused(tmp_path):
+    for options, text in (
+        ({"every": 0}, "every=0: must be at least 1"),
+        ({"on_nonfinite": "stop"}, "on_nonfinite='stop': must be \"locate\""),
+    ):
+        with pytest.raises(stabrun.UserError, match=text):
+            stabrun.watch(a_model(), tmp_path, quiet=True, **options)

@@ -7,7 +7,8 @@ one graph for all. A cell holds a sum and its count, so that recomputation (acti
 both, changes no mean.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -288,6 +289,16 @@ class Probe:
         """Measure nothing until the next `arm`; for validation."""
         self.fast = self.slow = False
         self.due = []
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Measure nothing within; for passes that do not belong to the step."""
+        before = self.fast, self.slow
+        self.fast = self.slow = False
+        try:
+            yield
+        finally:
+            self.fast, self.slow = before
 
     def begin(self, index: int) -> None:
         """Select what micro-batch `index` measures: attention on its share of the first `sampled` sequences."""

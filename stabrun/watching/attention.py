@@ -53,8 +53,8 @@ class Attention:
 
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
-        # What is measured in the block that is running. A list: if a hook of a tensor is registered in between, Dynamo of
-        # torch 2.13 loses the change of an attribute.
+        # What is measured in the block that is running. A list: Dynamo of torch 2.13 loses the change of an attribute
+        # if a hook of a tensor is registered in between.
         self.running: list[Sequence[Target] | None] = [None]
         self.listening = False
         self.handles: list[RemovableHandle] = []

@@ -472,7 +472,9 @@ class Trace:
 
     def _forward_fault(self, value: Any) -> Fault:
         strong = [c for c in self.calls if c.output.severity == BROKEN and c.inputs.severity < BROKEN]
-        weak = [c for c in self.calls if c.output.severity == MINUS and c.inputs.severity == FINITE]
+        weak = [
+            c for c in self.calls if c.output.severity == MINUS and c.inputs.severity == FINITE and not _makes_mask(c)
+        ]
         harmful = [call for call in strong if not self._harmless(call)]
         if harmful:
             return self._forward_call(self._origin(harmful[0], weak))
@@ -491,7 +493,7 @@ class Trace:
     def _origin(self, call: Call, weak: list[Call]) -> Call:
         """The call itself, or an earlier one whose −inf became NaN in it, or between the modules within it."""
         for earlier in weak:
-            within = call in earlier.ancestors() and earlier.inputs.largest is not None  # else it makes a mask
+            within = call in earlier.ancestors()
             before = call.inputs.severity == MINUS and self.calls.index(earlier) < self.calls.index(call)
             if (within or before) and not self._harmless(earlier):
                 return earlier
@@ -552,6 +554,11 @@ class Trace:
             parameter=parameter,
             **vars(detail),
         )
+
+
+def _makes_mask(call: Call) -> bool:
+    """−inf that comes from no number cannot be an overflow."""
+    return call.inputs.largest is None and next(call.module.parameters(), None) is None
 
 
 @torch.no_grad()
