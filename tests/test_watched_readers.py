@@ -185,7 +185,9 @@ def test_two_watched_runs_side_by_side(tmp_path, monkeypatch, capsys):
 def test_upload_of_a_watched_run(lost, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     assert upload(lost.path, ["tracker.project=mine"]) == 0
-    assert "GPT2LMHeadModel lr=1e-3 s0: 240 rows, 1 summary" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "GPT2LMHeadModel lr=1e-3 s0: 240 rows, 1 summary" in out
+    assert "\n1 W&B run written offline" in out
     (folder,) = (lost.path / "wandb").glob("offline-run-*")
     found = assert_holds(folder, list(lost.rows()), norms_every=10)
     assert found.run["display_name"] == "GPT2LMHeadModel lr=1e-3 s0"
