@@ -175,13 +175,17 @@ class Watch:
     def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
         if self.stepped:
             return
-        self.stepped, self.rate = True, optimizer.param_groups[0]["lr"]
+        self.stepped, self.rate = True, kept(optimizer.param_groups[0]["lr"])  # a schedule may change a tensor in place
         if not self.probe.due:
             return
         norms = self._gradient_norms(optimizer)
         self.total = torch.linalg.vector_norm(norms)
+        self.probe.merge()  # so that the loss scale is taken out of all
+        self.probe.before_update(norms, self._loss_scale())
+
+    def _loss_scale(self) -> Tensor | None:
         scale = self.scaler.get_scale() if self.scaler is not None else 1.0
-        self.probe.before_update(norms, torch.tensor(scale, device=norms.device) if scale != 1.0 else None)
+        return torch.tensor(scale, device=self.probe.device) if scale != 1.0 else None
 
     @torch.no_grad()
     def _gradient_norms(self, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -234,7 +238,10 @@ class Watch:
             raise UserError(f"watch: step {number} after close(). Watch the model again to go on.")
         if number < self.next:
             raise UserError(f"watch: step={number}: must be at least {self.next}, the step after the last.")
-        self.scaler = self.scaler or scaler
+        if self.scaler is None and scaler is not None:
+            self.scaler = scaler
+            if self.probe.due and self.stepped:
+                self.probe.unscale(self._loss_scale())  # which was not known before the update
         rate = next((given for given in (lr, self.rate) if given is not None), None)
         if rate is None and optimizer is not None:
             rate = optimizer.param_groups[0]["lr"]
