@@ -2,11 +2,7 @@
 same training, and what the callback takes over from the Trainer."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,13 +15,10 @@ pytestmark = [
 ]
 
 if find_spec("transformers") and find_spec("accelerate"):
-    import hf_models
     import transformers as hf
     from hf_models import logged, trainer
 
-    from stabrun.watching.huggingface import BACKWARD, WatchCallback
-
-import stabrun
+    from stabrun.watching.huggingface import WatchCallback
 
 EVERY, SLOW = 10, 20
 

@@ -43,6 +43,7 @@ class Log:
             if overwrite:
                 erase(self.run)
             earlier = self.writer.cut_from(first_step)
+            self.run.summary_file.unlink(missing_ok=True)  # of an earlier start: the run is not over
             self.run.write_watched(watched)
         self.judge = Judge(watched.planned, watched.constant)
         self.last: Row = earlier[-1] if earlier else {}

@@ -16,7 +16,7 @@ from stabrun.observe.norms import tensor_norms, whole
 from stabrun.observe.probe import PendingRow, Probe
 from stabrun.observe.sites import Sites
 from stabrun.record.metrics import METRICS
-from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, Row, Summary
+from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, STOPPED, Row, Summary
 from stabrun.record.watched import Watched
 from stabrun.training.environment import machine
 from stabrun.verdict.judge import Verdict
@@ -346,7 +346,7 @@ class Watch:
     def close(self, status: str = COMPLETE) -> Summary | None:
         """Write what is still on the device and the summary, and detach. Returns the summary, None if closed before.
 
-        `status` is `complete`, `interrupted` or `failed`.
+        `status` is `complete`, `stopped`, `interrupted` or `failed`; a run that a policy stopped is not `complete`.
         """
         if self.closed:
             return None
@@ -357,7 +357,7 @@ class Watch:
             self._launch()
         self._read(wait=True)
         self.detach()
-        return self.log.close(status, {})
+        return self.log.close(STOPPED if self.stopped and status == COMPLETE else status, {})
 
     def __enter__(self) -> Self:
         return self
