@@ -346,13 +346,18 @@ class Probe:
         `gradient_norms`, `[parameters]`, are those of each parameter's gradient before clipping, in the model's order.
         `loss_scale`, 0-dim, is the factor of the loss in the backward pass; `gradient_norms` do not contain it.
         """
-        if loss_scale is not None:
-            self.values[self.roots] /= loss_scale
+        self.unscale(loss_scale)
         self.look_up()
         parameters = Parameters(self.weights, gradient_norms, self.weight_index, self.block_members, self.owners)
         self._reduce(metrics.PARAMETERS, parameters)
         if self._is_due(metrics.UPDATE):
             self.before = [weight.detach().clone() for weight in self.weights]
+
+    @torch.no_grad()
+    def unscale(self, loss_scale: Tensor | None) -> None:
+        """Divide what hooks measured in the backward pass, and `merge` merged, by the factor of the loss, if any."""
+        if loss_scale is not None:
+            self.values[self.roots] /= loss_scale
 
     @torch.no_grad()
     def rescale_gradients(self, factor: Tensor) -> None:

@@ -16,6 +16,7 @@ Choice = Pattern | Sequence[Pattern] | Mapping[str, Pattern] | None
 Parts = tuple[str, ...]
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # parts of a path that wrappers add
+EXPERT = re.compile(r"(expert_?)?\d+")  # the name of one of several experts
 SHOWN = 8  # sites that an error names
 
 
@@ -102,11 +103,10 @@ def all_places(model: nn.Module) -> list[Place]:
             if child in seen:
                 continue
             seen.add(child)
-            if name.isdigit() and not is_site(child):
-                if inside and "expert" in inside[-1].lower():
-                    where = stack, block, inside
-                elif not block or is_stage(module):
-                    where = stack + inside, (*block, int(name)), ()
+            if inside and "expert" in inside[-1].lower() and EXPERT.fullmatch(name):
+                where = stack, block, inside
+            elif name.isdigit() and not is_site(child) and (not block or is_stage(module)):
+                where = stack + inside, (*block, int(name)), ()
             yield Place(".".join((*path, name)), child, *where)
             yield from walk(child, (*path, name), *where)
 

@@ -9,13 +9,13 @@ Listener = Callable[..., None]  # called with the result and the arguments of ea
 
 
 class Tap:
-    """Replaces a function of modules while there are listeners, and restores it when the last one has left.
+    """Replaces a function of modules or classes while there are listeners, and restores it when the last one has left.
 
     The function is found by the name `name` in each of `modules`: code that imported it by `from` before is not heard.
     `iterable` is the name of its first argument, if that is one and the listeners need its items as well.
     """
 
-    def __init__(self, name: str, *modules: ModuleType, iterable: str | None = None) -> None:
+    def __init__(self, name: str, *modules: ModuleType | type, iterable: str | None = None) -> None:
         self.name, self.modules, self.iterable, self.listeners = name, modules, iterable, list[Listener]()
         self.original: Any = None
 

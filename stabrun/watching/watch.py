@@ -17,7 +17,7 @@ from stabrun.observe.norms import tensor_norms, whole
 from stabrun.observe.probe import PendingRow, Probe
 from stabrun.observe.sites import Sites
 from stabrun.record.metrics import METRICS
-from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, Row, Summary
+from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, STOPPED, Row, Summary
 from stabrun.record.watched import Watched
 from stabrun.text import warn
 from stabrun.training.environment import machine
@@ -209,15 +209,20 @@ class Watch:
     def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
         if self.stepped:
             return
-        self.stepped, self.rate = True, optimizer.param_groups[0]["lr"]
+        self.stepped, self.rate = True, kept(optimizer.param_groups[0]["lr"])  # a schedule may change a tensor in place
         if not self.probe.due and not (self.locating and self.clip_norm is None):
             self._locate_if(self.clip_norm)
             return
         norms = self._gradient_norms(optimizer)
         self.total = torch.linalg.vector_norm(norms)
         self._locate_if(self.total if self.clip_norm is None else self.clip_norm)
+        self.probe.merge()  # so that the loss scale is taken out of all
+        self.probe.before_update(norms, self._loss_scale())
+
+    def _loss_scale(self) -> Tensor | None:
+        """The factor of the loss in the backward pass of fp16, None if there is none."""
         scale = self.scaler.get_scale() if self.scaler is not None else 1.0
-        self.probe.before_update(norms, torch.tensor(scale, device=norms.device) if scale != 1.0 else None)
+        return torch.tensor(scale, device=self.probe.device) if scale != 1.0 else None
 
     def _locate_if(self, value: Tensor | float | None) -> None:
         """Locate the fault if a loss, or the norm of the gradient, is not finite."""
@@ -282,7 +287,10 @@ class Watch:
             raise UserError(f"watch: step {number} after close(). Watch the model again to go on.")
         if number < self.next:
             raise UserError(f"watch: step={number}: must be at least {self.next}, the step after the last.")
-        self.scaler = self.scaler or scaler
+        if self.scaler is None and scaler is not None:
+            self.scaler = scaler
+            if self.probe.due and self.stepped:
+                self.probe.unscale(self._loss_scale())  # which was not known before the update
         rate = next((given for given in (lr, self.rate) if given is not None), None)
         if rate is None and optimizer is not None:
             rate = optimizer.param_groups[0]["lr"]
@@ -393,7 +401,7 @@ class Watch:
 
     def saved(self, path: str | Path) -> None:
         """Record that a checkpoint of all steps so far was saved at `path`."""
-        self.log.writer.event("checkpoint", step=self.next, path=str(path))
+        self.log.writer.event("checkpoint", step=self.next, path=str(Path(path).absolute()))
 
     def detach(self) -> None:
         """Remove everything from the model, the optimizers and torch. The record stays open."""
@@ -410,7 +418,7 @@ class Watch:
     def close(self, status: str = COMPLETE) -> Summary | None:
         """Write what is still on the device and the summary, and detach. Returns the summary, None if closed before.
 
-        `status` is `complete`, `interrupted` or `failed`.
+        `status` is `complete`, `stopped`, `interrupted` or `failed`; a run that a policy stopped is not `complete`.
         """
         if self.closed:
             return None
@@ -421,7 +429,7 @@ class Watch:
             self._launch()
         self._read(wait=True)
         self.detach()
-        return self.log.close(status, {})
+        return self.log.close(STOPPED if self.stopped and status == COMPLETE else status, {})
 
     def __enter__(self) -> Self:
         return self
