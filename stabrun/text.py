@@ -17,9 +17,10 @@ def rate_text(lr: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def run_name(arm: str, lr: float, seed: int) -> str:
-    """`qk_norm_cap lr=3e-2 s1`."""
-    return f"{arm} lr={rate_text(lr)} s{seed}"
+def run_name(arm: str, lr: float | None, seed: int | None) -> str:
+    """`qk_norm_cap lr=3e-2 s1`; without what is not known of a run."""
+    parts = [arm, None if lr is None else f"lr={rate_text(lr)}", None if seed is None else f"s{seed}"]
+    return " ".join(part for part in parts if part)
 
 
 def count_text(count: int) -> str:

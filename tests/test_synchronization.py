@@ -3,60 +3,22 @@
 On a GPU each of the operations below would. They are found by dispatch, and by name where a CPU tensor needs none.
 """
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from helpers import VARIANTS, tiny
-from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import waits
 
 from stabrun.training.run import Run, train
 from stabrun.training.trainer import Trainer
 
-WAITING = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique2")
-METHODS = ("tolist", "numpy", "cpu", "item", "__array__", "__bool__", "__float__", "__int__", "__index__")
 
-
-class Recorder(TorchDispatchMode):
-    """Lists the operations that wait for their result."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        if name in WAITING or by_mask:
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def recorded():
-    """The operations that wait, of dispatch and of methods."""
-    patch = pytest.MonkeyPatch()
-    with patch.context() as replaced, Recorder() as recorder:
-        for name in METHODS:
-            original = getattr(torch.Tensor, name)
-
-            def method(self, *args, original=original, name=name, **kwargs):
-                recorder.found.append(name)
-                return original(self, *args, **kwargs)
-
-            replaced.setattr(torch.Tensor, name, method)
-        yield recorder.found
-
-
-def waits(monkeypatch, config):
+def waits_of(monkeypatch, config):
     """What the launches of a run wait for; their batches are made beforehand, on the host."""
     found, batch, launch = [], Trainer.batch, Run.launch
 
     def launched(self, step):
         tokens = batch(self.trainer, step)
-        with monkeypatch.context() as patch, recorded() as waited:
+        with monkeypatch.context() as patch, waits() as waited:
             patch.setattr(Trainer, "batch", lambda trainer, step: tokens)
             row = launch(self, step)
         found.extend(waited)
@@ -80,7 +42,7 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_step_waits_for_nothing(tmp_path, monkeypatch, setting):
     config = tiny(*SETTINGS[setting], "train.steps=3", f"run_dir={tmp_path / 'run'}")
-    assert waits(monkeypatch, config) == []
+    assert waits_of(monkeypatch, config) == []
 
 
 QUICK = ("baseline", "recomputed")
@@ -91,7 +53,7 @@ QUICK = ("baseline", "recomputed")
 )
 def test_a_step_waits_for_nothing_with_a_tracker(tmp_path, monkeypatch, setting):
     words = *SETTINGS[setting], "tracker=wandb", "tracker.norms_every=1", "train.steps=3"
-    assert waits(monkeypatch, tiny(*words, f"run_dir={tmp_path / 'run'}")) == []
+    assert waits_of(monkeypatch, tiny(*words, f"run_dir={tmp_path / 'run'}")) == []
 
 
 @pytest.mark.parametrize(
@@ -116,4 +78,4 @@ def test_what_waits_is_found(tmp_path, monkeypatch, wait):
         return snapshot
 
     monkeypatch.setattr(Trainer, "step", waiting)
-    assert waits(monkeypatch, tiny("train.steps=1", "schedule.warmup_steps=0", f"run_dir={tmp_path / 'run'}"))
+    assert waits_of(monkeypatch, tiny("train.steps=1", "schedule.warmup_steps=0", f"run_dir={tmp_path / 'run'}"))

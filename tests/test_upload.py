@@ -251,10 +251,10 @@ def test_after_a_failure_of_wandb_the_same_command_continues(study, monkeypatch,
     opened = module.open_run
     first, second = load(study).cells
 
-    def broken(config, files):
+    def broken(tracker, sent, files):
         if files.path.name == second:
             raise wandb.errors.CommError("the server went\naway")
-        return opened(config, files)
+        return opened(tracker, sent, files)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "open_run", broken)

@@ -109,14 +109,9 @@ def statistics(model, kinds, index, rise, fault, layer):
             key = f"{kind}/{site}"
             grows = key in fed or (kind == "norm/out" and site == fault)
             found[key] = list(loud if grows else quiet)
-        found |= {
-            f"{kind}/{site}": loud[layer] if fault == site and kind == "norm/out" else quiet[0] for site in model.after
-        }
-    for key in (
-        "residual/norm",
-        "grad/norm_by_layer",
-        *(("attn/max_logit", "attn/entropy") * (len(kinds) > len(KINDS))),
-    ):
+        found |= {f"{kind}/{site}": quiet[0] for site in model.after}
+    attention = ("attn/max_logit", "attn/entropy") if len(kinds) > len(KINDS) else ()
+    for key in ("residual/norm", "grad/norm_by_layer", *attention):
         for stack in model.stacks:
             whole = f"{key}/{stack}" if stack else key
             found[whole] = list(loud if whole in fed else quiet)

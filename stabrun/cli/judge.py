@@ -146,7 +146,7 @@ def judge_folder(request: Request) -> int:
         try:
             found = [(record, record.verdict()) for record in read(path, request)]
             lines = [f"{record.name}: {verdict_line(asdict(verdict))}" for record, verdict in found]
-            facts += [{"path": r.name, **jsonable(asdict(verdict)), "notes": r.notes} for r, verdict in found]
+            facts += [{"path": r.name, **verdict_facts(verdict, r.record), "notes": r.notes} for r, verdict in found]
             verdicts.update(verdict.verdict for _, verdict in found)
         except (UserError, OSError) as error:
             why = str(error) if isinstance(error, UserError) else f"{path}: {error.strerror}."
@@ -202,7 +202,7 @@ def of_directory(directory: Path) -> Saved:
 def show(record: Saved, request: Request) -> dict[str, Any]:
     """The verdict on one run as plain data. Also prints it, unless JSON was requested."""
     verdict = record.verdict()
-    facts = {"path": record.name, **jsonable(asdict(verdict)), "notes": record.notes}
+    facts = {"path": record.name, **verdict_facts(verdict, record.record), "notes": record.notes}
     if request.against is not None:
         others = read(request.against, request)
         if len(others) != 1:
@@ -219,6 +219,15 @@ def show(record: Saved, request: Request) -> dict[str, Any]:
         for line in details(facts):
             print(f"  {line}")
     return facts
+
+
+def verdict_facts(verdict: Verdict, run: RunDir | None) -> dict[str, Any]:
+    """A verdict as plain data, with the newest checkpoint before the last healthy step of a run that has a record."""
+    facts: dict[str, Any] = jsonable(asdict(verdict))
+    found = None
+    if run is not None and verdict.last_healthy_step is not None:
+        found = run.checkpoint_before(verdict.last_healthy_step)
+    return facts | {"last_healthy_checkpoint": found and {"step": found[0], "path": str(found[1])}}
 
 
 def follow(request: Request) -> int:
@@ -251,7 +260,8 @@ def follow(request: Request) -> int:
                     printed.add(what)
     except KeyboardInterrupt:
         status = 130
-    facts = {"path": str(request.path), **jsonable(asdict(fold.conclude())), "notes": []}
+    record = run if request.path.is_dir() else None
+    facts = {"path": str(request.path), **verdict_facts(fold.conclude(), record), "notes": []}
     print(json.dumps(facts, indent=1) if request.as_json else "\n  ".join([verdict_line(facts), *details(facts)]))
     return status
 

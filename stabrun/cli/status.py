@@ -18,7 +18,7 @@ from stabrun.study.live_table import LEGEND, colored_table, counts_text, failure
 from stabrun.study.snapshot import Snapshot, SnapshotReader, seconds_left
 from stabrun.text import duration_text, run_name
 from stabrun.verdict.judge import Judge
-from stabrun.verdict.wording import short, verdict_line
+from stabrun.verdict.wording import healthy_line, short, verdict_line
 
 STATES = {
     RUNNING: "is running",
@@ -84,44 +84,57 @@ def study_lines(snapshot: Snapshot) -> Iterator[str | Text]:
 
 def run_facts(run: RunDir) -> dict[str, Any]:
     """The state of a run as plain data, with the verdict on what is recorded so far if it is not over."""
-    config, state, summary = run.config(), run.state(), run.final_summary()
+    facts, state, summary = identity(run), run.state(), run.final_summary()
     verdict: Any = summary
     steps = summary["steps"] if summary else run.steps_done()
     if verdict is None and steps:
-        judge = Judge.of(config)
+        judge = Judge.of_record(run)
         for row in run.rows():
             judge.add(row)
-        verdict = asdict(judge.conclude(running=state == RUNNING))
-    speed = run.steps_per_second() if state == RUNNING else None
+        concluded = judge.conclude(running=state == RUNNING)
+        saved = run.healthy_checkpoint(concluded.last_healthy_step)
+        verdict = asdict(concluded) | {"last_healthy_checkpoint": saved}
+    speed, planned = run.steps_per_second() if state == RUNNING else None, facts.pop("planned")
     return {
         "path": str(run.path),
-        "run_id": run_id(config),
-        "variant": config.variant,
-        "lr": config.optim.lr,
-        "seed": config.seed,
+        **facts,
         "status": state,
         "error": run.error() if state == FAILED else None,
         "step": steps,
-        "steps": config.train.steps,
+        "steps": planned,
         "steps_per_second": speed,
-        "seconds_left": (config.train.steps - steps) / speed if speed else None,
+        "seconds_left": max(0, planned - steps) / speed if speed and planned else None,
         "last_loss": (run.last_row() or {}).get("train/loss"),
         "checkpoint": run.checkpoint_step(),
         "verdict": verdict,
     }
 
 
+def identity(run: RunDir) -> dict[str, Any]:
+    """What a run is called, and its planned steps; None for what is not known of a watched run."""
+    if watched := run.watched():
+        name, planned = watched.name, watched.planned
+        return {"run_id": None, "variant": name, "lr": watched.lr, "seed": watched.seed, "planned": planned}
+    config = run.config()
+    facts = {"run_id": run_id(config), "variant": config.variant, "lr": config.optim.lr, "seed": config.seed}
+    return facts | {"planned": config.train.steps}
+
+
 def run_lines(facts: dict[str, Any]) -> Iterator[str]:
     """`qk_norm lr=1e-2 s0 is running: step 225 of 500, loss 1.912, 33 steps/s, 8 s left`, verdict and checkpoint."""
-    parts = [f"step {facts['step']} of {facts['steps']}"]
+    parts = [f"step {facts['step']}" + (f" of {facts['steps']}" if facts["steps"] else "")]
     if facts["last_loss"] is not None:
         parts.append(f"loss {short(number(facts['last_loss']))}")
     if facts["steps_per_second"]:
-        parts += [f"{facts['steps_per_second']:.3g} steps/s", f"{duration_text(facts['seconds_left'])} left"]
+        parts.append(f"{facts['steps_per_second']:.3g} steps/s")
+    if facts["seconds_left"] is not None:
+        parts.append(f"{duration_text(facts['seconds_left'])} left")
     yield f"{run_name(facts['variant'], facts['lr'], facts['seed'])} {STATES[facts['status']]}: {', '.join(parts)}"
     if facts["error"]:
         yield facts["error"]
     if facts["verdict"]:
         yield ("" if facts["status"] in OVER else "so far: ") + verdict_line(facts["verdict"])
+        if facts["verdict"]["first_bad_step"] is not None and facts["verdict"]["last_healthy_step"] is not None:
+            yield healthy_line(facts["verdict"])
     step = facts["checkpoint"]
     yield "no checkpoint yet" if step is None else f"last checkpoint: after step {step}"

@@ -7,7 +7,8 @@ one graph for all. A cell holds a sum and its count, so that recomputation (acti
 both, changes no mean.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ Target = tuple[Metric, Cell]  # a value that a hook measures, and its cell
 
 
 class Probe:
-    """Measures the layers of any `nn.Module`, and optionally its blocks and attention cores.
+    """Measures the layers of any `nn.Module`, and optionally its blocks and attention cores, in passes with gradients.
 
     `sites` says where. `batch` is the number of sequences of each micro-batch; None if that is unknown: attention is
     then measured in the first micro-batch only. `cores` are the attention modules of a stack whose inputs are queries
@@ -236,7 +237,7 @@ class Probe:
             return (x, *args[1:])
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not (self.fast or self.slow):
+            if not ((self.fast or self.slow) and torch.is_grad_enabled()):
                 return
             if (y := first_tensor(output)) is not None:
                 self._measure(outputs, y)
@@ -260,7 +261,7 @@ class Probe:
         """
         values: dict[str, Tensor] = {}
         for metric, cell in targets:
-            if self._on(metric) and self.attention:
+            if self._on(metric) and self.attention and torch.is_grad_enabled():
                 with torch.no_grad():
                     if metric.key not in values:
                         values |= REDUCTIONS[metric.key](core, *(x[: self.sequences] for x in (q, k)))
@@ -288,6 +289,16 @@ class Probe:
         """Measure nothing until the next `arm`; for validation."""
         self.fast = self.slow = False
         self.due = []
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Measure nothing within; for passes that do not belong to the step."""
+        before = self.fast, self.slow
+        self.fast = self.slow = False
+        try:
+            yield
+        finally:
+            self.fast, self.slow = before
 
     def begin(self, index: int) -> None:
         """Select what micro-batch `index` measures: attention on its share of the first `sampled` sequences."""

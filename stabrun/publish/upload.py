@@ -23,8 +23,8 @@ from stabrun.study.plan import Plan, load
 from stabrun.study.snapshot import SnapshotReader
 from stabrun.study.summary import study_summary
 from stabrun.study.tracking import images, send_study
-from stabrun.text import run_name, warn
-from stabrun.training.tracker import has_key, log_row, open_run
+from stabrun.text import warn
+from stabrun.training.tracker import Identity, has_key, identity, log_row, open_run, watched_identity
 
 FIGURES = "report/figures"
 
@@ -145,13 +145,18 @@ def with_tracker(config: Config, overrides: Sequence[str]) -> Config:
 
 def upload_run(files: RunDir, target: Destination) -> bool:
     """Send what W&B lacks of a run. Returns False if that is nothing."""
-    recorded = files.config()
-    config = replace(recorded, tracker=target.tracker(recorded))
-    name = config.tracker.run_name or run_name(config.variant, config.optim.lr, config.seed)
-    if recorded.tracker.name == "wandb" and files.is_locked():
+    watched = files.watched()
+    recorded = Config() if watched else files.config()
+    tracker = target.tracker(recorded)
+    if watched:
+        sent = watched_identity(watched, tracker, files)
+    else:
+        sent = identity(replace(recorded, tracker=tracker), files)
+    name = sent.name
+    if not watched and recorded.tracker.name == "wandb" and files.is_locked():
         print(f"{name}: is being trained with W&B tracking; skipped.")
         return False
-    plan = upload_plan(files, SyncState.at(files.path, target.mode, config.tracker))
+    plan = upload_plan(files, SyncState.at(files.path, target.mode, tracker))
     for sentence in plan.extent.damaged:
         warn(f"{files.metrics}: {sentence}")
     if plan.rewritten:
@@ -163,7 +168,7 @@ def upload_run(files: RunDir, target: Destination) -> bool:
         return False
     print(f"{name}: {', '.join(plan.parts)} → {target.mode}, {files.path.resolve().name}", flush=True)
     if not target.dry_run:
-        send(files, config, plan, target.mode)
+        send(files, tracker, sent, plan, target.mode)
     return True
 
 
@@ -202,19 +207,19 @@ def extent_of(files: RunDir) -> Extent:
     return Extent(steps, size, lowest if math.isfinite(lowest) else None, tuple(damaged))
 
 
-def send(files: RunDir, config: Config, plan: UploadPlan, mode: str) -> None:
+def send(files: RunDir, tracker: TrackerConfig, sent: Identity, plan: UploadPlan, mode: str) -> None:
     """Send what the plan lists, and save the new state.
 
     The lowest loss is sent explicitly: W&B computes it only from the rows of one upload.
     """
-    run = open_run(config, files)
+    run = open_run(tracker, sent, files)
     run.define_metric("train/loss", summary="none", step_metric="step")
     extent, first = plan.extent, max(plan.state.steps, run.step or 0)  # run.step waits for the W&B process
     for row, end in files.readable_rows() if extent.steps > plan.state.steps else ():
         if end > extent.size:
             break
         if isinstance(row, dict) and row["step"] >= first:
-            log_row(run, row, config.tracker)
+            log_row(run, row, tracker)
     if extent.lowest is not None:
         run.summary.update({"train/loss": {"min": extent.lowest}})
     fields = {key: value for key, value in plan.summary.items() if value is not None}

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,18 @@ from stabrun.record.jsonl import (
     write_atomic,
     write_json,
 )
-from stabrun.record.schema import EMPTY, FAILED, FORMAT, INTERRUPTED, OVER, RUNNING, Event, Row, Summary
+from stabrun.record.schema import (
+    EMPTY,
+    FAILED,
+    FORMAT,
+    INTERRUPTED,
+    OVER,
+    RUNNING,
+    CheckpointFacts,
+    Event,
+    Row,
+    Summary,
+)
 from stabrun.record.watched import Watched
 
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # of the disk, not of a name
@@ -139,14 +151,23 @@ class RunDir:
         return RUNNING if self.is_locked() else INTERRUPTED if self.error() is None else FAILED
 
     def config(self, to_train: bool = False) -> Config:
-        """The recorded configuration. UserError if it is damaged or, `to_train`, of a newer version."""
+        """The recorded configuration.
+
+        Raises UserError if it is damaged or, `to_train`, of a newer version, or if the run is a watched one.
+        """
+        if self.watched_file.is_file() and not self.config_file.is_file():
+            raise UserError(
+                f"{self.path}: a run that stabrun.watch recorded has no configuration: its model and data are not "
+                "stabrun's own. Only runs of `stabrun train` can be trained again, evaluated or sampled from."
+            )
         if to_train:
             refuse_newer(self.environment_file, self.environment().get("format", FORMAT))
         return read_config(self.config_file, to_train)
 
     def watched(self) -> Watched | None:
         """What `watch.json` holds; None if this is not a watched run. UserError if it is damaged."""
-        return Watched.read(self.watched_file) if self.watched_file.is_file() else None
+        own = self.config_file.is_file() or not self.watched_file.is_file()
+        return None if own else Watched.read(self.watched_file)
 
     def write_watched(self, watched: Watched) -> None:
         """Write `watch.json`. UserError if the one of an earlier start is of a newer version."""
@@ -158,20 +179,15 @@ class RunDir:
         """Whether the directory holds a run: the configuration of one of stabrun, or what a watched one has."""
         return self.config_file.is_file() or self.watched_file.is_file()
 
-    def refuse_watched(self, command: str) -> None:
-        """Raise UserError for `command`, which needs the configuration of a run, if this is a watched one."""
-        if self.watched_file.is_file() and not self.config_file.is_file():
-            raise UserError(
-                f"{command} {self.path}: a run watched by stabrun.watch, trained by code that stabrun does not have. "
-                f"{command} needs a run of `stabrun train`."
-            )
-
     def checkpoint_step(self) -> int | None:
-        """The updates that the newest complete checkpoint holds."""
+        """The updates that the newest complete checkpoint holds; of a watched run, that of its events."""
+        if self.watched_file.is_file():
+            newest = self.checkpoint_before(math.inf)
+            return newest and newest[0]
         names = [meta.parent.name for meta in self.checkpoints.glob("step_*/meta.json")]
         return max((int(name.removeprefix("step_")) for name in names), default=None)
 
-    def checkpoint_before(self, step: int) -> tuple[int, Path] | None:
+    def checkpoint_before(self, step: float) -> tuple[int, Path] | None:
         """The newest checkpoint that holds no update after `step`: its updates and path. None if there is none.
 
         From the events; of their paths, which are relative to `checkpoints/` or to the working directory, those that
@@ -187,6 +203,15 @@ class RunDir:
             path = next((path for path in (self.checkpoints / name, Path(name)) if path.exists()), None)
             found = (updates, path) if path else found
         return found
+
+    def healthy_checkpoint(self, step: float | None) -> CheckpointFacts | None:
+        """The checkpoint before the last healthy step of a verdict, as `summary.json` names it."""
+        found = None if step is None else self.checkpoint_before(step)
+        if found is None:
+            return None
+        updates, path = found
+        inside = path.relative_to(self.path) if path.is_relative_to(self.path) else path
+        return {"step": updates, "path": str(inside)}
 
     def environment(self) -> dict[str, Any]:
         """What `environment.json` holds; empty if there is none. UserError if it is damaged."""

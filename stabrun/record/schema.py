@@ -22,6 +22,13 @@ class Event(TypedDict, total=False):
     error: str
 
 
+class CheckpointFacts(TypedDict):
+    """A checkpoint: the updates that it holds, and its path, relative to the run directory if it is there."""
+
+    step: int
+    path: str
+
+
 class Summary(TypedDict, total=False):
     """`summary.json`, its fields in order. `arm` is not among them, but added by a study."""
 
@@ -35,6 +42,7 @@ class Summary(TypedDict, total=False):
     horizon: int
     direction: str | None
     last_healthy_step: int | None
+    last_healthy_checkpoint: CheckpointFacts | None
     first_bad_step: int | None
     first_bad_site: str | None
     certain_step: int | None
@@ -69,7 +77,10 @@ EMPTY = dict.fromkeys(WRITTEN) | {"verdict": "undecided", "by_strictness": {}, "
 
 
 class Result(TypedDict):
-    """A row of `results.csv`, its columns in order: the summary of a run without nested values."""
+    """A row of `results.csv`, its columns in order: the summary of a run without nested values.
+
+    `lr` and `seed` may be None in the report of a watched run.
+    """
 
     run_id: str
     arm: str

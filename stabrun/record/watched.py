@@ -36,6 +36,18 @@ class Watched:
         """What the run is called: the setting `name`, or else the class of its model."""
         return str(self.settings.get("name") or self.model or "watched run")
 
+    @property
+    def lr(self) -> float | None:
+        """The setting `lr`, if it is a number."""
+        value = self.settings.get("lr")
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+    @property
+    def seed(self) -> int | None:
+        """The setting `seed`, if it is a whole number."""
+        value = self.settings.get("seed")
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
     @staticmethod
     def read(file: Path) -> "Watched":
         """What a file holds: keys of other versions are left out, missing ones have their defaults.

@@ -307,7 +307,8 @@ def training_curve(study: StudyData, row: Result, curves: RunCurves, opacity: fl
     """The loss of a run, dashed if it diverged, and its events."""
     base = Marks(arm=row["arm"], run=row["run_id"])
     scar = f", scar {row['scar']:.2f}" if row["scar"] else ""
-    label = f"{rate_text(row['lr'])} s{row['seed']} {row['verdict']}{scar}"
+    name = run_name("", row["lr"], row["seed"]).removeprefix("lr=")
+    label = f"{name} {row['verdict']}{scar}".lstrip()
     dash = "dash" if row["verdict"] == DIVERGED else "solid"
     yield base.at(curves.loss, color=style.color(base.arm), label=label, opacity=opacity, width=0.9, dash=dash)
     spikes = (study.run_summary(base.run).get("spikes") or {}).get("list", [])
@@ -329,15 +330,29 @@ def gradient_by_depth(sides: list[Result], curves: Curves) -> Chart | None:
 def depth_panel(row: Result, curves: RunCurves, last_step: int) -> Panel | None:
     """A run's part of `gradient_by_depth`; None if it has fewer than two blocks, or no gradient norms."""
     metric = METRICS["grad/norm_by_layer"]
-    series = curves.series.get(metric.key)
+    stacks = {key: series for key, series in curves.series.items() if find(key) is metric}
+    series = in_depth(list(stacks.values()))
     if series is None or len(series.values[0]) < 2:
         return None
+    names = [key.removeprefix(metric.key)[1:] for key in stacks]
     line, marks = Marks(symbol="circle", dash="solid", size=2.5, width=1.0), list[Marks]()
     for place in spread(len(series.steps), DEPTH_STEPS):
         step = series.steps[place]
         color = style.on_scale(style.TIME, step / max(1, last_step))
         marks.append(line.at(enumerate(series.values[place]), color=color, label=f"step {step}"))
-    return Panel(Axis("layer", COUNT), Axis(metric.title, LOG, share=metric.key), marks, title=side_title(row))
+    x = Axis(f"layer of {', then '.join(names)}" if len(names) > 1 else "layer", COUNT)
+    return Panel(x, Axis(metric.title, LOG, share=metric.key), marks, title=side_title(row))
+
+
+def in_depth(stacks: list[Series]) -> Series | None:
+    """The layers of several stacks, one stack after the other; None if they were not recorded at the same steps."""
+    if not stacks or any(series.steps != stacks[0].steps for series in stacks):
+        return None
+    joined = Series(stacks[0].most)
+    joined.steps = stacks[0].steps
+    for parts in zip(*(stack.values for stack in stacks), strict=True):
+        joined.values.append([value for part in parts for value in part])
+    return joined
 
 
 def statistics(sides: list[Result], curves: Curves) -> Iterator[Chart]:
@@ -347,15 +362,15 @@ def statistics(sides: list[Result], curves: Curves) -> Iterator[Chart]:
     they are computed from, with a line per site, or per layer if they have no sites.
     """
     charts: dict[str, list[list[str]]] = {}  # name → the keys of each row
+    recorded = dict.fromkeys(key for side in sides for key in curves[side["run_id"]].series)
     for metric in METRICS.values():
+        keys = [key for key in recorded if find(key) is metric]
         if metric.shape == BY_SITE and metric.cadence == EVERY:
             name = metric.key.removesuffix("/{site}").replace("norm/", "norms/").replace("/", "_")
-            charts[name] = [[key] for key in metric.keys]
-        elif metric.shape in (BY_SITE, BY_LAYER):
-            charts.setdefault(metric.source.lower().replace(" ", "_"), []).append(metric.keys)
-    recorded = {key for side in sides for key in curves[side["run_id"]].series}
+            charts[name] = [[key] for key in keys]
+        elif metric.shape in (BY_SITE, BY_LAYER) and keys:
+            charts.setdefault(metric.source.lower().replace(" ", "_"), []).append(keys)
     for name, rows in charts.items():
-        rows = [keys for row in rows if (keys := [key for key in row if key in recorded])]
         panels = [statistic_panel(side, curves[side["run_id"]], keys) for keys in rows for side in sides]
         if panels:
             below = [replace(panel, title="") for panel in panels[len(sides) :]]
@@ -373,11 +388,16 @@ def statistic_panel(row: Result, curves: RunCurves, keys: list[str]) -> Panel:
         marks += [line for series in found.values() for line in layer_lines(series)]
     else:
         for (site, series), color, dash in zip(found.items(), cycle(SITE_COLORS), cycle(style.DASHES)):
-            largest = zip(series.steps, map(max, series.values), strict=True)
+            largest = zip(series.steps, map(largest_of, series.values), strict=True)
             marks.append(Marks(dash=dash, color=color, width=1.0, label=f"{site}, largest layer").at(largest))
     rules = [] if row["first_bad_step"] is None else [Rule("x", row["first_bad_step"])]
     y = Axis(label, LOG if metric.log else LINEAR, share=keys[0])
     return Panel(Axis("step", share="step"), y, marks, title=side_title(row), rules=rules)
+
+
+def largest_of(layers: list[float]) -> float:
+    """The largest value of those that are numbers."""
+    return max((value for value in layers if not math.isnan(value)), default=math.nan)
 
 
 def layer_lines(series: Series) -> Iterator[Marks]:

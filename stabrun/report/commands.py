@@ -17,7 +17,8 @@ def commands(study: StudyData) -> Iterator[str]:
     """One command per line."""
     directory = shlex.quote(str(study.directory))
     if study.plan.strategy == RUN:
-        yield f"stabrun rerun {directory}"
+        if not study.watched:
+            yield f"stabrun rerun {directory}"
     else:
         yield shlex.join(["stabrun", "sweep", *overrides(study)])
     yield f"stabrun report {directory}"

@@ -22,6 +22,7 @@ METADATA: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationD
 TEXT_COLORS = {INK: "#000000", FAINT: "#666666"}
 MARGIN = 0.8  # inches of a figure besides its rows of panels
 CHARACTERS = 16  # of a label per inch
+LEGEND_LINES, LEGEND_LINE = 4, 0.16  # lines of the legend within the margin; inches of each further one
 
 Figure = Any
 Axes = Any
@@ -46,7 +47,10 @@ def draw(chart: Chart) -> Figure:
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(chart.panels) / chart.columns)
-    figure = Figure(figsize=(chart.width, MARGIN + chart.row_height * rows), layout="constrained")
+    labels = legend_labels(chart)
+    lines = math.ceil(len(labels) / legend_columns(chart, labels)) if labels else 0
+    height = MARGIN + LEGEND_LINE * max(0, lines - LEGEND_LINES) + chart.row_height * rows
+    figure = Figure(figsize=(chart.width, height), layout="constrained")
     grid = figure.subplots(rows, chart.columns, squeeze=False, width_ratios=chart.widths or None)
     first: dict[tuple[str, str], Axes] = {}
     for axes, panel in zip(grid.flat, chart.panels, strict=False):
@@ -168,5 +172,15 @@ def add_legend(figure: Figure, chart: Chart) -> None:
         draw_marks(axes, marks)
         entries[marks.label] = axes.lines[before]
     if entries:
-        columns = int(chart.width * CHARACTERS / (max(map(len, entries)) + 7))
-        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=min(max(columns, 1), 8))
+        columns = legend_columns(chart, list(entries))
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)
+
+
+def legend_labels(chart: Chart) -> list[str]:
+    """The labels of the legend below the chart."""
+    marks = [*(mark for panel in chart.panels if not panel.legend for mark in panel.marks), *chart.legend]
+    return list(dict.fromkeys(mark.label for mark in marks if mark.label))
+
+
+def legend_columns(chart: Chart, labels: list[str]) -> int:
+    return min(max(int(chart.width * CHARACTERS / (max(map(len, labels)) + 7)), 1), 8)

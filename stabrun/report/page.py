@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.resources import files
 from typing import Any
 
-from stabrun.record.metrics import BY_LAYER, BY_SITE, METRICS, SCALAR, SITES
+from stabrun.record.metrics import BY_LAYER, BY_SITE, METRICS, SCALAR, SITES, Metric, find
 from stabrun.record.schema import Result
 from stabrun.report import commands, sentences, style
 from stabrun.report.charts import Chart, depth_panel, run_title, side_title
@@ -48,7 +48,9 @@ def page(parts: list[Part], comparisons: list[Table]) -> str:
     script = package.joinpath("page.js").read_text()
     data = {
         "studies": [study_json(part) for part in parts],
-        "statistics": {key: {"title": metric.title, "log": metric.log} for key, metric in METRICS.items()},
+        "statistics": {
+            key: {"title": title, "log": metric.log} for part in parts for key, title, metric in statistics(part.curves)
+        },
         "scales": style.SCALES,
         "rates": {rate_text(rate): rate for power in range(-7, 4) for rate in (10.0**power, 3 * 10.0**power)},
     }
@@ -85,8 +87,6 @@ def context(part: Part) -> dict[str, Any]:
     study = part.study
     rows = [row for row in study.rows if row["run_id"] in part.curves]
     pair = sides(rows)
-    metrics = sorted(METRICS.values(), key=lambda metric: (BY_SITE, BY_LAYER, SCALAR).index(metric.shape))
-    recorded = {key for curves in part.curves.values() for key in curves.series}
     return {
         "study": study,
         "subtitle": subtitle(study),
@@ -97,20 +97,62 @@ def context(part: Part) -> dict[str, Any]:
         "drawn": set(part.curves),
         "left": pair[0]["run_id"] if pair else None,
         "right": pair[-1]["run_id"] if pair else None,
-        "statistics": [(m.key, m.label) for m in metrics if recorded.intersection(m.keys)],
-        "sites": [(site, site) for site in SITES],
+        "statistics": [(key, label(key)) for key, _, _ in statistics(part.curves)],
+        "sites": [(site, site) for site in sites(part.curves)],
+        "site": (pair[-1]["first_bad_site"] or "").rpartition("/")[2] if pair else "",
         "charts": {chart.name for chart in part.charts} | COMPOSED_BY_SCRIPT,
         "tables": {table.name: table for table in part.tables},
         "is_study": study.plan.strategy != RUN,
         "commands": "\n".join(commands.commands(study)),
-        "configs": {arm: yaml.safe_dump(asdict(config), sort_keys=False) for arm, config in study.plan.arms.items()},
+        "configs": {
+            arm: yaml.safe_dump(asdict(study.watched or config), sort_keys=False)
+            for arm, config in study.plan.arms.items()
+        },
         "environment": environment(study),
     }
+
+
+def statistics(curves: Curves) -> list[tuple[str, str, Metric]]:
+    """What the runs have recorded: key, title of its axis, and metric.
+
+    A key with `{site}` stands for those of all sites; the layers of several stacks have a key each.
+    """
+    recorded = dict.fromkeys(key for run in curves.values() for key in run.series)
+    found = [(key, metric) for key in recorded if (metric := find(key))]
+    order = sorted(METRICS.values(), key=lambda metric: (BY_SITE, BY_LAYER, SCALAR).index(metric.shape))
+    keys = dict.fromkeys(
+        (metric.key if metric.shape == BY_SITE else key, metric)
+        for wanted in order for key, metric in found if metric is wanted
+    )  # fmt: skip
+    return [(key, metric.title + stack_text(key, metric), metric) for key, metric in keys]
+
+
+def label(key: str) -> str:
+    """What a statistic is called in a list."""
+    metric = find(key)
+    return metric.label + stack_text(key, metric) if metric else key
+
+
+def stack_text(key: str, metric: Metric) -> str:
+    """`, encoder` for the layers of one of several stacks."""
+    stack = key.removeprefix(metric.key)[1:] if metric.shape == BY_LAYER else ""
+    return f", {stack}" if stack else ""
+
+
+def sites(curves: Curves) -> list[str]:
+    """The sites that the runs have recorded, in the order of the forward pass; those of stabrun if there are none."""
+    keys = dict.fromkeys(key for run in curves.values() for key in run.series)
+    found = dict.fromkeys(
+        key.rpartition("/")[2] for key in keys if (metric := find(key)) and metric.shape == BY_SITE
+    )  # fmt: skip
+    return list(found) or list(SITES)
 
 
 def subtitle(study: StudyData) -> str:
     """The kind of study, and what it has used so far."""
     summary = study.summary
+    if study.watched:
+        return f"single run of {study.watched.model or 'a model'}, recorded by stabrun.watch"
     if summary is None:
         return "single run"
     kind = "grid of learning rates"

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
-from stabrun.record.jsonl import number
-from stabrun.record.metrics import METRICS, SCALAR
+from stabrun.record.jsonl import is_number, number
+from stabrun.record.metrics import BY_SITE, METRICS, SCALAR, find
 from stabrun.record.schema import Row
 from stabrun.report.study_data import StudyData, read_rows
 
@@ -24,7 +24,10 @@ class Series:
         self.steps, self.values = list[int](), list[list[float]]()  # values by observation, then by layer
 
     def add(self, step: int, value: Any) -> None:
-        """Take an observation; one of another number of layers than the first is ignored."""
+        """Take an observation; one of another number of layers than the first is ignored.
+
+        A layer that was not called is NaN.
+        """
         values = [number(item) for item in value] if isinstance(value, list) else [number(value)]
         if self.values and len(values) != len(self.values[0]):
             return
@@ -63,12 +66,15 @@ def read_curves(study: StudyData, run_id: str) -> RunCurves:
 
 
 def curves_of(rows: Iterable[Row]) -> RunCurves:
-    curves = RunCurves()
+    curves, of_sites = RunCurves(), dict[str, bool]()
     losses = list[tuple[int, float]]()
     for row in rows:
         losses.append((row["step"], number(row["train/loss"])))
         for key, value in row.items():
-            if key in SCALARS or isinstance(value, list):
+            if key not in of_sites:
+                metric = find(key)
+                of_sites[key] = metric is not None and metric.shape == BY_SITE
+            if key in SCALARS or isinstance(value, list) or (of_sites[key] and is_number(value)):
                 if key not in curves.series:
                     curves.series[key] = Series(MAX_LAYER_POINTS if isinstance(value, list) else MAX_POINTS)
                 curves.series[key].add(row["step"], value)

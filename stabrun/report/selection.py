@@ -36,24 +36,29 @@ def sides(rows: list[Result]) -> list[Result]:
     return [row for row in stable_and_diverged(rows) if row] or rows[:1]
 
 
+def rate(row: Result) -> float:
+    """The learning rate; 0 if it is not known, as that of a watched run may be."""
+    return row["lr"] or 0.0
+
+
 def is_stable(row: Result) -> bool:
     return row["verdict"] in (CONVERGED, RECOVERED)
 
 
 def highest_stable(rows: list[Result], arm: str) -> Result | None:
     runs = [row for row in rows if row["arm"] == arm and is_stable(row)]
-    return max(runs, key=lambda row: (row["lr"], -row["seed"]), default=None)
+    return max(runs, key=lambda row: (rate(row), -(row["seed"] or 0)), default=None)
 
 
 def lowest_diverged(rows: list[Result], arm: str, above: float = 0.0) -> Result | None:
-    runs = [row for row in rows if row["arm"] == arm and row["verdict"] == DIVERGED and row["lr"] >= above]
-    return min(runs, key=lambda row: (row["lr"], row["seed"]), default=None)
+    runs = [row for row in rows if row["arm"] == arm and row["verdict"] == DIVERGED and rate(row) >= above]
+    return min(runs, key=lambda row: (rate(row), row["seed"]), default=None)
 
 
 def first_beyond(rows: list[Result], arm: str) -> Result | None:
     """The lowest diverged run at or above the rate of the highest stable one; else the lowest diverged run."""
     highest = highest_stable(rows, arm)
-    return (highest and lowest_diverged(rows, arm, highest["lr"])) or lowest_diverged(rows, arm)
+    return (highest and lowest_diverged(rows, arm, rate(highest))) or lowest_diverged(rows, arm)
 
 
 def best(rows: list[Result], arm: str) -> Result | None:

@@ -17,7 +17,9 @@ def results(study: StudyData) -> Iterator[tuple[str, str]]:
     """(arm, sentence): `lr50 = 0.61 (95 % interval 0.24 to 1.07), 9.6 times the baseline's (3.0 to 22); …`."""
     if study.plan.strategy == RUN:
         for row in study.rows:
-            yield row["arm"], f"learning rate {rate_text(row['lr'])}, seed {row['seed']}: {verdict_line(row)}."
+            known = [("learning rate", None if row["lr"] is None else rate_text(row["lr"])), ("seed", row["seed"])]
+            facts = ", ".join(f"{name} {value}" for name, value in known if value is not None)
+            yield row["arm"], f"{facts}{': ' * bool(facts)}{verdict_line(row)}."
     for arm, summary in study.arm_summaries.items():
         yield arm, "; ".join(clauses(summary, one_seed(study))) + "."
 

@@ -5,14 +5,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from stabrun.config import UserError, run_id
+from stabrun.config import Config, UserError, run_id
 from stabrun.record.jsonl import jsonable
 from stabrun.record.run_dir import RunDir
 from stabrun.record.schema import OVER, ArmSummary, Result, Row, StudySummary, Summary
 from stabrun.record.schema import RUNNING as STILL_RUNNING
 from stabrun.record.study_dir import StudyDir, find
+from stabrun.record.watched import Watched
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING
 from stabrun.study.plan import FRONTIER, Plan
 from stabrun.study.results import result
@@ -40,6 +41,7 @@ class StudyData:
     counts: dict[str, int]
     summaries: dict[str, Summary]
     notes: list[str]
+    watched: Watched | None = None  # the configuration in the plan says nothing about such a run
 
     @property
     def partial(self) -> bool:
@@ -92,24 +94,33 @@ def read_study(study: StudyDir) -> StudyData:
 
 def read_run(run: RunDir) -> StudyData:
     """A run. One that is not over is judged on the rows recorded so far."""
-    config, notes = run.config(), list[str]()
+    watched, notes = run.watched(), list[str]()
+    config = Config() if watched else run.config()
+    facts: dict[str, Any] = {
+        "run_id": run_id(config), "variant": config.variant, "lr": config.optim.lr, "seed": config.seed
+    }  # fmt: skip
+    if watched:
+        name = run.path.resolve().name
+        facts = {"run_id": name, "variant": watched.name, "lr": watched.lr, "seed": watched.seed}
     try:
         summary = run.summary()
     except UserError:
         summary = None
     if summary is None:
         notes.append("summary.json is missing: the run is not finished, and is judged on the rows recorded so far.")
-        judge = Judge.of(config)
+        judge = Judge.of_record(run)
         for row in read_rows(run, notes):
             judge.add(row)
         steps = int(judge.steps[-1]) + 1 if judge.steps else 0
-        facts = {"run_id": run_id(config), "variant": config.variant, "lr": config.optim.lr, "seed": config.seed}
         summary = jsonable(facts | asdict(judge.conclude(running=True)) | {"status": STILL_RUNNING, "steps": steps})
-    plan = Plan(run_name(config.variant, config.optim.lr, config.seed), RUN, {config.variant: config})
-    rows = [result({**summary, "arm": config.variant})]
+    elif watched:
+        summary = cast(Summary, summary | facts)
+    arm = facts["variant"]
+    plan = Plan(run_name(arm, facts["lr"], facts["seed"]), RUN, {arm: config})
+    rows = [result({**summary, "arm": arm})]
     over = summary["status"] in OVER
     counts = {PLANNED: 0, RUNNING: int(not over), DONE: int(over), FAILED: 0}
-    return StudyData(run.path, plan, None, rows, counts, {summary["run_id"]: summary}, notes)
+    return StudyData(run.path, plan, None, rows, counts, {summary["run_id"]: summary}, notes, watched)
 
 
 def read_results(file: Path, notes: list[str]) -> Iterator[Result]:

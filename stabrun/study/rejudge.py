@@ -23,6 +23,7 @@ def rejudge(plan: Plan, ledger: Ledger) -> None:
         for row in run.rows():
             judge.add(row)
         verdict = jsonable(asdict(judge.conclude()))
+        verdict["last_healthy_checkpoint"] = run.healthy_checkpoint(verdict["last_healthy_step"])
         reopened = summary.get("status") == STOPPED and not judge.over and judge.certain is None
         run.write_summary(
             {**summary, **verdict, "status": INTERRUPTED if reopened else summary.get("status", COMPLETE)}

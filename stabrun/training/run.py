@@ -27,7 +27,7 @@ from stabrun.training.ranks import Ranks, joined
 from stabrun.training.schedule import unreached
 from stabrun.training.stop import Stop
 from stabrun.training.tally import Tally
-from stabrun.training.tracker import Tracker
+from stabrun.training.tracker import Tracker, identity
 from stabrun.training.trainer import Trainer
 from stabrun.training.usage import Usage
 from stabrun.verdict.judge import Judge
@@ -123,7 +123,7 @@ class Run:
         self.tokens = earlier[-1]["tokens"] if earlier else 0
         self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
         self.share_progress()
-        self.tracker = Tracker(self.config, self.run_dir, earlier)
+        self.tracker = Tracker(self.config.tracker, identity(self.config, self.run_dir), self.run_dir, earlier)
         self.usage = Usage(self.config, trainer.device)
         self.watches: list[Watch] = [
             self.record.write, self.judge.add, self.tally.add, self.tracker.row, self.usage.add
@@ -258,6 +258,7 @@ class Run:
             "seed": config.seed,
             "status": status,
             **asdict(verdict),
+            "last_healthy_checkpoint": self.run_dir.healthy_checkpoint(verdict.last_healthy_step),
             **self.tally.facts(),
             "val_loss": val,
             "val_perplexity": None if val is None else math.exp(min(val, 700.0)),

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from stabrun.record.metrics import flatten
 from stabrun.record.run_dir import RunDir
 from stabrun.record.schema import Row, Summary
 from stabrun.record.synced import OFFLINE, ONLINE, SyncState, digest, file_digest, forget
+from stabrun.record.watched import Watched
 from stabrun.text import count_text, run_name, warn
 
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -27,17 +28,17 @@ class Tracker:
     An exception raised by W&B is reported once and disables tracking.
     """
 
-    def __init__(self, config: Config, files: RunDir, earlier: Iterable[Row]) -> None:
-        self.tracker: TrackerConfig = config.tracker
+    def __init__(self, tracker: TrackerConfig, identity: "Identity", files: RunDir, earlier: Iterable[Row]) -> None:
+        self.tracker, self.identity = tracker, identity
         self.files, self.steps = files, 0
         self.steps_at_server = 0  # asked once: each request waits for the W&B process
         self.run: Any = None
         if self.tracker.name == "wandb":
-            self._guard(lambda: self._start(config, earlier))
+            self._guard(lambda: self._start(earlier))
 
-    def _start(self, config: Config, earlier: Iterable[Row]) -> None:
+    def _start(self, earlier: Iterable[Row]) -> None:
         forget(self.files.path)
-        self.run = open_run(config, self.files)
+        self.run = open_run(self.tracker, self.identity, self.files)
         self.steps_at_server = self.run.step or 0
         self.run.define_metric("train/loss", summary="min", step_metric="step")
         for row in earlier:
@@ -81,23 +82,55 @@ class Tracker:
             warn(f"W&B logging disabled ({type(error).__name__}: {reason}). Training continues.")
 
 
-def open_run(config: Config, files: RunDir) -> Any:
-    """The W&B run of a run, with `step` as the axis of its metrics.
+@dataclass(frozen=True)
+class Identity:
+    """What a run is at W&B: its id and name, and what it is grouped, tagged and described by."""
 
-    Its configuration also has the parameter count, and the commit and data hash of the first start; its tags are those
-    of the configuration, the variant and the size.
+    id: str
+    name: str
+    group: str | None
+    tags: tuple[str, ...]
+    config: dict[str, Any]
+
+
+def identity(config: Config, files: RunDir) -> Identity:
+    """A run of stabrun. Its description also has the parameter count, and the commit and data hash of its first start;
+    its tags are the variant and the size.
     """
     environment, count = files.environment(), parameters(config.model, config.data.seq_len)["total"]
-    run = open_wandb(
-        config.tracker,
+    return Identity(
         wandb_id(config, files.path),
-        files.path,
-        tags=(config.variant[:64], count_text(count)),
-        group=config.tracker.group or config.variant,
-        job_type="train",
-        name=config.tracker.run_name or run_name(config.variant, config.optim.lr, config.seed),
-        config=asdict(config)
+        config.tracker.run_name or run_name(config.variant, config.optim.lr, config.seed),
+        config.tracker.group or config.variant,
+        (config.variant[:64], count_text(count)),
+        asdict(config)
         | {"parameters": count, "commit": environment.get("commit"), "data_hash": environment.get("data_hash")},
+    )
+
+
+def watched_identity(watched: Watched, tracker: TrackerConfig, files: RunDir) -> Identity:
+    """A watched run. Its id is a hash of its first start, so that it stays if the directory is moved or renamed."""
+    first = next(iter(files.events()), None)
+    return Identity(
+        digest(first or [watched.name, str(files.path.resolve())])[:12],
+        tracker.run_name or run_name(watched.name, watched.lr, watched.seed),
+        tracker.group,
+        (watched.model[:64],) if watched.model else (),
+        asdict(watched),
+    )
+
+
+def open_run(tracker: TrackerConfig, identity: Identity, files: RunDir) -> Any:
+    """The W&B run of a run, with `step` as the axis of its metrics."""
+    run = open_wandb(
+        tracker,
+        identity.id,
+        files.path,
+        tags=identity.tags,
+        group=identity.group,
+        job_type="train",
+        name=identity.name,
+        config=identity.config,
     )
     run.define_metric("step")
     run.define_metric("*", step_metric="step")

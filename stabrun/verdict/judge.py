@@ -134,8 +134,8 @@ class Judge:
         self.rates.append(number(row.get("train/lr")))
         if "val/loss" in row:
             self.validations.append((index, number(row["val/loss"])))
-        # A step that fp16 skipped because its loss scale was too high says nothing about the model.
-        overflow = row.get("scale/skipped") == 1 and number(row.get("scale/loss_scale")) > 1
+        # A step that fp16 skipped because its loss scale was too high, or that a guard left out, is no divergence.
+        overflow = row.get("scale/skipped") == 1 and number(row.get("scale/loss_scale", math.inf)) > 1
         if not overflow:
             self.signals.add(index, row)
         if self.nonfinite is None and not math.isfinite(loss):

@@ -64,7 +64,7 @@ def details(facts: dict[str, Any]) -> Iterator[str]:
         plural = "s" * (len(facts["restarts"]) > 1)
         yield f"begins again at step{plural} {', '.join(str(step) for step in facts['restarts'])}"
     if facts["first_bad_step"] is not None and facts["last_healthy_step"] is not None:
-        yield f"last healthy step: {facts['last_healthy_step']}"
+        yield healthy_line(facts)
     if facts["lost_steps"]:
         above = f", and the level is {short(facts['scar'])} above the lowest" if facts["scar"] else ""
         yield f"scar: {facts['lost_steps']} steps were lost{above}"
@@ -82,6 +82,13 @@ def details(facts: dict[str, Any]) -> Iterator[str]:
     if comparison := facts.get("against"):
         yield from comparison_lines(comparison)
     yield from facts["notes"]
+
+
+def healthy_line(facts: Mapping[str, Any]) -> str:
+    """`last healthy step: 71; newest checkpoint before it: runs/mine/checkpoints/step_00000050 (step 50)`."""
+    line = f"last healthy step: {facts['last_healthy_step']}"
+    saved = facts.get("last_healthy_checkpoint")
+    return f"{line}; newest checkpoint before it: {saved['path']} (step {saved['step']})" if saved else line
 
 
 def alarm(name: str, signal: dict[str, Any]) -> str:

@@ -53,7 +53,9 @@ class Attention:
 
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
-        self.block: Sequence[Target] | None = None  # what is measured in the block that is running
+        # What is measured in the block that is running. A list: Dynamo of torch 2.13 loses the change of an attribute
+        # if a hook of a tensor is registered in between.
+        self.running: list[Sequence[Target] | None] = [None]
         self.listening = False
         self.handles: list[RemovableHandle] = []
         for stack, blocks in probe.sites.stacks.items():
@@ -63,11 +65,11 @@ class Attention:
     def _watch(self, block: nn.Module, targets: Sequence[Target]) -> None:
         def enter(*_: Any) -> None:
             if self.listening:
-                self.block = targets
+                self.running[0] = targets
 
         def leave(*_: Any) -> None:
             if self.listening:
-                self.block = None
+                self.running[0] = None
 
         self.handles += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
 
@@ -79,7 +81,7 @@ class Attention:
             SDPA.add(self.heard)
 
     def rest(self) -> None:
-        self.block, self.listening = None, False
+        self.running[0], self.listening = None, False
         SDPA.remove(self.heard)
 
     def heard(
@@ -95,10 +97,11 @@ class Attention:
         enable_gqa: bool = False,
     ) -> None:
         """Measure a call; those with tensors that are not `[batch, heads, time, width]` are left out."""
-        if self.block is None or query.dim() != 4 or not torch.is_grad_enabled():
+        targets = self.running[0]
+        if targets is None or query.dim() != 4:
             return
         scores = Scores(attn_mask, is_causal, query.shape[-1] ** -0.5 if scale is None else scale)
-        self.probe.attend(self.block, scores, query.detach(), key.detach())
+        self.probe.attend(targets, scores, query.detach(), key.detach())
 
     def remove(self) -> None:
         """Remove all hooks."""

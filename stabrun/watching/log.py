@@ -6,13 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stabrun.config import UserError
+from stabrun.config import TrackerConfig, UserError
 from stabrun.record.jsonl import jsonable
 from stabrun.record.nowhere import NoRunDir, NoWriter
 from stabrun.record.run_dir import RunDir, RunWriter
-from stabrun.record.schema import EMPTY, WRITTEN, Row, Summary
+from stabrun.record.schema import EMPTY, INTERRUPTED, WRITTEN, Row, Summary
 from stabrun.record.watched import Watched
 from stabrun.text import warn
+from stabrun.training.tracker import Tracker, watched_identity
 from stabrun.verdict.judge import Judge, Verdict
 from stabrun.verdict.rule import DIVERGED, RECOVERED
 from stabrun.verdict.wording import verdict_line
@@ -48,12 +49,21 @@ class Log:
         self.judge = Judge(watched.planned, watched.constant)
         self.last: Row = earlier[-1] if earlier else {}
         self.tokens = int(self.last.get("tokens", 0))
+        self.watched, self.earlier = watched, earlier
+        self.tracker: Tracker | None = None
         self.rows, self.judge_at = 0, 0
         self.verdict = self.judge.verdict()
         self.told: dict[str, Any] = {"on_signal": set(), "on_spike": set()}
         for row in earlier:
             self._add(row)
         self.verdict = self.judge.verdict()
+
+    def start(self, step: int, facts: dict[str, Any], settings: TrackerConfig) -> None:
+        """Record a start, and the environment of the first one; open the tracker."""
+        self.run.keep_environment(facts)
+        self.writer.event("start", step=step, environment=self.run.environment())
+        if settings.name != "none":
+            self.tracker = Tracker(settings, watched_identity(self.watched, settings, self.run), self.run, self.earlier)
 
     def _add(self, row: Row) -> None:
         self.judge.add(row)
@@ -66,6 +76,8 @@ class Log:
             self.writer.write(row)
             self._add(row)
             self.last = row
+            if self.tracker:
+                self.tracker.row(row)
         if self.rows >= self.judge_at or self.judge.over != over:
             self.judge_at = round(JUDGED_AGAIN * self.rows) + 1
             self._judge()
@@ -137,6 +149,8 @@ class Log:
         summary: Summary = jsonable({name: known[name] for name in WRITTEN if name in known})
         self.run.write_summary(summary)
         self.writer.close()
+        if self.tracker:
+            self.tracker.finish(summary, status == INTERRUPTED)
         self.stack.close()
         return summary
 

@@ -1,6 +1,7 @@
 """The instrument for any model in any training loop: `stabrun.watch`."""
 
 import atexit
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,22 +12,31 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from stabrun.config import ObserveConfig, UserError
+from stabrun.config import ObserveConfig, TrackerConfig, UserError
 from stabrun.observe.norms import tensor_norms, whole
 from stabrun.observe.probe import PendingRow, Probe
 from stabrun.observe.sites import Sites
 from stabrun.record.metrics import METRICS
 from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, STOPPED, Row, Summary
 from stabrun.record.watched import Watched
+from stabrun.text import warn
 from stabrun.training.environment import machine
 from stabrun.verdict.judge import Verdict
 from stabrun.watching.attention import Attention
 from stabrun.watching.exchange import gather, is_first, rank_count, refuse_sharding
+from stabrun.watching.fault import Fault
+from stabrun.watching.guard import Guard
 from stabrun.watching.log import Log, Policy
+from stabrun.watching.replay import LossOf, Replay
 from stabrun.watching.sites import Choice, find_sites, table, unwrapped
 from stabrun.watching.tap import Tap
 
 CLIP = Tap("clip_grad_norm_", nn.utils, nn.utils.clip_grad, iterable="parameters")
+LOCATED = 3  # steps of a run that are repeated at most when values are not finite: it costs a step each time
+UNLOCATED = (
+    "a loss or gradient is not finite, but those of the same step repeated are: the cause is outside of the model, "
+    "such as the loss function (see loss_of=), or depends on chance, such as dropout"
+)
 SLOW = 10  # times `every`: steps between two measurements of the expensive statistics, by default
 
 
@@ -57,6 +67,10 @@ class Watch:
         first_step: number of the first step, that of the checkpoint when training is resumed. Later rows are removed.
         overwrite: replace the record that `out` holds.
         on_verdict, on_signal, on_spike: "stop", "warn", or a function; see `Log`. `stopped` says whether to stop.
+        on_nonfinite: "locate": check the gradient before each update, which waits for the device, and if it is not
+            finite, `locate` the module at fault before the weights are changed.
+        loss_of: function of what the model returns, for `locate`; not needed if that has a `loss`.
+        tracker, project: "wandb" also sends the record to a W&B run of its own; `stabrun upload` does so afterwards.
         settings: facts about the run for the report, such as `name` and `seed`.
         quiet: do not print the table of sites.
 
@@ -78,11 +92,19 @@ class Watch:
         on_verdict: Policy = None,
         on_signal: Policy = None,
         on_spike: Policy = None,
+        on_nonfinite: str | None = None,
+        loss_of: LossOf | None = None,
+        tracker: str = "none",
+        project: str = "stabrun",
         settings: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> None:
         if every < 1:
             raise UserError(f"watch: every={every}: must be at least 1.")
+        if on_nonfinite not in (None, "locate"):
+            raise UserError(f'watch: on_nonfinite={on_nonfinite!r}: must be "locate" or None.')
+        if tracker not in ("none", "wandb"):
+            raise UserError(f"watch: tracker={tracker!r}: must be wandb or none.")
         self.model = unwrapped(model)
         refuse_sharding(self.model)
         self.sites: Sites = find_sites(self.model, sites)
@@ -96,8 +118,12 @@ class Watch:
             overwrite,
             {"on_verdict": on_verdict, "on_signal": on_signal, "on_spike": on_spike},
         )
-        self.log.run.keep_environment(machine(self.probe.device) | {"ranks": rank_count()})
-        self.log.writer.event("start", step=first_step, environment=self.log.run.environment())
+        tracking = tracker if is_first() and out is not None else "none"
+        self.log.start(
+            first_step,
+            machine(self.probe.device) | {"ranks": rank_count()},
+            TrackerConfig(name=tracking, project=project, norms_every=every),
+        )
         self.next = first_step  # number of the next step
         self.waiting: list[tuple[int, dict[str, Any]]] = []  # steps whose values are still on the device
         self.pending: Pending | None = None
@@ -107,6 +133,12 @@ class Watch:
         self.rate: float | Tensor | None = None
         self.scaler: Any = None
         self.stepped, self.found_inf = False, None
+        self.replay = Replay(self.model, loss_of)
+        self.guards: list[Guard] = []
+        self.locating, self.located = on_nonfinite == "locate", False  # `located`: in this step
+        self.faults = 0  # steps that were repeated to locate a fault
+        if self.locating:
+            self.replay.follow()
         self.mine: dict[int, bool] = {}  # id of an optimizer → whether it has parameters of the model
         self.handles: list[RemovableHandle] = [
             register_optimizer_step_pre_hook(self._before),
@@ -142,7 +174,9 @@ class Watch:
         self.attention.rest()
         self.attention.listen()
         self.clip_norm = self.total = self.found_inf = None
-        self.stepped = False
+        self.stepped = self.located = False
+        for guard in self.guards:
+            guard.last_skipped = False
 
     def _clipped(self, norm: Tensor, parameters: Any, *_: Any, **__: Any) -> None:
         """Keep the norm that clip_grad_norm_ returned, if the gradients are the model's."""
@@ -176,16 +210,30 @@ class Watch:
         if self.stepped:
             return
         self.stepped, self.rate = True, kept(optimizer.param_groups[0]["lr"])  # a schedule may change a tensor in place
-        if not self.probe.due:
+        if not self.probe.due and not (self.locating and self.clip_norm is None):
+            self._locate_if(self.clip_norm)
             return
         norms = self._gradient_norms(optimizer)
         self.total = torch.linalg.vector_norm(norms)
+        self._locate_if(self.total if self.clip_norm is None else self.clip_norm)
         self.probe.merge()  # so that the loss scale is taken out of all
         self.probe.before_update(norms, self._loss_scale())
 
     def _loss_scale(self) -> Tensor | None:
         scale = self.scaler.get_scale() if self.scaler is not None else 1.0
         return torch.tensor(scale, device=self.probe.device) if scale != 1.0 else None
+
+    def _locate_if(self, value: Tensor | float | None) -> None:
+        """Locate the fault if a loss, or the norm of the gradient, is not finite."""
+        if not self.locating or self.located or value is None or math.isfinite(float(whole(value))):
+            return
+        self.located, self.faults = True, self.faults + 1
+        if self.faults <= LOCATED:
+            fault = self.locate()
+            text = fault.sentence() if fault else UNLOCATED
+            self.log.writer.event("nonfinite", step=self.next, fault=text)
+            if is_first():
+                warn(f"step {self.next}: {text}")
 
     @torch.no_grad()
     def _gradient_norms(self, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -257,6 +305,11 @@ class Watch:
             "grad/norm": norm,
             **self._scaled(),
         }
+        if any(guard.last_skipped for guard in self.guards):
+            facts["scale/skipped"] = 1.0
+            self.log.writer.event("skipped", step=number)
+            self._locate_if(math.nan)
+        self._locate_if(loss if self.locating else None)
         self.waiting.append((number, {key: kept(value) for key, value in facts.items() if value is not None}))
         self._read()
         if self.probe.due:
@@ -330,6 +383,21 @@ class Watch:
         """The sites that are observed."""
         return table(self.sites)
 
+    def locate(self, batch: Any = None) -> Fault | None:
+        """Repeat the step on a batch with checks at every module: where the first value arises that is not finite.
+
+        The batch is what the model is called with: a mapping as keywords, a tuple or list as arguments; by default,
+        with `on_nonfinite="locate"`, that of the last forward pass. Returns None if the loss and all gradients are
+        finite. Weights, gradients and random states are not changed. With several ranks, all call it.
+        """
+        scale = self.scaler.get_scale() if self.scaler is not None else 1.0
+        with self.probe.resting():
+            return self.replay.locate(batch, scale)
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on, leave out each update of an optimizer whose gradient is not finite. Waits once per step."""
+        self.guards.append(Guard(optimizer, lambda: self.clip_norm))
+
     def saved(self, path: str | Path) -> None:
         """Record that a checkpoint of all steps so far was saved at `path`."""
         self.log.writer.event("checkpoint", step=self.next, path=str(path))
@@ -338,6 +406,9 @@ class Watch:
         """Remove everything from the model, the optimizers and torch. The record stays open."""
         self.probe.remove()
         self.attention.remove()
+        self.replay.remove()
+        for guard in self.guards:
+            guard.remove()
         CLIP.remove(self._clipped)
         for handle in self.handles:
             handle.remove()
@@ -403,8 +474,14 @@ class Pending:
 def kept(value: Any) -> Any:
     """A number of a step: a copy of a tensor, which the caller may change in place, or a number."""
     if isinstance(value, Tensor):
-        return whole(value).detach().float().clone() if value.device.type != "cpu" else float(whole(value).detach())
+        value = whole(value).detach()
+        return float(value) if on_host(value) else value.float().clone()
     return value
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading a tensor waits for no device."""
+    return tensor.device.type == "cpu"
 
 
 def dense(gradient: Any) -> Tensor:
