@@ -2,7 +2,12 @@
 that stops training, and training that goes on from a checkpoint."""
 
 import json
+import os
+import subprocess
+import sys
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,6 +167,71 @@ def check_continued(parts, whole, steps):
     assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in record(whole)]
     assert rows == record(whole)
     assert summary(parts)["status"] == "complete"
+
+
+def test_a_loss_that_is_not_finite_is_recorded_although_the_trainer_hides_it(tmp_path):
+    class Breaks(hf.TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **_):
+            if state.global_step == 6:
+                with torch.no_grad():
+                    model.lm_head.weight[0, 0] = float("nan")
+
+    made = trainer("llama", tmp_path, [watch_hf(tmp_path, 1, on_verdict="stop"), Breaks()], 12, max_grad_norm=0.0)
+    made.train()
+    assert all(loss == loss for loss in logged(made, "loss"))
+    assert made.state.global_step == 7
+    assert record(tmp_path / "run")[6]["train/loss"] == "nan"
+    assert summary(tmp_path / "run")["first_bad_step"] == 6
+
+
+def test_trainers_that_hide_the_model_are_refused(tmp_path):
+    for name, value, text in (("_n_gpu", 2, "nn.DataParallel on 2 GPUs"), ("deepspeed_plugin", object(), "DeepSpeed")):
+        made = trainer("llama", tmp_path, [], 2)
+        setattr(made.args, name, value)
+        with pytest.raises(stabrun.UserError, match=text):
+            huggingface.refuse_trainer(made.args)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "stabrun.watching.huggingface")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(stabrun.UserError, match=r"pip install 'stabrun\[huggingface\]'"):
+        import_module("stabrun.watching.huggingface")
+    monkeypatch.setattr(of_lightning, "find_spec", lambda name: None)
+    with pytest.raises(stabrun.UserError, match=r"pip install 'stabrun\[lightning\]'"):
+        of_lightning.base()
+
+
+def test_an_unknown_argument_is_refused_when_the_callback_is_made():
+    for adapter in (huggingface, of_lightning):
+        with pytest.raises(TypeError, match="evry"):
+            adapter.WatchCallback("run", evry=3)
+
+
+RANKS = """
+import sys
+from pathlib import Path
+from hf_models import logged, trainer
+from stabrun.watching.huggingface import WatchCallback
+here = Path(sys.argv[1])
+made = trainer("llama", here, [WatchCallback(here / "run", 4, quiet=True)], 10, gradient_accumulation_steps=2)
+made.train()
+if made.is_world_process_zero():
+    (here / "logged.json").write_text(__import__("json").dumps([logged(made, k) for k in ("loss", "grad_norm")]))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_of_hugging_face(tmp_path):
+    (tmp_path / "script.py").write_text(RANKS)
+    words = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py", str(tmp_path)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    subprocess.run([sys.executable, *words], cwd=tmp_path, env=env, check=True, timeout=120)
+    losses, norms = json.loads((tmp_path / "logged.json").read_text())
+    rows = record(tmp_path / "run")
+    assert [row["train/loss"] for row in rows] == pytest.approx(losses, rel=1e-6)
+    assert [row["grad/norm"] for row in rows] == pytest.approx(norms, rel=1e-6)
+    assert len(events(tmp_path / "run", "start")) == 1
 
 
 # Lightning
