@@ -168,7 +168,8 @@ def main() -> None:
 
     def ask(kind: str) -> tuple[float, float]:
         process = processes[kind]
-        assert process.stdin and process.stdout
+        assert process.stdin
+        assert process.stdout
         process.stdin.write("go\n")
         process.stdin.flush()
         seconds, memory = map(float, process.stdout.readline().split())

@@ -15,6 +15,7 @@ EXPECTED = [
     # what has been typed, some of the candidates, and what must not be among them
     ("stabrun ", {"train", "sweep", "judge", "data"}, {"prepare"}),
     ("stabrun tr", {"train"}, {"sweep"}),
+    ("stabrun to", {"top"}, {"train"}),
     ("stabrun data ", {"prepare"}, {"train"}),
     ("stabrun train --c", {"--cfg", "--config-dir", "--config-name"}, {"--resolve"}),
     ("stabrun train --cfg ", {"job", "hydra", "all"}, set()),

@@ -1,23 +1,15 @@
 """A study as text: table, counts and running cells; and live on a real terminal."""
 
-import fcntl
 import math
 import os
-import pty
 import random
 import re
-import select
 import signal
-import struct
-import subprocess
-import sys
-import termios
-import time
-from contextlib import suppress
 
 import pytest
 from helpers import TINY
 from snapshots import a_plan, a_snapshot
+from terminals import on_terminal, plain
 
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING
 from stabrun.study.live_table import LiveTable, along_axis, attempt_columns, margin_of, rendered, table
@@ -126,48 +118,19 @@ def test_without_a_terminal_only_lines_are_printed(tmp_path, capsys):
 def test_the_live_table_on_a_terminal_and_ctrl_c(tmp_path):
     """A real sweep on a pseudo-terminal of 80 columns: it shows the running cells, and restores the terminal."""
     words = (*TINY, "train.steps=20000", "study.variants=[baseline,qk_norm]", "study.lrs=[1e-2,1]", "study.seeds=2")
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stabrun", "sweep", *words, "study.workers=1", "study_dir=study"],
-        cwd=tmp_path,
-        env=os.environ | {"TERM": "xterm"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    shown, asked, deadline = b"", False, time.monotonic() + 120
-    try:
-        while True:
-            assert time.monotonic() < deadline, shown[-2000:]
-            if not select.select([ours], [], [], 0.1)[0]:
-                continue
-            try:
-                piece = os.read(ours, 1 << 16)
-            except OSError:  # the other end is closed
-                break
-            if not piece:
-                break
-            shown += piece
-            if not asked and re.search(rb"[1-9]\d* steps/s", shown):
-                os.killpg(process.pid, signal.SIGINT)
-                asked = True
-        assert process.wait(timeout=60) == 130
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        os.close(ours)
-    text = shown.decode()
-    assert "Traceback" not in text
-    assert text.count("\x1b[?25l") == 1
-    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is visible again"
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r\n", "\n").replace("\r", "\n")
-    assert "lr        1e-2  1\nbaseline  >." in plain
-    assert "0 of 8 done, 1 running, ETA " in plain
-    assert re.search(r"baseline lr=1e-2 s0  [━─]{8} +\d+%  [\d.e+]+ steps/s  \S+:\d+, heartbeat \d+ s ago", plain)
-    assert "interrupted; the same command resumes." in plain
-    live = plain[plain.index("0 of 8") : plain.rindex("\nlr  ")]
+    asked = []
+
+    def interrupt(shown, process):
+        if not asked and re.search(rb"[1-9]\d* steps/s", shown):
+            os.killpg(process.pid, signal.SIGINT)
+            asked.append(True)
+
+    status, shown = on_terminal(["sweep", *words, "study.workers=1", "study_dir=study"], tmp_path, interrupt)
+    assert status == 130
+    text = plain(shown)
+    assert "lr        1e-2  1\nbaseline  >." in text
+    assert "0 of 8 done, 1 running, ETA " in text
+    assert re.search(r"baseline lr=1e-2 s0  [━─]{8} +\d+%  [\d.e+]+ steps/s  \S+:\d+, heartbeat \d+ s ago", text)
+    assert "interrupted; the same command resumes." in text
+    live = text[text.index("0 of 8") : text.rindex("\nlr  ")]
     assert max(map(len, live.splitlines())) <= 80

@@ -133,6 +133,13 @@ def test_the_newest_checkpoint_that_holds_no_later_update_and_exists(files, tmp_
     assert by_step == {step: updates and (updates, paths[updates]) for step, updates in newest.items()}
 
 
+def test_the_first_start_of_a_watched_run_is_no_restart(files):
+    a_watched_run(files.path, first=500)
+    assert (files.starts(), files.restarts()) == ([500], [])
+    RunWriter(files).event("start", step=700)
+    assert files.restarts() == [700]
+
+
 def test_the_judge_knows_what_the_record_says_of_the_plan(files):
     a_watched_run(files.path, planned=240)
     assert (Judge.of_record(files).planned, Judge.of_record(files).constant) == (240, False)

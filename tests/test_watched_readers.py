@@ -43,6 +43,8 @@ def test_judge_names_the_checkpoint_before_the_last_healthy_step(lost, capsys):
     assert verdict["first_bad_site"] == "layer_02/mlp.c_proj"
     assert f"last healthy step: {healthy}; newest checkpoint before it: {lost.path}/saved/50 (step 50)" in out
     assert verdict["last_healthy_checkpoint"] == {"step": 50, "path": f"{lost.path}/saved/50"}
+    for command in ("status", "top"):
+        assert f"newest checkpoint before it: {lost.path}/saved/50 (step 50)" in run(capsys, command, lost.path)[1]
 
 
 def test_judge_follows_and_compares_watched_runs(lost, capsys, tmp_path):
@@ -183,7 +185,9 @@ def test_two_watched_runs_side_by_side(tmp_path, monkeypatch, capsys):
 def test_upload_of_a_watched_run(lost, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     assert upload(lost.path, ["tracker.project=mine"]) == 0
-    assert "GPT2LMHeadModel lr=1e-3 s0: 240 rows, 1 summary" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "GPT2LMHeadModel lr=1e-3 s0: 240 rows, 1 summary" in out
+    assert "\n1 W&B run written offline" in out
     (folder,) = (lost.path / "wandb").glob("offline-run-*")
     found = assert_holds(folder, list(lost.rows()), norms_every=10)
     assert found.run["display_name"] == "GPT2LMHeadModel lr=1e-3 s0"

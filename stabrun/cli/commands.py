@@ -241,6 +241,16 @@ def status(directory: Path, as_json: bool) -> None:
     status.status(directory, as_json)
 
 
+@cli.command(examples=("stabrun top runs/0123456789ab", "stabrun top studies/quickstart-1a2b3c4d"))
+@click.argument("directory", metavar="DIR", type=DIRECTORY)
+def top(directory: Path) -> int:
+    """Show a run or a study live on the terminal. Of a run: its loss, the verdict so far, the output norms that grow
+    most, and alarms. It ends when the run or the study does. Nothing is written."""
+    from stabrun.cli import top
+
+    return top.top(directory)
+
+
 @cli.command(
     override_prefix="",
     examples=("stabrun rerun runs/0123456789ab optim.lr=0.1", "stabrun rerun runs/0123456789ab --cfg job"),

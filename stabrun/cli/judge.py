@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from stabrun.cli.status import with_checkpoint
 from stabrun.config import UserError
 from stabrun.foreign.follow import POLL, followed, replaced
 from stabrun.foreign.read import read_foreign_runs
@@ -146,7 +147,9 @@ def judge_folder(request: Request) -> int:
         try:
             found = [(record, record.verdict()) for record in read(path, request)]
             lines = [f"{record.name}: {verdict_line(asdict(verdict))}" for record, verdict in found]
-            facts += [{"path": r.name, **verdict_facts(verdict, r.record), "notes": r.notes} for r, verdict in found]
+            for record, verdict in found:
+                judged = with_checkpoint(jsonable(asdict(verdict)), record.record)
+                facts.append({"path": record.name, **judged, "notes": record.notes})
             verdicts.update(verdict.verdict for _, verdict in found)
         except (UserError, OSError) as error:
             why = str(error) if isinstance(error, UserError) else f"{path}: {error.strerror}."
@@ -202,7 +205,7 @@ def of_directory(directory: Path) -> Saved:
 def show(record: Saved, request: Request) -> dict[str, Any]:
     """The verdict on one run as plain data. Also prints it, unless JSON was requested."""
     verdict = record.verdict()
-    facts = {"path": record.name, **verdict_facts(verdict, record.record), "notes": record.notes}
+    facts = {"path": record.name, **with_checkpoint(jsonable(asdict(verdict)), record.record), "notes": record.notes}
     if request.against is not None:
         others = read(request.against, request)
         if len(others) != 1:
@@ -221,13 +224,22 @@ def show(record: Saved, request: Request) -> dict[str, Any]:
     return facts
 
 
-def verdict_facts(verdict: Verdict, run: RunDir | None) -> dict[str, Any]:
-    """A verdict as plain data, with the newest checkpoint before the last healthy step of a run that has a record."""
-    facts: dict[str, Any] = jsonable(asdict(verdict))
-    found = None
-    if run is not None and verdict.last_healthy_step is not None:
-        found = run.checkpoint_before(verdict.last_healthy_step)
-    return facts | {"last_healthy_checkpoint": found and {"step": found[0], "path": str(found[1])}}
+class Follower:
+    """A judge of the rows of a growing run. A verdict costs time in proportion to the rows: one is `due` from time to
+    time.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self.judge, self.due_at = Judge.of_record(run), 0
+
+    @property
+    def due(self) -> bool:
+        return len(self.judge.losses) >= self.due_at or self.judge.over
+
+    def conclude(self) -> Verdict:
+        """The verdict so far on a run that goes on."""
+        self.due_at = len(self.judge.losses) + max(10, len(self.judge.losses) // 100)
+        return self.judge.conclude(running=True)
 
 
 def follow(request: Request) -> int:
@@ -240,28 +252,28 @@ def follow(request: Request) -> int:
         raise UserError(f"--follow {request.path}: not a run directory.")
     if request.path.is_dir() and any(request.columns):
         raise UserError("--step, --loss and --split name columns of another tool's file, not of a run directory.")
-    printed, fold, check_at = set[str](), Judge.of_record(run), 0
+    printed, follower = set[str](), Follower(run)
 
     def enough() -> bool:
-        return over(request.path, fold)
+        return over(request.path, follower.judge)
 
     status = 0
     try:
         for row in rows_of(request, file, enough):
             if row is None:  # the file was truncated or replaced
-                printed, fold, check_at = set(), Judge.of_record(run), 0
+                printed, follower = set(), Follower(run)
                 continue
-            fold.add(row)
-            if len(fold.losses) >= check_at or fold.over:
-                check_at = len(fold.losses) + max(10, len(fold.losses) // 100)
-                for what, line in alarm_lines(fold.conclude(running=True)):
+            follower.judge.add(row)
+            if follower.due:
+                for what, line in alarm_lines(follower.conclude()):
                     if what not in printed and not request.as_json:
                         print(line, flush=True)
                     printed.add(what)
     except KeyboardInterrupt:
         status = 130
     record = run if request.path.is_dir() else None
-    facts = {"path": str(request.path), **verdict_facts(fold.conclude(), record), "notes": []}
+    verdict = with_checkpoint(jsonable(asdict(follower.judge.conclude())), record)
+    facts = {"path": str(request.path), **verdict, "notes": []}
     print(json.dumps(facts, indent=1) if request.as_json else "\n  ".join([verdict_line(facts), *details(facts)]))
     return status
 

@@ -1,7 +1,7 @@
 """`stabrun status`: the state of a study or a run, read from its files; nothing is written."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from stabrun.record.study_dir import StudyDir, find
 from stabrun.study.live_table import LEGEND, colored_table, counts_text, failure_messages, running_lines
 from stabrun.study.snapshot import Snapshot, SnapshotReader, seconds_left
 from stabrun.text import duration_text, run_name
-from stabrun.verdict.judge import Judge
+from stabrun.verdict.judge import Judge, Verdict
 from stabrun.verdict.wording import healthy_line, short, verdict_line
 
 STATES = {
@@ -37,7 +37,7 @@ def status(directory: Path, as_json: bool = False) -> None:
         facts, lines = study_facts(found.path, snapshot), study_lines(snapshot)
     else:
         facts = run_facts(found)
-        lines = run_lines(facts)
+        lines = run_lines(found, facts)
     if as_json:
         print(json.dumps(jsonable(facts), indent=1))
         return
@@ -82,18 +82,16 @@ def study_lines(snapshot: Snapshot) -> Iterator[str | Text]:
         yield "no cell is being trained now; the same `stabrun sweep` command resumes."
 
 
-def run_facts(run: RunDir) -> dict[str, Any]:
-    """The state of a run as plain data, with the verdict on what is recorded so far if it is not over."""
+def run_facts(run: RunDir, so_far: Verdict | None = None) -> dict[str, Any]:
+    """The state of a run as plain data, with the verdict on what is recorded so far if it is not over.
+
+    `so_far` is this verdict, if the rows have been judged already.
+    """
     facts, state, summary = identity(run), run.state(), run.final_summary()
     verdict: Any = summary
     steps = summary["steps"] if summary else run.steps_done()
     if verdict is None and steps:
-        judge = Judge.of_record(run)
-        for row in run.rows():
-            judge.add(row)
-        concluded = judge.conclude(running=state == RUNNING)
-        saved = run.healthy_checkpoint(concluded.last_healthy_step)
-        verdict = asdict(concluded) | {"last_healthy_checkpoint": saved}
+        verdict = with_checkpoint(asdict(so_far or judged(run, state == RUNNING)), run)
     speed, planned = run.steps_per_second() if state == RUNNING else None, facts.pop("planned")
     return {
         "path": str(run.path),
@@ -110,6 +108,21 @@ def run_facts(run: RunDir) -> dict[str, Any]:
     }
 
 
+def with_checkpoint(verdict: Mapping[str, Any], run: RunDir | None) -> dict[str, Any]:
+    """A verdict with the newest checkpoint before its last healthy step, by a path from the working directory."""
+    healthy = verdict["last_healthy_step"]
+    found = run.checkpoint_before(healthy) if run and healthy is not None else None
+    return {**verdict, "last_healthy_checkpoint": found and {"step": found[0], "path": str(found[1])}}
+
+
+def judged(run: RunDir, running: bool) -> Verdict:
+    """The verdict on all rows of a run."""
+    judge = Judge.of_record(run)
+    for row in run.rows():
+        judge.add(row)
+    return judge.conclude(running)
+
+
 def identity(run: RunDir) -> dict[str, Any]:
     """What a run is called, and its planned steps; None for what is not known of a watched run."""
     if watched := run.watched():
@@ -120,7 +133,7 @@ def identity(run: RunDir) -> dict[str, Any]:
     return facts | {"planned": config.train.steps}
 
 
-def run_lines(facts: dict[str, Any]) -> Iterator[str]:
+def run_lines(run: RunDir, facts: dict[str, Any]) -> Iterator[str]:
     """`qk_norm lr=1e-2 s0 is running: step 225 of 500, loss 1.912, 33 steps/s, 8 s left`, verdict and checkpoint."""
     parts = [f"step {facts['step']}" + (f" of {facts['steps']}" if facts["steps"] else "")]
     if facts["last_loss"] is not None:
@@ -135,6 +148,6 @@ def run_lines(facts: dict[str, Any]) -> Iterator[str]:
     if facts["verdict"]:
         yield ("" if facts["status"] in OVER else "so far: ") + verdict_line(facts["verdict"])
         if facts["verdict"]["first_bad_step"] is not None and facts["verdict"]["last_healthy_step"] is not None:
-            yield healthy_line(facts["verdict"])
+            yield healthy_line(with_checkpoint(facts["verdict"], run))
     step = facts["checkpoint"]
     yield "no checkpoint yet" if step is None else f"last checkpoint: after step {step}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stabrun.config import ObserveConfig
-from stabrun.observe.reductions import REDUCTIONS, AdamState, Core, Parameters, Update, has_adam_state
+from stabrun.observe.reductions import REDUCTIONS, AdamState, Core, Owners, Parameters, Update, has_adam_state
 from stabrun.observe.sites import Layer, Sites
 from stabrun.record import metrics
 from stabrun.record.metrics import METRICS, Metric
@@ -195,20 +195,26 @@ class Probe:
         parameters = list(self.model.parameters())
         spans = [span for span in self.spans if span.metric.key == WEIGHT]
         layers = [layer for span in spans for layer in self.sites.sites[span.site]]
-        weights = [layer.weights() if layer else [] for layer in layers]
-        flat = [weight for own in weights for weight in own]
-        if self.parameters and list(map(id, flat)) == list(map(id, self.weights)):
+        weights, owners = self._owned([layer.weights() if layer else [] for layer in layers])
+        if self.parameters and list(map(id, weights)) == list(map(id, self.weights)):
             return
-        self.weights, self.parameters = list[Tensor](flat), parameters
-        owners = [index for index, own in enumerate(weights) for _ in own]
-        # None if each layer has one weight: nothing needs to be added up then.
-        self.owners = None if owners == list(range(len(layers))) else self._indices(owners)
+        self.weights, self.owners, self.parameters = weights, owners, parameters
         numbers = {id(p): i for i, p in enumerate(parameters)}
-        self.weight_index = self._indices([numbers[id(weight)] for weight in flat])
+        self.weight_index = self._indices([numbers[id(weight)] for weight in weights])
         blocks = [block for blocks in self.sites.stacks.values() for block in blocks.values()]
         self.block_members = torch.zeros(len(blocks), len(parameters), device=self.device)
         for row, block in zip(self.block_members, blocks, strict=True):
             row[[numbers[id(p)] for p in block.parameters()]] = 1.0
+
+    def _owned(self, layers: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], Owners | None]:
+        """The weights of some layers, each once, and whose they are; None if each layer has one of its own."""
+        weights = {id(weight): weight for own in layers for weight in own}
+        places = {key: place for place, key in enumerate(weights)}
+        pairs = [(layer, places[id(weight)]) for layer, own in enumerate(layers) for weight in own]
+        if pairs == [(n, n) for n in range(len(layers))]:
+            return [*weights.values()], None
+        owners, owned = ([pair[side] for pair in pairs] for side in range(2))
+        return [*weights.values()], Owners(self._indices(owners), self._indices(owned), len(layers))
 
     def _indices(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self.device)
@@ -379,17 +385,14 @@ class Probe:
         if not self._is_due(metrics.ADAM):
             return
         chosen = {
-            site: weights
+            site: own
             for site, layers in self.sites.sites.items()
-            if any(weights := [layer.weights() if layer else [] for layer in layers])
-            and has_adam_state([weight for own in weights for weight in own], optimizer)
+            if any(own := [layer.weights() if layer else [] for layer in layers])
+            and has_adam_state([weight for weights in own for weight in weights], optimizer)
         }
-        own = [weights for layers in chosen.values() for weights in layers]
-        owners = [index for index, weights in enumerate(own) for _ in weights]
-        if owners:
-            single = owners == list(range(len(own)))
-            state = AdamState.of([weight for weights in own for weight in weights], optimizer)
-            self._reduce(metrics.ADAM, replace(state, owners=None if single else self._indices(owners)), chosen)
+        if chosen:
+            weights, owners = self._owned([own for layers in chosen.values() for own in layers])
+            self._reduce(metrics.ADAM, replace(AdamState.of(weights, optimizer), owners=owners), chosen)
 
     def _is_due(self, source: str) -> bool:
         return any(span.metric.source == source for span in self.due)

@@ -7,7 +7,7 @@ given and returns depends on the metric's source:
 - `INPUT_GRADIENT`: a gradient `[…, width]`; returns a 0-dim tensor.
 - `ATTENTION`: the core, queries and keys `[batch, heads, time, width]`; returns a 0-dim tensor for each of its keys.
 - `PARAMETERS`: `Parameters`; `UPDATE`: `Update`; `ADAM`: `AdamState`. Returns the values of all layers or blocks, in
-  order, `[n]`. Their `owners` is the layer of each weight, `[len(weights)]`, or None if each layer has one weight.
+  order, `[n]`. Their `owners` is None if each layer has one weight of its own.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -46,6 +46,15 @@ class Masked(Protocol):
 
 
 @dataclass(frozen=True)
+class Owners:
+    """Pairs of a layer and one of its weights: layers may share a weight, and have several."""
+
+    layers: Tensor  # [pairs]: positions in the list of layers
+    weights: Tensor  # [pairs]: positions in the list of weights
+    count: int  # of layers
+
+
+@dataclass(frozen=True)
 class Parameters:
     """The weights of the layers, and all gradients, before the update."""
 
@@ -53,7 +62,7 @@ class Parameters:
     gradient_norms: Tensor  # [parameters]: norm of each gradient before clipping, in the model's order
     weight_index: Tensor  # [len(weights)]: positions of the weights in that order
     block_members: Tensor  # [blocks, parameters]: 1 if the parameter belongs to the block, else 0
-    owners: Tensor | None = None
+    owners: Owners | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Update:
     """The changes of the weights by an update."""
 
     changes: list[Tensor]
-    owners: Tensor | None = None
+    owners: Owners | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class AdamState:
     first: list[Tensor]
     second: list[Tensor]
     correction: Tensor  # [len(first)]: 1 − β₂ᵗ, the bias of the second moment
-    owners: Tensor | None = None
+    owners: Owners | None = None
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> "AdamState":
@@ -97,16 +106,15 @@ def has_adam_state(weights: Iterable[Tensor], optimizer: torch.optim.Optimizer) 
     return all(w.grad is not None and needed <= optimizer.state.get(w, {}).keys() for w in weights)
 
 
-def layer_sums(values: Tensor, owners: Tensor | None) -> Tensor:
+def layer_sums(values: Tensor, owners: Owners | None) -> Tensor:
     """Values of weights `[n]` added up by layer, `[layers]`."""
     if owners is None:
         return values
-    return values.new_zeros(int(owners.max()) + 1).index_add_(0, owners, values)
+    return values.new_zeros(owners.count).index_add_(0, owners.layers, values[owners.weights])
 
 
-def layer_norms(tensors: list[Tensor], owners: Tensor | None) -> Tensor:
-    """L2 norm over all weights of each layer, `[layers]`."""
-    norms = tensor_norms(tensors)
+def layer_norms(norms: Tensor, owners: Owners | None) -> Tensor:
+    """Norm over all weights of each layer `[layers]`, from those of the weights `[n]`."""
     return norms if owners is None else layer_sums(norms.square(), owners).sqrt()
 
 
@@ -154,12 +162,6 @@ def surprise(adam: AdamState) -> Tensor:
     return layer_sums(squares, adam.owners) / layer_sums(usual, adam.owners)
 
 
-def gradient_norms(parameters: Parameters) -> Tensor:
-    """Norm of the gradient of each layer's weights."""
-    norms = parameters.gradient_norms[parameters.weight_index]
-    return norms if parameters.owners is None else layer_sums(norms.square(), parameters.owners).sqrt()
-
-
 REDUCTIONS: dict[str, Callable[..., Any]] = {
     "norm/out/{site}": token_norms,
     "norm/in/{site}": token_norms,
@@ -167,12 +169,12 @@ REDUCTIONS: dict[str, Callable[..., Any]] = {
     "norm/in_grad/{site}": norm,
     "attn/max_logit": attention_statistics,
     "attn/entropy": attention_statistics,
-    "norm/weight/{site}": lambda parameters: layer_norms(parameters.weights, parameters.owners),
-    "norm/grad/{site}": gradient_norms,
+    "norm/weight/{site}": lambda parameters: layer_norms(tensor_norms(parameters.weights), parameters.owners),
+    "norm/grad/{site}": lambda given: layer_norms(given.gradient_norms[given.weight_index], given.owners),
     "grad/norm_by_layer": lambda parameters: (parameters.block_members @ parameters.gradient_norms.square()).sqrt(),
-    "norm/update/{site}": lambda update: layer_norms(update.changes, update.owners),
-    "norm/adam_m/{site}": lambda adam: layer_norms(adam.first, adam.owners),
-    "norm/adam_v/{site}": lambda adam: layer_norms(adam.second, adam.owners),
+    "norm/update/{site}": lambda update: layer_norms(tensor_norms(update.changes), update.owners),
+    "norm/adam_m/{site}": lambda adam: layer_norms(tensor_norms(adam.first), adam.owners),
+    "norm/adam_v/{site}": lambda adam: layer_norms(tensor_norms(adam.second), adam.owners),
     "adam/surprise/{site}": surprise,
 }
 """Key of a metric → its reduction."""

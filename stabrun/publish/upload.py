@@ -83,7 +83,7 @@ def upload(directory: Path, changes: Sequence[str] = (), dry_run: bool = False) 
     found = find(directory)
     target = Destination(destination_mode(dry_run), changes, dry_run)
     try:
-        count = upload_study(found, target) if isinstance(found, StudyDir) else upload_run(found, target)
+        count = upload_study(found, target) if isinstance(found, StudyDir) else int(upload_run(found, target))
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         warn(f"W&B: {reason}. Everything before was sent and recorded; the same command continues from there.")

@@ -237,6 +237,12 @@ def table() -> str:
         "Each line is a JSON object. `{site}` is one of " + ", ".join(f"`{site}`" for site in SITES) + ". Values by "
         'layer are lists, from layer 0. Numbers that are not finite are the strings `"nan"`, `"inf"` and `"-inf"`.',
         "",
+        "In the record of a run that `stabrun.watch` watches, `{site}` is the last part of a module's path, such as "
+        "`q_proj`, or more of it where that is needed to tell sites apart, such as `mlp.c_proj`. A site outside the "
+        "layers, such as `lm_head`, has a number. The item of a layer that was not called in a step is `null`. A model "
+        "with several stacks of layers has a list for each in the keys by layer, such as `residual/norm/encoder`. Keys "
+        "are in the order of the forward pass.",
+        "",
         *("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)),
         "",
         "**Source**: what a metric is computed from.",

@@ -97,8 +97,8 @@ class RunDir:
         return [step for step in steps if isinstance(step, int)]
 
     def restarts(self) -> list[int]:
-        """The steps at which the run was resumed."""
-        return [step for step in self.starts() if step > 0]
+        """The steps at which the run was resumed. The first start of a watched run may be at any step."""
+        return [step for step in self.starts()[self.watched_file.is_file() :] if step > 0]
 
     def steps_per_second(self) -> float | None:
         """Speed of the last start; None if unknown.

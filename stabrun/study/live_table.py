@@ -84,17 +84,25 @@ def running_lines(snapshot: Snapshot) -> Iterator[str]:
 
 
 def attempt_columns(attempt: Attempt) -> list[str]:
-    share = min(1.0, attempt.step / attempt.steps)
-    full, speed = round(BAR * share), attempt.steps_per_second
+    share, speed = min(1.0, attempt.step / attempt.steps), attempt.steps_per_second
     speed_text = f"{speed:.3g} steps/s" if speed else "starting" if not attempt.step else ""
     again = f", attempt {attempt.attempt}" if attempt.attempt > 1 else ""
     return [
         attempt.cell.name,
-        "━" * full + "─" * (BAR - full),
-        f"{math.floor(100 * share)}%".rjust(4),
+        bar(share, BAR),
+        percent(share),
         "" if attempt.owner_gone else speed_text,
         f"{attempt.host.partition('.')[0]}:{attempt.pid or '?'}{heartbeat_text(attempt)}{again}",
     ]
+
+
+def bar(share: float, width: int) -> str:
+    full = round(width * share)
+    return "━" * full + "─" * (width - full)
+
+
+def percent(share: float) -> str:
+    return f"{math.floor(100 * share)}%".rjust(4)
 
 
 def heartbeat_text(attempt: Attempt) -> str:

@@ -1,6 +1,5 @@
 """The console output of a run: a live view on a terminal, plain lines elsewhere."""
 
-import math
 import os
 import sys
 import time
@@ -13,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from stabrun.record.jsonl import number
-from stabrun.record.metrics import by_site
 from stabrun.record.schema import Row
+from stabrun.verdict.growth import Growth
 from stabrun.verdict.judge import Verdict
 
 REFRESH = 0.5  # seconds between two updates of the live view
@@ -28,7 +27,7 @@ class Console:
         self.steps, self.judge = steps, judge
         self.started, self.drawn = time.monotonic(), 0.0
         self.first_tokens: int | None = None
-        self.first_norms: dict[str, float] = {}
+        self.growth = Growth()
         self.verdict, self.judge_at = judge(), 0
         self.live: Live | None = None
         rich = RichConsole()
@@ -46,7 +45,7 @@ class Console:
         now, done = time.monotonic(), row["step"] + 1
         if self.first_tokens is None:
             self.first_tokens, self.started = row["tokens"], now
-        self.first_norms = self.first_norms or by_site(row, "norm/out/")
+        self.growth.add(row)
         if self.live is not None:
             if now - self.drawn >= REFRESH:
                 self.drawn = now
@@ -70,18 +69,10 @@ class Console:
             "lr": f"{row['train/lr']:.2e}",
             "tokens/s": f"{rate:,.0f}" if seconds > REFRESH else "…",
         }
-        if growth := self._growth(row):
-            facts["grew most"] = growth
+        for site in self.growth.most(1):
+            facts["grew most"] = f"{site.site} ×{site.factor:.1f}"
         facts["so far"] = {"converged": "falling", "undecided": verdict.reason}.get(verdict.verdict, verdict.verdict)
         return facts
-
-    def _growth(self, row: Row) -> str:
-        """The site whose output norm grew most since the first row, and its growth factor."""
-        ratios = {k: v / self.first_norms[k] for k, v in by_site(row, "norm/out/").items() if self.first_norms.get(k)}
-        if not ratios:
-            return ""
-        name = max(ratios, key=lambda k: ratios[k] if math.isfinite(ratios[k]) else math.inf)
-        return f"{name} ×{ratios[name]:.1f}"
 
     def say(self, text: str) -> None:
         """Print a line that stays."""

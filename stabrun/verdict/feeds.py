@@ -9,19 +9,21 @@ QKV, PROJ, FC1, FC2, HEAD = "qkv", "proj", "fc1", "fc2", "head"
 NAMES = {
     QKV: (
         "qkv", "c_attn", "q_proj", "k_proj", "v_proj", "qkv_proj", "Wqkv", "query_key_value", "in_proj", "query", "key",
-        "value", "q", "k", "v", "wq", "wk", "wv", "q_lin", "k_lin", "v_lin", "to_q", "to_k", "to_v", "to_qkv",
+        "value", "q", "k", "v", "wq", "wk", "wv", "q_lin", "k_lin", "v_lin", "to_q", "to_k", "to_v", "to_qkv", "q_attn",
+        "query_proj", "key_proj", "value_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
     ),
     PROJ: (
         "proj", "attn.c_proj", "o_proj", "out_proj", "attn.proj", "attention.output.dense", "attention.dense",
-        "self_attention.dense", "dense", "o", "Wo", "attn.Wo", "attention.wo", "out_lin", "to_out",
+        "self_attention.dense", "dense", "o", "Wo", "attn.Wo", "attention.wo", "out_lin", "to_out", "to_out.0",
+        "crossattention.c_proj",
     ),
     FC1: (
         "fc1", "c_fc", "gate_proj", "up_proj", "gate_up_proj", "intermediate.dense", "dense_h_to_4h", "wi", "wi_0",
-        "wi_1", "mlp.Wi", "Wi", "w1", "w3", "lin1", "linear1", "fc_in",
+        "wi_1", "mlp.Wi", "Wi", "w1", "w3", "lin1", "linear1", "fc_in", "ffn",
     ),
     FC2: (
         "fc2", "mlp.c_proj", "down_proj", "output.dense", "dense_4h_to_h", "wo", "mlp.Wo", "w2", "lin2", "linear2",
-        "fc_out",
+        "fc_out", "ffn_output",
     ),
     HEAD: ("head", "lm_head", "embed_out", "classifier", "score", "qa_outputs"),
 }  # fmt: skip

@@ -71,9 +71,7 @@ def details(facts: dict[str, Any]) -> Iterator[str]:
     if over := facts.get("overfit"):
         rise = f"the validation loss is {short(over['rise'])} above its lowest value at step {over['best_step']}"
         yield f"overfitting: {rise}, while the training loss fell; their gap is {short(facts['val_gap'])}"
-    if spikes := facts["spikes"] and facts["spikes"]["list"]:
-        step, height = max(spikes, key=lambda spike: spike[1])
-        yield f"spikes: {facts['spikes']['count']}, the highest {short(height)} at step {step}"
+    yield from spikes_line(facts)
     if facts["first_bad_step"] is not None:
         for name, signal in sorted(facts["signals"].items(), key=lambda item: item[1]["step"]):
             lead = signal["lead"]
@@ -82,6 +80,19 @@ def details(facts: dict[str, Any]) -> Iterator[str]:
     if comparison := facts.get("against"):
         yield from comparison_lines(comparison)
     yield from facts["notes"]
+
+
+def spikes_line(facts: Mapping[str, Any]) -> Iterator[str]:
+    """`spikes: 3, the highest 0.738 at step 115`; nothing if there are none."""
+    if spikes := facts["spikes"] and facts["spikes"]["list"]:
+        step, height = max(spikes, key=lambda spike: spike[1])
+        yield f"spikes: {facts['spikes']['count']}, the highest {short(height)} at step {step}"
+
+
+def signal_lines(signals: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The name of each signal that raised an alarm, and `step 104: alarm of output_norm in layer_03/fc2`, by step."""
+    for name, signal in sorted(signals.items(), key=lambda item: item[1]["step"]):
+        yield name, f"step {signal['step']}: {alarm(name, signal)}"
 
 
 def healthy_line(facts: Mapping[str, Any]) -> str:
@@ -144,8 +155,7 @@ def alarm_lines(verdict: Verdict) -> Iterator[tuple[str, str]]:
     """The alarms of a verdict: an identifier and a line of text each."""
     for step, height in (verdict.spikes or {"list": []})["list"]:
         yield f"spike {step}", f"step {step}: a spike of {short(height)}"
-    for name, signal in verdict.signals.items():
-        yield name, f"step {signal['step']}: {alarm(name, signal)}"
+    yield from signal_lines(verdict.signals)
     if verdict.reason == "rising":
         yield "rising", f"step {verdict.horizon}: the loss is rising"
     elif verdict.first_bad_step is not None and verdict.verdict != UNDECIDED:

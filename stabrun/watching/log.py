@@ -123,8 +123,8 @@ class Log:
         healthy = self.verdict.last_healthy_step
         if self.verdict.first_bad_step is not None and healthy is not None:
             text += f"; last healthy step {healthy}"
-            if checkpoint := self.run.checkpoint_before(int(healthy)):
-                text += f", newest checkpoint before it {checkpoint[1]} (step {checkpoint[0]})"
+            if checkpoint := self.run.healthy_checkpoint(healthy):
+                text += f", newest checkpoint before it {checkpoint['path']} (step {checkpoint['step']})"
         return text
 
     def close(self, status: str, facts: dict[str, Any]) -> Summary:
@@ -132,13 +132,11 @@ class Log:
         verdict: Verdict = self.judge.conclude()
         self.verdict = verdict
         steps = int(verdict.horizon) + 1
-        healthy = verdict.last_healthy_step
-        checkpoint = self.run.checkpoint_before(int(healthy)) if healthy is not None else None
         known = {
             **EMPTY,
             "status": status,
             **asdict(verdict),
-            "last_healthy_checkpoint": str(checkpoint[1]) if checkpoint else None,
+            "last_healthy_checkpoint": self.run.healthy_checkpoint(verdict.last_healthy_step),
             "lr": self.last.get("train/lr"),
             "steps": steps,
             "tokens": self.tokens,

@@ -220,6 +220,7 @@ class Watch:
         self.probe.before_update(norms, self._loss_scale())
 
     def _loss_scale(self) -> Tensor | None:
+        """The factor of the loss in the backward pass of fp16, None if there is none."""
         scale = self.scaler.get_scale() if self.scaler is not None else 1.0
         return torch.tensor(scale, device=self.probe.device) if scale != 1.0 else None
 
@@ -400,7 +401,7 @@ class Watch:
 
     def saved(self, path: str | Path) -> None:
         """Record that a checkpoint of all steps so far was saved at `path`."""
-        self.log.writer.event("checkpoint", step=self.next, path=str(path))
+        self.log.writer.event("checkpoint", step=self.next, path=str(Path(path).absolute()))
 
     def detach(self) -> None:
         """Remove everything from the model, the optimizers and torch. The record stays open."""
