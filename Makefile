@@ -37,7 +37,7 @@ gpu-check:
 # The slow tests, among them: studies on Slurm and Ray whose jobs, daemons and nodes are killed.
 # Slurm needs Debian's packages slurmctld, slurmd, munge and slurm-client.
 disasters:
-	$(MAKE) install EXTRAS=dev,slurm,ray
+	$(MAKE) install EXTRAS=dev,slurm,ray,huggingface,lightning
 	$(BIN)/pytest -n 1 -m slow -v
 
 lint: $(STAMP)

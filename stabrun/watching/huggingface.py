@@ -29,7 +29,8 @@ class WatchCallback(TrainerCallback):
     holds.
 
     The loss of a step is the sum of what the Trainer called `backward` on, which it has divided by the number of
-    micro-batches, or of tokens. A row is written when the next step begins, so that it can hold the validation loss.
+    micro-batches, or of tokens. With an evaluation strategy, a row is written when the next step begins, so that it can
+    hold the validation loss.
 
     Raises UserError when training begins, if the model cannot be observed or `out` holds another record.
     """
@@ -86,6 +87,10 @@ class WatchCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._write(control)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.eval_strategy == "no":
+            self._write(control)
 
     def on_evaluate(
         self,

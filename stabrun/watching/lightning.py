@@ -1,25 +1,33 @@
 """`stabrun.watch` in the Trainer of Lightning."""
 
 import inspect
+import sys
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stabrun.config import UserError
 from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, STOPPED
 from stabrun.watching.watch import Watch
 
-try:
-    from lightning.pytorch import Callback
-except ImportError:
-    try:
-        from pytorch_lightning import Callback
-    except ImportError as error:
-        raise UserError("WatchCallback: lightning is missing: pip install 'stabrun[lightning]'.") from error
-
+PACKAGES = "lightning.pytorch", "pytorch_lightning"  # of the same contents
 VALIDATION = "val_loss", "val/loss"  # usual names of the validation loss
+
+
+def base() -> Any:
+    """The class of callbacks, of the package that is imported, or else installed."""
+    for name in sorted(PACKAGES, key=lambda name: name not in sys.modules):
+        if find_spec(name.partition(".")[0]):
+            return import_module(name).Callback
+    raise UserError("WatchCallback: lightning is missing: pip install 'stabrun[lightning]'.")
+
+
+Callback: Any = base()
 
 
 class WatchCallback(Callback):
@@ -61,13 +69,14 @@ class WatchCallback(Callback):
         self.backward = []
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        self.backward.append(loss.detach())
+        scaler = self.watch.scaler if self.watch else None
+        self.backward.append(loss.detach() / scaler.scale(torch.ones_like(loss)) if scaler else loss.detach())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and pl_module.automatic_optimization:
             loss = loss * trainer.accumulate_grad_batches  # by which Lightning has divided it
-        elif loss is None and self.backward and not (self.watch and self.watch.scaler):
+        elif loss is None and self.backward:
             loss = sum(self.backward)
         if loss is not None:
             self.losses.append(loss)
