@@ -144,7 +144,7 @@ def number_or_tensor(place, rank):
     """One rank gives its losses as numbers, and the validation loss is known to the other one alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stabrun.watching.watch.on_host", lambda tensor: False)  # tensors stay, as on a GPU
-        watch = a_watch(a_model(), place, every=3)
+        watch = a_watch(a_model(), place, every=3, slow_every=3)
         for step in range(5):
             loss = 1.0 + step + 2 * rank
             facts = {} if rank else {"val_loss": torch.tensor(0.5 + step)}
@@ -188,7 +188,7 @@ class WithLoss(nn.Module):
 def located(place, rank, wrap):
     """The output of a module is not finite in step 2, on the second rank."""
     model = WithLoss()
-    watch = a_watch(model, place, every=2, on_nonfinite="locate")
+    watch = a_watch(model, place, every=2, slow_every=2, on_nonfinite="locate")
     wrapped = wrap(model)
     optimizer = torch.optim.AdamW(wrapped.parameters(), 1e-3)
     watch.guard(optimizer)
@@ -207,7 +207,7 @@ def located(place, rank, wrap):
 def located_by_loss(place, rank):
     """A loss of one rank alone is infinite, without an update: as if a scaler had left it out."""
     model = sharded(a_model())
-    watch = a_watch(model, place, every=2, on_nonfinite="locate", loss_of=lambda output: output.sum())
+    watch = a_watch(model, place, every=2, slow_every=2, on_nonfinite="locate", loss_of=lambda output: output.sum())
     for step in range(2):
         loss_of(model, shares(step, 0)[rank])
         watch.step(loss=math.inf if rank and step else 1.0)
@@ -286,21 +286,29 @@ def resources(place, rank):
 
 
 def dying(place, rank):
-    """The second rank fails in step 5, before it exchanges anything; the last case, as it ends the group."""
-    model = a_model()
-    try:
-        with a_watch(model, place, every=3) as watch:
-            wrapped = DistributedDataParallel(model)
-            optimizer = torch.optim.SGD(wrapped.parameters(), 1e-3)
-            for step in range(8):
-                if rank and step == 5:
-                    raise ValueError("planted")
-                loss = loss_of(wrapped, shares(step, 0)[rank])
-                loss.backward()
-                optimizer.step()
-                watch.step(loss=loss)
-    except (ValueError, RuntimeError) as error:
-        return type(error).__name__
+    """The second rank fails in step 5; the last case, as it ends the group. Returns the error and the losses."""
+    model, losses = a_model(), []
+
+    def forbidden(*_, **__):
+        raise AssertionError("an exchange with a rank that is somewhere else")
+
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            with a_watch(model, place, every=3, slow_every=3) as watch:
+                wrapped = DistributedDataParallel(model)
+                optimizer = torch.optim.SGD(wrapped.parameters(), 1e-3)
+                for step in range(8):
+                    if step == 5:
+                        patch.setattr(dist, "all_gather", forbidden)
+                    if rank and step == 5:
+                        raise ValueError("planted")
+                    loss = loss_of(wrapped, shares(step, 0)[rank])
+                    loss.backward()
+                    optimizer.step()
+                    watch.step(loss=loss)
+                    losses.append(float(loss))
+        except (ValueError, RuntimeError) as error:
+            return type(error).__name__, losses
     return None
 
 
@@ -422,11 +430,13 @@ def test_no_thread_and_no_group_is_made(results):
 def test_a_rank_that_fails_does_not_wait_for_the_others(place, results):
     """Each ends with an error of its own: the second one with what was planted, the first one as its peer is gone.
 
-    The loss of step 4 has not been exchanged; what is written is that of the first rank's part.
+    Nothing is exchanged after step 3: the loss of step 4 that is written is that of the first rank's part.
     """
-    assert results["dying"] == ["RuntimeError", "ValueError"]
+    (first, own), (second, other) = results["dying"]
+    assert (first, second) == ("RuntimeError", "ValueError")
+    means = [(a + b) / 2 for a, b in zip(own, other, strict=True)]
     rows = rows_of(place / "dying")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["train/loss"] for row in rows] == pytest.approx([*means[:4], own[4]], rel=1e-12)
     assert stabrun.load_run(place / "dying").events[-1]["event"] == "failed"
 
 
