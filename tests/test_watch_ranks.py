@@ -11,7 +11,7 @@ import torch.distributed as dist
 from test_watch import VOCAB, Model, rows_of
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional as F
@@ -265,6 +265,10 @@ def refused(place, rank):
             refusal(lambda wrap=wrap: wrapped_later(wrap)),
         ]
     found["pipeline"] = refusal(lambda: a_watch(a_model().layers[0] if rank else a_model()))
+    with pytest.MonkeyPatch.context() as patch:
+        model = sharded(a_model())
+        patch.setattr(DeviceMesh, "device_type", property(lambda mesh: "cuda"))  # as with CPUOffloadPolicy on a GPU
+        found["offloaded"] = refusal(lambda: a_watch(model))
     place.mkdir(exist_ok=True)
     (place / "config.yaml").touch()
     found["record"] = refusal(lambda: a_watch(a_model(), place))
@@ -418,6 +422,7 @@ def test_what_is_split_otherwise_is_refused_on_all_ranks(results):
     for found in results["refused"]:
         for wrap, text in WRAPPERS.items():
             assert all(text in sentence for sentence in found[wrap.__name__]), wrap
+        assert "embed.weight is kept on cpu and used on cuda; do without CPUOffloadPolicy" in found["offloaded"]
         assert "the ranks have different modules" in found["pipeline"]
         assert "holds a run of `stabrun train`" in found["record"]
 

@@ -105,6 +105,9 @@ def refuse_sharding(model: nn.Module) -> None:
     sharded = any(isinstance(module, FSDPModule) for module in modules)
     for name, parameter in parameters:
         if isinstance(parameter, DTensor):
+            kept, used = parameter.device.type, parameter.device_mesh.device_type
+            if kept != used:
+                raise UserError(f"watch: {name} is kept on {kept} and used on {used}; do without CPUOffloadPolicy.")
             splits = sum(not isinstance(placement, Replicate) for placement in parameter.placements)
             if splits > 1 or not sharded:
                 raise UserError(
