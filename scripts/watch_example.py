@@ -50,13 +50,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="directory of the record")
     parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--sites", nargs="+", help="names of sites, or globs of module paths; all by default")
     words = parser.parse_args()
     torch.manual_seed(0)
     text = torch.frombuffer(bytearray(lzma.decompress(TEXT.read_bytes())), dtype=torch.uint8).long()
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), words.lr)
-    watch = stabrun.watch(model, words.out, every=2, steps=words.steps, on_verdict="warn", overwrite=True)
+    watch = stabrun.watch(model, words.out, every=2, steps=words.steps, sites=words.sites, on_verdict="stop")
     for step in range(words.steps):
         optimizer.param_groups[0]["lr"] = words.lr * min(1.0, (step + 1) / 40)
         batch = torch.stack([text[i : i + CONTEXT + 1] for i in torch.randint(len(text) - CONTEXT, (BATCH,)).tolist()])
@@ -66,8 +67,13 @@ def main() -> None:
         optimizer.step()
         verdict = watch.step(loss=loss, tokens=BATCH * CONTEXT)
         optimizer.zero_grad()
+        if step % 100 == 99:
+            torch.save(model.state_dict(), path := Path(words.out) / f"step_{step + 1}.pt")
+            watch.saved(path)
+        if watch.stopped:
+            break
     watch.close()
-    print(f"{verdict.verdict} ({verdict.reason}), first in {verdict.first_bad_site}")
+    print(f"{verdict.verdict} ({verdict.reason}) up to step {verdict.horizon}")
 
 
 if __name__ == "__main__":

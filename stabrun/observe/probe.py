@@ -88,7 +88,8 @@ class Probe:
     `sites` says where. `batch` is the number of sequences of each micro-batch; None if that is unknown: attention is
     then measured in the first micro-batch only. `cores` are the attention modules of a stack whose inputs are queries
     and keys. `scalars` names the values that the caller adds in `snapshot`. If several ranks share the batch, `gather`
-    returns the values `[n]` of each rank, `[ranks, n]`. Attention is measured on the first `sampled` sequences.
+    returns the values `[n]` of each rank, `[ranks, n]`; `averaged` says whether each rank's loss is the mean over its
+    own part, and the gradients of the ranks are averaged. Attention is measured on the first `sampled` sequences.
 
     The order of calls in a step is: `arm(step)`; for each micro-batch `begin(index)` before its forward pass and
     `merge()` after its backward pass; `before_update`; `after_update`; and `snapshot()`, which starts the copy of all
@@ -105,8 +106,9 @@ class Probe:
         scalars: Sequence[str] = ("train/loss", "grad/norm"),
         gather: Callable[[Tensor], Tensor] = lambda values: values[None],
         sampled: int = SAMPLED,
+        averaged: bool = False,
     ) -> None:
-        self.config, self.scalars, self.gather = config, tuple(scalars), gather
+        self.config, self.scalars, self.gather, self.averaged = config, tuple(scalars), gather, averaged
         self.model, self.sites = model, sites if config.every else Sites()
         self.fast = self.slow = self.attention = False
         self.batch, self.limit = batch, sampled  # sequences of a micro-batch; those that attention is measured on
@@ -421,13 +423,16 @@ class Probe:
             self.values[place] = ranks[:, place].sum(0)
         self.values[self.maxima] = ranks[:, self.maxima].amax(0)
         self.values[self.roots] = torch.linalg.vector_norm(ranks[:, self.roots], dim=0)
+        if self.averaged:
+            self.values[self.roots] /= len(ranks)
 
     @torch.no_grad()
     def snapshot(self, *scalars: Tensor) -> "PendingRow":
         """Start the copy of the step's values, `scalars` first, to the host; only `PendingRow.read` waits for it."""
         for slot, value in enumerate(scalars):
             self.values[slot] = value
-        self._merge_ranks(self.gather(self.values))
+        if self.due or scalars:
+            self._merge_ranks(self.gather(self.values))
         self.hosts.reverse()
         host = self.hosts[0]
         on_cuda = self.device.type == "cuda"  # elsewhere a copy cannot be waited for: pytorch issue 140296

@@ -119,13 +119,13 @@ def layer_norms(norms: Tensor, owners: Owners | None) -> Tensor:
 
 
 def token_norms(x: Tensor) -> Tensor:
-    """L2 norm of each token's vector in fp32: `[…, width]` → `[…]`."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    """L2 norm of each token's vector in fp32 at least: `[…, width]` → `[…]`."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def norm(x: Tensor) -> Tensor:
-    """L2 norm over all elements, in fp32."""
-    return torch.linalg.vector_norm(x, dtype=torch.float32)
+    """L2 norm over all elements, in fp32 at least."""
+    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def past_logits(core: Core, q: Tensor, k: Tensor, start: int, stop: int) -> Tensor:

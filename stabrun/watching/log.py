@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stabrun.config import TrackerConfig, UserError
 from stabrun.record.jsonl import jsonable
 from stabrun.record.nowhere import NoRunDir, NoWriter
@@ -17,6 +19,7 @@ from stabrun.training.tracker import Tracker, watched_identity
 from stabrun.verdict.judge import Judge, Verdict
 from stabrun.verdict.rule import DIVERGED, RECOVERED
 from stabrun.verdict.wording import verdict_line
+from stabrun.watching.exchange import from_first, is_first
 
 STOP, WARN = "stop", "warn"
 Policy = str | Callable[[Any], Any] | None
@@ -28,24 +31,25 @@ class Log:
 
     A policy is "stop" (`stopped` becomes true), "warn" (a line on standard error), a function of what was found, which
     may return "stop" or "warn", or None. Raises UserError if `out` holds another record.
+
+    With several ranks, only the first has `out`; the others learn from it what the record holds, so that all judge
+    alike. `device` is that of the model.
     """
 
     def __init__(
-        self, out: Path | None, watched: Watched, first_step: int, overwrite: bool, policies: dict[str, Policy]
+        self,
+        out: Path | None,
+        watched: Watched,
+        first_step: int,
+        overwrite: bool,
+        policies: dict[str, Policy],
+        device: torch.device,
     ) -> None:
         self.run = RunDir(out) if out is not None else NoRunDir()
         self.policies, self.stopped = policies, False
         self.stack = ExitStack()
         self.writer: RunWriter = NoWriter(self.run)
-        earlier: list[Row] = []
-        if out is not None:
-            refuse_record(self.run, first_step, overwrite)
-            self.writer = self.stack.enter_context(self.run.hold())
-            if overwrite:
-                erase(self.run)
-            earlier = self.writer.cut_from(first_step)
-            self.run.summary_file.unlink(missing_ok=True)  # of an earlier start: the run is not over
-            self.run.write_watched(watched)
+        earlier: list[Row] = from_first(lambda: self._open(out, watched, first_step, overwrite), device)
         self.judge = Judge(watched.planned, watched.constant)
         self.last: Row = earlier[-1] if earlier else {}
         self.tokens = int(self.last.get("tokens", 0))
@@ -57,6 +61,19 @@ class Log:
         for row in earlier:
             self._add(row)
         self.verdict = self.judge.verdict()
+
+    def _open(self, out: Path | None, watched: Watched, first_step: int, overwrite: bool) -> list[Row]:
+        """Take hold of the record; returns its rows before the first step."""
+        if out is None:
+            return []
+        refuse_record(self.run, first_step, overwrite)
+        self.writer = self.stack.enter_context(self.run.hold())
+        if overwrite:
+            erase(self.run)
+        earlier = self.writer.cut_from(first_step)
+        self.run.summary_file.unlink(missing_ok=True)  # of an earlier start: the run is not over
+        self.run.write_watched(watched)
+        return earlier
 
     def start(self, step: int, facts: dict[str, Any], settings: TrackerConfig) -> None:
         """Record a start, and the environment of the first one; open the tracker."""
@@ -112,7 +129,8 @@ class Log:
         policy = self.policies[name]
         answer = policy(found) if callable(policy) else policy
         if (answer == WARN and verdict in (DIVERGED, RECOVERED)) or (answer == STOP and verdict == DIVERGED):
-            warn(f"{sentence}." + " Training should stop." * (answer == STOP))
+            if is_first():
+                warn(f"{sentence}." + " Training should stop." * (answer == STOP))
             self.stopped = self.stopped or answer == STOP
         elif answer == STOP and callable(policy):
             self.stopped = True

@@ -16,15 +16,22 @@ from stabrun.config import ObserveConfig, TrackerConfig, UserError
 from stabrun.observe.norms import tensor_norms, whole
 from stabrun.observe.probe import PendingRow, Probe
 from stabrun.observe.sites import Sites
-from stabrun.record.metrics import METRICS
 from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, STOPPED, Row, Summary
 from stabrun.record.watched import Watched
 from stabrun.text import warn
 from stabrun.training.environment import machine
 from stabrun.verdict.judge import Verdict
 from stabrun.watching.attention import Attention
-from stabrun.watching.exchange import gather, is_first, rank_count, refuse_sharding
-from stabrun.watching.fault import Fault
+from stabrun.watching.exchange import (
+    gather,
+    gather_text,
+    is_first,
+    on_any,
+    rank_count,
+    refuse_different,
+    refuse_sharding,
+)
+from stabrun.watching.fault import EXCHANGE, Fault
 from stabrun.watching.guard import Guard
 from stabrun.watching.log import Log, Policy
 from stabrun.watching.replay import LossOf, Replay
@@ -37,6 +44,7 @@ UNLOCATED = (
     "a loss or gradient is not finite, but those of the same step repeated are: the cause is outside of the model, "
     "such as the loss function (see loss_of=), or depends on chance, such as dropout"
 )
+LOSSES = "train/loss", "val/loss"  # what the ranks compute of their own parts of a batch
 SLOW = 10  # times `every`: steps between two measurements of the expensive statistics, by default
 
 
@@ -58,7 +66,8 @@ class Watch:
     Nothing waits for the device in between. The model's results are bit-identical with and without.
 
     Args:
-        model: any module; give it before it is compiled. With several ranks, watch on all of them.
+        model: any module; give it before it is compiled. With several ranks, watch on all of them once the process
+            group is initialized, before or after DistributedDataParallel or fully_shard.
         out: directory of the record; None keeps none.
         every, slow_every: steps between two measurements; `slow_every` is ten times `every` by default.
         sites: what to observe; see `find_sites`. By default all linear layers, embeddings and experts.
@@ -105,19 +114,23 @@ class Watch:
             raise UserError(f'watch: on_nonfinite={on_nonfinite!r}: must be "locate" or None.')
         if tracker not in ("none", "wandb"):
             raise UserError(f"watch: tracker={tracker!r}: must be wandb or none.")
+        refuse_sharding(model)
         self.model = unwrapped(model)
-        refuse_sharding(self.model)
         self.sites: Sites = find_sites(self.model, sites)
         observe = ObserveConfig(every=every, slow_every=SLOW * every if slow_every is None else slow_every)
-        self.probe = Probe(self.model, observe, self.sites, scalars=(), gather=gather)
-        self.attention = Attention(self.probe)
+        device = next(self.model.parameters()).device
+        refuse_different(self.sites, device)
         self.log = Log(
             Path(out) if out is not None and is_first() else None,
             self._watched(observe, steps, constant_lr, dict(settings or {})),
             first_step,
             overwrite,
             {"on_verdict": on_verdict, "on_signal": on_signal, "on_spike": on_spike},
+            device,
         )
+        # Each rank's loss is the mean over its own part of the batch; DDP and FSDP average the gradients of the ranks.
+        self.probe = Probe(self.model, observe, self.sites, scalars=(), gather=gather, averaged=True)
+        self.attention = Attention(self.probe)
         tracking = tracker if is_first() and out is not None else "none"
         self.log.start(
             first_step,
@@ -132,7 +145,7 @@ class Watch:
         self.total: Tensor | None = None  # norm of all gradients as the optimizer got them
         self.rate: float | Tensor | None = None
         self.scaler: Any = None
-        self.stepped, self.found_inf = False, None
+        self.stepped, self.found_inf, self.checked = False, None, False
         self.replay = Replay(self.model, loss_of)
         self.guards: list[Guard] = []
         self.locating, self.located = on_nonfinite == "locate", False  # `located`: in this step
@@ -181,7 +194,7 @@ class Watch:
     def _clipped(self, norm: Tensor, parameters: Any, *_: Any, **__: Any) -> None:
         """Keep the norm that clip_grad_norm_ returned, if the gradients are the model's."""
         first = parameters if isinstance(parameters, Tensor) else next(iter(parameters), None)
-        if any(first is parameter for parameter in self.probe.parameters):
+        if any(first is parameter for parameter in self.model.parameters()):  # fully_shard replaces them
             self.clip_norm = norm
 
     def _owns(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -209,6 +222,9 @@ class Watch:
     def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
         if self.stepped:
             return
+        if not self.checked:  # the model may have been wrapped since
+            refuse_sharding(self.model)
+            self.checked = True
         self.stepped, self.rate = True, kept(optimizer.param_groups[0]["lr"])  # a schedule may change a tensor in place
         if not self.probe.due and not (self.locating and self.clip_norm is None):
             self._locate_if(self.clip_norm)
@@ -225,16 +241,26 @@ class Watch:
         return torch.tensor(scale, device=self.probe.device) if scale != 1.0 else None
 
     def _locate_if(self, value: Tensor | float | None) -> None:
-        """Locate the fault if a loss, or the norm of the gradient, is not finite."""
-        if not self.locating or self.located or value is None or math.isfinite(float(whole(value))):
+        """Locate the fault if a loss, or the norm of the gradient, is not finite on any rank."""
+        if not self.locating or self.located or value is None:
+            return
+        number = float(whole(value).detach()) if isinstance(value, Tensor) else value
+        if not on_any(not math.isfinite(number), self.probe.device):
             return
         self.located, self.faults = True, self.faults + 1
         if self.faults <= LOCATED:
-            fault = self.locate()
-            text = fault.sentence() if fault else UNLOCATED
+            text = self._fault()
             self.log.writer.event("nonfinite", step=self.next, fault=text)
             if is_first():
                 warn(f"step {self.next}: {text}")
+
+    def _fault(self) -> str:
+        """What `locate` finds, of the first rank where it finds more than what others sent."""
+        fault = self.locate()
+        own = fault.sentence() if fault else UNLOCATED
+        texts = gather_text(own if fault and fault.pass_ != EXCHANGE else "", self.probe.device)
+        rank, text = next(((rank, text) for rank, text in enumerate(texts) if text), (None, own))
+        return text if rank is None or len(texts) == 1 else f"on rank {rank}: {text}"
 
     @torch.no_grad()
     def _gradient_norms(self, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -275,7 +301,7 @@ class Watch:
                 step, or what is measured every `every` steps.
             lr: learning rate of the update; by default that of the first group of parameters.
             optimizer: only needed to learn the rate of one that is not of torch.
-            tokens: tokens of this step.
+            tokens: tokens of this step, on all ranks together.
             val_loss: validation loss after the update.
             scaler: the GradScaler of fp16: the record then shows its scale and the steps that it skipped.
             step: number of the step, if it is not the one after the last.
@@ -338,29 +364,44 @@ class Watch:
             "scale/skipped": skipped
         }
 
-    def _launch(self) -> None:
-        """Start the copy of the values of all steps since the last one to the host."""
+    def _launch(self, alone: bool = False) -> None:
+        """Start the copy of the values of all steps since the last one to the host.
+
+        `alone`: exchange nothing with the other ranks, which may be somewhere else.
+        """
         self._read(wait=True)
         self.probe.merge()
         self.probe.update()
-        several = rank_count() > 1
+        if rank_count() > 1 and not alone:
+            self._average()
         places = [
             (row, key)
             for row, (_, facts) in enumerate(self.waiting)
             for key, value in facts.items()
-            if isinstance(value, Tensor) or (several and key == "train/loss")
+            if isinstance(value, Tensor)
         ]
         host = None
         if places:
-            device = self.probe.device
-            parts = [torch.as_tensor(self.waiting[row][1][key], device=device).float() for row, key in places]
-            ranks = gather(torch.stack(parts))
-            means = torch.tensor([METRICS[key].merge == "mean" for _, key in places], device=device)
-            values = torch.where(means, ranks.mean(0), ranks[0])
-            host = torch.empty(len(values), pin_memory=device.type == "cuda")
-            host.copy_(values, non_blocking=device.type == "cuda")
+            values = torch.stack([self.waiting[row][1][key].to(self.probe.device) for row, key in places])
+            host = torch.empty(len(values), pin_memory=values.is_cuda)
+            host.copy_(values, non_blocking=values.is_cuda)
         self.pending = Pending(self.waiting, places, host, self.probe.snapshot())
         self.waiting = []
+
+    def _average(self) -> None:
+        """Replace each loss of the waiting steps by its mean over the ranks that gave one."""
+        places = [(facts, key) for _, facts in self.waiting for key in LOSSES]
+        losses = [facts.get(key, 0.0) for facts, key in places]
+        given = [float(key in facts) for facts, key in places]
+        tensors = [n for n, loss in enumerate(losses) if isinstance(loss, Tensor)]
+        numbers = [0.0 if isinstance(loss, Tensor) else float(loss) for loss in losses]
+        values = torch.tensor([*numbers, *given], dtype=torch.float64, device=self.probe.device)
+        if tensors:
+            values[tensors] = torch.stack([losses[n] for n in tensors]).to(values)
+        sums, counts = gather(values).sum(0).view(2, -1).tolist()
+        for (facts, key), total, count in zip(places, sums, counts, strict=True):
+            if count:
+                facts[key] = total / count
 
     def _read(self, wait: bool = False) -> None:
         """Take over the rows whose copies have arrived."""
@@ -418,7 +459,9 @@ class Watch:
     def close(self, status: str = COMPLETE) -> Summary | None:
         """Write what is still on the device and the summary, and detach. Returns the summary, None if closed before.
 
-        `status` is `complete`, `stopped`, `interrupted` or `failed`; a run that a policy stopped is not `complete`.
+        `status` is `complete`, `stopped`, `interrupted` or `failed`; a run that a policy stopped is not `complete`. With
+        several ranks, all have to call it if it is `complete` or `stopped`; else the losses since the last measured step
+        are those of the first rank alone.
         """
         if self.closed:
             return None
@@ -426,7 +469,7 @@ class Watch:
         atexit.unregister(self.close)
         self.probe.rest()
         if self.waiting:
-            self._launch()
+            self._launch(alone=status not in (COMPLETE, STOPPED))
         self._read(wait=True)
         self.detach()
         return self.log.close(STOPPED if self.stopped and status == COMPLETE else status, {})
