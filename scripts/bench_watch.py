@@ -1,10 +1,10 @@
 """Cost of watching a model, beside other ways: time of a step and peak memory, as ratios to a loop without any.
 
-GPT-2 small's shape (124M parameters) at sequence 128, AdamW, clipping. Each contender is a process of its own with one
-thread. In every round, each takes ten steps in turn; a ratio is that of one round, and the median of rounds is reported
+GPT-2 small's shape (124M parameters) at sequence 128, AdamW, clipping. Each contender is a process of its own. In every
+round, each takes ten steps in turn; a ratio is that of one round, and the median of rounds is reported
 with its quartiles. Memory is the peak of the process.
 
-    python scripts/bench_watch.py [--rounds 7] [--batch 4] [--contenders watch10 watch1 item wandb monitor]
+    python scripts/bench_watch.py [--rounds 3] [--batch 8] [--contenders watch10 watch1 item wandb monitor]
 
 - `watch10`, `watch1`: `stabrun.watch` with `every=10` and `every=1`, its record on disk.
 - `item`: a forward hook on each layer that calls `.item()` on the norm of its output.
@@ -129,9 +129,6 @@ def loop(kind: str, batch: int, layers: int, folder: str) -> Callable[[int], Non
 
 def serve(kind: str, batch: int, layers: int) -> None:
     """Take ten steps for each line on stdin; print the seconds per step and the peak memory in bytes."""
-    import torch
-
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         step, number = loop(kind, batch, layers, folder), 0
         for _ in sys.stdin:
@@ -145,8 +142,8 @@ def serve(kind: str, batch: int, layers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)

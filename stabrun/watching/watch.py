@@ -459,9 +459,9 @@ class Watch:
     def close(self, status: str = COMPLETE) -> Summary | None:
         """Write what is still on the device and the summary, and detach. Returns the summary, None if closed before.
 
-        `status` is `complete`, `stopped`, `interrupted` or `failed`; a run that a policy stopped is not `complete`. With
-        several ranks, all have to call it if it is `complete` or `stopped`; else the losses since the last measured step
-        are those of the first rank alone.
+        `status` is `complete`, `stopped`, `interrupted` or `failed`; a run that a policy stopped is not `complete`.
+        With several ranks, all have to call it if it is `complete` or `stopped`; else the losses since the last
+        measured step are those of the first rank alone.
         """
         if self.closed:
             return None
