@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -65,8 +66,8 @@ def model_of(layers: int) -> Any:
     return Gpt2()
 
 
-def loop(kind: str, batch: int, layers: int, folder: str) -> Callable[[int], None]:
-    """One step of training, and what a contender does in it."""
+def loop(kind: str, batch: int, layers: int, folder: str, stack: ExitStack) -> Callable[[int], None]:
+    """One step of training, and what a contender does in it; `stack` ends it."""
     import torch
     from torch import nn
 
@@ -78,7 +79,7 @@ def loop(kind: str, batch: int, layers: int, folder: str) -> Callable[[int], Non
     if kind.startswith("watch"):
         import stabrun
 
-        watch = stabrun.watch(model, folder, int(kind.removeprefix("watch")), quiet=True)
+        watch = stack.enter_context(stabrun.watch(model, folder, int(kind.removeprefix("watch")), quiet=True))
         after = lambda step, loss, norm: watch.step(loss=loss, grad_norm=norm)  # noqa: E731
     elif kind == "wandb":
         import wandb
@@ -129,8 +130,8 @@ def loop(kind: str, batch: int, layers: int, folder: str) -> Callable[[int], Non
 
 def serve(kind: str, batch: int, layers: int) -> None:
     """Take ten steps for each line on stdin; print the seconds per step and the peak memory in bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        step, number = loop(kind, batch, layers, folder), 0
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        step, number = loop(kind, batch, layers, folder, stack), 0
         for _ in sys.stdin:
             began = time.perf_counter()
             for _ in range(STEPS):

@@ -158,7 +158,7 @@ class Watch:
             register_optimizer_step_post_hook(self._after),
         ]
         CLIP.add(self._clipped)
-        atexit.register(self.close, INTERRUPTED)
+        atexit.register(self._at_exit)
         if not quiet and is_first():
             print(table(self.sites))
         self._arm()
@@ -466,13 +466,20 @@ class Watch:
         if self.closed:
             return None
         self.closed = True
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         self.probe.rest()
         if self.waiting:
             self._launch(alone=status not in (COMPLETE, STOPPED))
         self._read(wait=True)
         self.detach()
         return self.log.close(STOPPED if self.stopped and status == COMPLETE else status, {})
+
+    def _at_exit(self) -> None:
+        """Close the record of a loop that has not done so."""
+        try:
+            self.close(INTERRUPTED)
+        except OSError as error:
+            warn(f"watch: the record in {self.log.run.path} could not be completed ({error.strerror or error}).")
 
     def __enter__(self) -> Self:
         return self
