@@ -346,6 +346,21 @@ def test_compiled(tmp_path):
             assert b[key] == pytest.approx(a[key], rel=1e-5), key
 
 
+def test_a_model_that_was_compiled_before_is_told(tmp_path, capsys):
+    model = a_model(twice=False)
+    compiled = torch.compile(model, backend="aot_eager")
+    trained(compiled, steps=1)
+    watch = stabrun.watch(model, tmp_path, 1, quiet=True)
+    trained(compiled, watch, steps=2)
+    message = capsys.readouterr().err
+    assert "no layer was called in step 0" in message
+    torch.compiler.reset()
+    trained(compiled, watch, steps=1)
+    watch.close()
+    assert capsys.readouterr().err == ""
+    assert "norm/out/up" in rows_of(tmp_path)[-1]
+
+
 def test_autocast_and_half(tmp_path):
     for name, dtype in (("autocast", torch.bfloat16), ("half", torch.bfloat16)):
         model = a_model()

@@ -45,6 +45,10 @@ UNLOCATED = (
     "such as the loss function (see loss_of=), or depends on chance, such as dropout"
 )
 LOSSES = "train/loss", "val/loss"  # what the ranks compute of their own parts of a batch
+UNCALLED = (
+    "watch: no layer was called in step {step}. If the model was compiled, watch it before that, or call "
+    "torch.compiler.reset()."
+)
 SLOW = 10  # times `every`: steps between two measurements of the expensive statistics, by default
 
 
@@ -146,6 +150,7 @@ class Watch:
         self.rate: float | Tensor | None = None
         self.scaler: Any = None
         self.stepped, self.found_inf, self.checked = False, None, False
+        self.called = False  # whether a layer was seen to be called
         self.replay = Replay(self.model, loss_of)
         self.guards: list[Guard] = []
         self.locating, self.located = on_nonfinite == "locate", False  # `located`: in this step
@@ -406,7 +411,11 @@ class Watch:
     def _read(self, wait: bool = False) -> None:
         """Take over the rows whose copies have arrived."""
         if self.pending is not None and (wait or self.pending.arrived()):
-            rows, self.pending = self.pending.rows(), None
+            measured, rows, self.pending = bool(self.pending.snapshot.spans), self.pending.rows(), None
+            if measured and not self.called:
+                self.called = any(key.startswith("norm/out/") for key in rows[-1])
+                if not self.called and is_first():
+                    warn(UNCALLED.format(step=rows[-1]["step"]))
             self.log.add(rows)
 
     # What the caller may ask for
