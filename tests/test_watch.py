@@ -1,8 +1,12 @@
 """`stabrun.watch` on models that are not stabrun's, against plain hooks and formulas."""
 
+import io
 import json
 import math
+import pickle
 import re
+import subprocess
+import sys
 from copy import deepcopy
 
 import numpy as np
@@ -710,3 +714,46 @@ def test_the_record_is_sent_to_wandb(tmp_path):
     watch.close()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert_holds(folder, rows_of(tmp_path), norms_every=2)
+
+
+def test_copies_of_a_watched_model_are_not_observed(tmp_path):
+    """Copied, averaged, pickled and saved as a whole, while arguments of its last pass are kept that cannot be."""
+    for copied in (deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded):
+        model, name = a_model(), str(len([*tmp_path.iterdir()]))
+        watch = stabrun.watch(model, tmp_path / name, 1, slow_every=1, quiet=True, on_nonfinite="locate")
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        for batch in batches(2):
+            loss_of(model, batch).backward()
+            copy = copied(model)
+            loss_of(copy, batch[:, :5]).backward()  # would change the means
+            optimizer.step()
+            watch.step(loss=1.0)
+            optimizer.zero_grad()
+        watch.close()
+        assert not any(module._forward_hooks for module in model.modules())
+        assert copy.state_dict().keys() == a_model().state_dict().keys()
+    found = [rows_of(tmp_path / name) for name in sorted(path.name for path in tmp_path.iterdir())]
+    alone, _ = watched(tmp_path / "alone", steps=2)
+    for rows in found:
+        for row, expected in zip(rows, alone, strict=True):
+            assert row | {"train/loss": 0} == expected | {"train/loss": 0}
+
+
+def test_a_saved_model_is_loaded_without_stabrun(tmp_path):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    watch = stabrun.watch(model, tmp_path / "run", 1, quiet=True, on_nonfinite="locate")
+    torch.save(model, tmp_path / "model.pt")
+    watch.close()
+    script = (
+        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False);"
+        "model(torch.ones(1, 8)).sum().backward();"
+        "assert not [name for name in sys.modules if name.startswith('stabrun')]"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "model.pt"], check=True, timeout=120)
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
