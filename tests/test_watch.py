@@ -1,9 +1,15 @@
 """`stabrun.watch` on models that are not stabrun's, against plain hooks and formulas."""
 
+import io
 import json
 import math
+import pickle
+import re
+import subprocess
+import sys
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -646,13 +652,73 @@ def test_locate_on_a_batch(tmp_path):
     watch.close()
 
 
-def test_a_wrong_word_is_refused(tmp_path):
-    for options, text in (
-        ({"every": 0}, "every=0: must be at least 1"),
-        ({"on_nonfinite": "stop"}, "on_nonfinite='stop': must be \"locate\""),
+WRONG = {  # what is wrong → the arguments, and what the message says
+    "no step": ({"every": 0}, "every=0: must be a whole number, at least 1"),
+    "text": ({"every": "10"}, "every='10': must be a whole number"),
+    "no whole number": ({"steps": 1e4}, "steps=10000.0: must be a whole number"),
+    "true": ({"slow_every": True}, "slow_every=True: must be a whole number, at least 0"),
+    "before the first": ({"first_step": -1}, "first_step=-1: must be a whole number, at least 0"),
+    "policy": ({"on_verdict": "Stop"}, 'on_verdict=\'Stop\': must be "stop", "warn", a function or None'),
+    "word": ({"on_nonfinite": "stop"}, "on_nonfinite='stop': must be \"locate\" or None"),
+    "tracker": ({"tracker": "tensorboard"}, 'must be "wandb" or "none"'),
+    "flag": ({"overwrite": "no"}, "overwrite='no': must be True or False"),
+    "loss_of": ({"loss_of": 3}, "loss_of=3: must be a function or None"),
+    "settings": ({"settings": {"weights": torch.ones(2)}}, "settings: weights is a Tensor: must be a text, a number"),
+    "no settings": ({"settings": "mine"}, "settings='mine': must be a dictionary"),
+    "no site": ({"sites": []}, r"sites=\[\]: must be a glob"),
+    "no pattern": ({"sites": {"mlp": 3}}, "sites=3: must be a glob"),
+    "no directory": ({"out": ""}, "out='': must be the path of a directory"),
+    "file": ({"out": __file__}, "out=.*: not a directory"),
+    "below a file": ({"out": f"{__file__}/run"}, "out=.*: not a directory"),
+    "not writable": ({"out": "/proc/self"}, "watch: out=/proc/self: "),
+    "no model": ({"model": [1]}, "the model is of type list"),
+    "no parameters": ({"model": nn.ReLU()}, r"the model \(ReLU\) has no parameters"),
+    "lazy": ({"model": nn.Sequential(nn.LazyLinear(3))}, "0.weight has no shape yet"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_argument_is_refused(tmp_path, wrong):
+    options, text = WRONG[wrong]
+    with pytest.raises(stabrun.UserError, match=text):
+        stabrun.watch(**{"model": a_model(), "out": tmp_path, "quiet": True} | options)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_wrong_value_of_a_step_is_refused(tmp_path):
+    watch = stabrun.watch(a_model(), tmp_path, quiet=True)
+    for values, text in (
+        ({"loss": None}, "loss=None: must be a number or a tensor of one element"),
+        ({"loss": torch.ones(4, 7)}, r"loss is a tensor of shape \[4, 7\]: must be one number"),
+        ({"loss": 1.0, "val_loss": "2"}, "val_loss='2': must be a number"),
+        ({"loss": 1.0, "step": "3"}, "step='3': must be a whole number, at least 0, the step after the last"),
+        ({"loss": 1.0, "tokens": 0.5}, "tokens=0.5: must be a whole number"),
     ):
         with pytest.raises(stabrun.UserError, match=text):
-            stabrun.watch(a_model(), tmp_path, quiet=True, **options)
+            watch.step(**values)
+    watch.step(loss=torch.ones(1, 1), lr=np.float32(0.5), val_loss=np.float32(2))
+    watch.close()
+    (row,) = rows_of(tmp_path)
+    assert (row["train/loss"], row["train/lr"], row["val/loss"]) == (1.0, 0.5, 2.0)
+
+
+def test_a_step_without_an_update_is_told_once(tmp_path, capsys):
+    model = a_model()
+    watch = stabrun.watch(model, tmp_path, quiet=True)
+    trained(model, watch, steps=2)
+    assert not capsys.readouterr().err
+    watch.step(loss=1.0, lr=0.1)  # of an optimizer that is not of torch
+    assert not capsys.readouterr().err
+    watch.step(loss=1.0)
+    watch.step(loss=1.0)
+    assert capsys.readouterr().err.count("step 3: no optimizer has updated the model before this step") == 1
+    watch.close()
+
+
+def test_sites_are_named_by_several_patterns(tmp_path):
+    watch = stabrun.watch(a_model(), tmp_path, sites={"mlp": ["*.up", re.compile("down$")]}, quiet=True)
+    assert watch.sites.sites["mlp"][0].modules.keys() == {"layers.0.up", "layers.0.down"}
+    watch.close()
 
 
 def test_the_record_is_sent_to_wandb(tmp_path):
@@ -663,3 +729,46 @@ def test_the_record_is_sent_to_wandb(tmp_path):
     watch.close()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert_holds(folder, rows_of(tmp_path), norms_every=2)
+
+
+def test_copies_of_a_watched_model_are_not_observed(tmp_path):
+    """Copied, averaged, pickled and saved as a whole, while arguments of its last pass are kept that cannot be."""
+    for copied in (deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded):
+        model, name = a_model(), str(len([*tmp_path.iterdir()]))
+        watch = stabrun.watch(model, tmp_path / name, 1, slow_every=1, quiet=True, on_nonfinite="locate")
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        for batch in batches(2):
+            loss_of(model, batch).backward()
+            copy = copied(model)
+            loss_of(copy, batch[:, :5]).backward()  # would change the means
+            optimizer.step()
+            watch.step(loss=1.0)
+            optimizer.zero_grad()
+        watch.close()
+        assert not any(module._forward_hooks for module in model.modules())
+        assert copy.state_dict().keys() == a_model().state_dict().keys()
+    found = [rows_of(tmp_path / name) for name in sorted(path.name for path in tmp_path.iterdir())]
+    alone, _ = watched(tmp_path / "alone", steps=2)
+    for rows in found:
+        for row, expected in zip(rows, alone, strict=True):
+            assert row | {"train/loss": 0} == expected | {"train/loss": 0}
+
+
+def test_a_saved_model_is_loaded_without_stabrun(tmp_path):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    watch = stabrun.watch(model, tmp_path / "run", 1, quiet=True, on_nonfinite="locate")
+    torch.save(model, tmp_path / "model.pt")
+    watch.close()
+    script = (
+        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False);"
+        "model(torch.ones(1, 8)).sum().backward();"
+        "assert not [name for name in sys.modules if name.startswith('stabrun')]"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "model.pt"], check=True, timeout=120)
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)

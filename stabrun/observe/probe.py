@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stabrun.config import ObserveConfig
+from stabrun.observe.hooks import Hook
 from stabrun.observe.reductions import REDUCTIONS, AdamState, Core, Owners, Parameters, Update, has_adam_state
 from stabrun.observe.sites import Layer, Sites
 from stabrun.record import metrics
@@ -253,14 +254,14 @@ class Probe:
                 self._measure(inputs, x)
 
         if gradients:
-            self.handles.append(module.register_forward_pre_hook(before))
-        self.handles.append(module.register_forward_hook(after))
+            self.handles.append(module.register_forward_pre_hook(Hook(before)))
+        self.handles.append(module.register_forward_hook(Hook(after)))
 
     def _watch_core(self, core: nn.Module, targets: Sequence[Target]) -> None:
         def after(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             self.attend(targets, module, *args[:2])
 
-        self.handles.append(core.register_forward_hook(after))
+        self.handles.append(core.register_forward_hook(Hook(after)))
 
     def attend(self, targets: Sequence[Target], core: Core, q: Tensor, k: Tensor) -> None:
         """Measure attention from queries and keys `[batch, heads, time, width]`, if it is due.

@@ -34,7 +34,7 @@ class NoRunDir(RunDir):
         pass
 
     @contextmanager
-    def hold(self) -> Iterator[RunWriter]:
+    def hold(self, key: str = "", busy: str = "") -> Iterator[RunWriter]:
         yield NoWriter(self)
 
     @contextmanager

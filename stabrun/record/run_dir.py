@@ -258,18 +258,19 @@ class RunDir:
         return False
 
     @contextmanager
-    def hold(self) -> Iterator["RunWriter"]:
+    def hold(self, key: str = "run_dir", busy: str = "another process is training it now") -> Iterator["RunWriter"]:
         """Hold the directory, created if necessary, for this process only, and yield its writer.
 
-        Raises UserError if another process holds it.
+        Raises UserError, which names `key`, if it cannot be written to, or is held (`busy`).
         """
-        with naming("run_dir", self.path):
+        with naming(key, self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.lock_file, "w") as lock:
+            lock = open(self.lock_file, "w")  # its errors are of the directory; those of the caller are not
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"run_dir={self.path}: another process is training it now.") from error
+                raise UserError(f"{key}={self.path}: {busy}.") from error
             yield RunWriter(self)
 
     @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from stabrun.observe.hooks import Hook
 from stabrun.observe.probe import Probe, Target
 from stabrun.observe.reductions import FAR_BELOW
 from stabrun.record import metrics
@@ -71,7 +72,7 @@ class Attention:
             if self.listening:
                 self.running[0] = None
 
-        self.handles += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+        self.handles += [block.register_forward_pre_hook(Hook(enter)), block.register_forward_hook(Hook(leave))]
 
     def listen(self) -> None:
         """Measure until `rest`, if the step that the probe is armed for does."""

@@ -50,7 +50,7 @@ class WatchCallback(TrainerCallback):
         refuse_trainer(args)
         if args.torch_compile:
             torch.compiler.reset()  # code that was compiled before would run without the hooks
-        facts = {"steps": state.max_steps, "constant_lr": args.lr_scheduler_type in CONSTANT, **self.options}
+        facts = {"steps": state.max_steps or None, "constant_lr": args.lr_scheduler_type in CONSTANT, **self.options}
         facts["settings"] = {"seed": args.seed, **(facts.get("settings") or {})}
         if state.global_step:
             facts |= {"first_step": state.global_step, "overwrite": False}

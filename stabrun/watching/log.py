@@ -11,7 +11,7 @@ import torch
 from stabrun.config import TrackerConfig, UserError
 from stabrun.record.jsonl import jsonable
 from stabrun.record.nowhere import NoRunDir, NoWriter
-from stabrun.record.run_dir import RunDir, RunWriter
+from stabrun.record.run_dir import RunDir, RunWriter, naming
 from stabrun.record.schema import EMPTY, INTERRUPTED, WRITTEN, Row, Summary
 from stabrun.record.watched import Watched
 from stabrun.text import warn
@@ -23,6 +23,7 @@ from stabrun.watching.exchange import from_first, is_first
 
 STOP, WARN = "stop", "warn"
 Policy = str | Callable[[Any], Any] | None
+BUSY = "another process, or a watch that has not been closed, writes to it now"
 JUDGED_AGAIN = 1.01  # growth of the record after which it is judged again: that costs time in proportion to the rows
 
 
@@ -66,8 +67,9 @@ class Log:
         """Take hold of the record; returns its rows before the first step."""
         if out is None:
             return []
-        refuse_record(self.run, first_step, overwrite)
-        self.writer = self.stack.enter_context(self.run.hold())
+        with naming("watch: out", out):
+            refuse_record(self.run, first_step, overwrite)
+        self.writer = self.stack.enter_context(self.run.hold("watch: out", BUSY))
         if overwrite:
             erase(self.run)
         earlier = self.writer.cut_from(first_step)

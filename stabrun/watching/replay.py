@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stabrun.config import UserError
+from stabrun.observe.hooks import Hook
 from stabrun.watching.fault import Fault
 from stabrun.watching.locate import locate
 
@@ -31,7 +32,7 @@ class Replay:
 
     def follow(self) -> None:
         """Keep the arguments of each forward pass from now on."""
-        self.handles.append(self.model.register_forward_pre_hook(self._called, with_kwargs=True))
+        self.handles.append(self.model.register_forward_pre_hook(Hook(self._called), with_kwargs=True))
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():

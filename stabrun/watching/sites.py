@@ -12,7 +12,8 @@ from stabrun.observe.sites import Layer, Sites
 from stabrun.text import aligned
 
 Pattern = str | re.Pattern[str]  # a glob, or a regular expression
-Choice = Pattern | Sequence[Pattern] | Mapping[str, Pattern] | None
+Patterns = Pattern | Sequence[Pattern]
+Choice = Patterns | Mapping[str, Patterns] | None
 Parts = tuple[str, ...]
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # parts of a path that wrappers add
@@ -39,17 +40,17 @@ def find_sites(model: nn.Module, chosen: Choice = None) -> Sites:
 
     `chosen`: globs or compiled regular expressions of module paths, or names of sites, which select modules of any
     type; or a mapping of names to such patterns, which adds sites to those that are found. Raises UserError if a
-    pattern matches no module.
+    pattern matches no module, or is none.
     """
     places = all_places(model)
     usual = [place for place in places if is_site(place.module)]
     names = site_names(usual)
     sites = {place: names[place.stack, place.inside] for place in usual}
     if isinstance(chosen, Mapping):
-        sites |= {place: name for name, pattern in chosen.items() for place in matching(places, sites, pattern)}
+        for name, patterns in chosen.items():
+            sites |= {place: name for pattern in listed(patterns) for place in matching(places, sites, pattern)}
     elif chosen is not None:
-        patterns = [chosen] if isinstance(chosen, (str, re.Pattern)) else chosen
-        selected = [place for pattern in patterns for place in matching(places, sites, pattern)]
+        selected = [place for pattern in listed(chosen) for place in matching(places, sites, pattern)]
         others = site_names(selected)
         sites = {place: sites.get(place, others[place.stack, place.inside]) for place in selected}
     if not sites:
@@ -128,6 +129,17 @@ def is_stage(container: nn.Module) -> bool:
     """Whether the children of a container within a block are blocks again: of one type, with children of their own."""
     children = list(container.children())
     return len({type(child) for child in children}) == 1 and any(True for _ in children[0].children())
+
+
+def listed(patterns: Patterns) -> list[Pattern]:
+    """One pattern or several, as a list. Raises UserError if there is none, or one is no glob or regular expression."""
+    found = [patterns] if not isinstance(patterns, Sequence) or isinstance(patterns, str) else [*patterns]
+    if not found or not all(isinstance(pattern, (str, re.Pattern)) for pattern in found):
+        raise UserError(
+            f"watch: sites={patterns!r}: must be a glob or a compiled regular expression of module paths, a list of "
+            "such, or a dictionary of names to such."
+        )
+    return found
 
 
 def matching(places: Iterable[Place], sites: Mapping[Place, str], pattern: Pattern) -> list[Place]:

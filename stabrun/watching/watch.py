@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,17 @@ from stabrun.record.watched import Watched
 from stabrun.text import warn
 from stabrun.training.environment import machine
 from stabrun.verdict.judge import Verdict
+from stabrun.watching.arguments import (
+    directory_of,
+    one_number,
+    optional_number,
+    recordable,
+    refuse_model,
+    refuse_other,
+    refuse_policy,
+    refuse_untrue,
+    whole_number,
+)
 from stabrun.watching.attention import Attention
 from stabrun.watching.exchange import (
     gather,
@@ -43,6 +55,10 @@ LOCATED = 3  # steps of a run that are repeated at most when values are not fini
 UNLOCATED = (
     "a loss or gradient is not finite, but those of the same step repeated are: the cause is outside of the model, "
     "such as the loss function (see loss_of=), or depends on chance, such as dropout"
+)
+NO_UPDATE = (
+    "no optimizer has updated the model before this step. Call watch.step once after each optimizer.step(), with "
+    "scaler= if a GradScaler skips updates, and with lr= if the optimizer is not of torch."
 )
 LOSSES = "train/loss", "val/loss"  # what the ranks compute of their own parts of a batch
 UNCALLED = (
@@ -87,7 +103,8 @@ class Watch:
         settings: facts about the run for the report, such as `name` and `seed`.
         quiet: do not print the table of sites.
 
-    Raises UserError if the model cannot be observed, no site is found, or `out` holds another record.
+    Raises UserError if the model cannot be observed, no site is found, an argument has a value that is not allowed, or
+    `out` holds another record.
     """
 
     def __init__(
@@ -112,30 +129,40 @@ class Watch:
         settings: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> None:
-        if every < 1:
-            raise UserError(f"watch: every={every}: must be at least 1.")
-        if on_nonfinite not in (None, "locate"):
-            raise UserError(f'watch: on_nonfinite={on_nonfinite!r}: must be "locate" or None.')
-        if tracker not in ("none", "wandb"):
-            raise UserError(f"watch: tracker={tracker!r}: must be wandb or none.")
+        refuse_model(model)
+        directory = directory_of(out)
+        every = whole_number("every", every, 1)
+        slow_every = SLOW * every if slow_every is None else whole_number("slow_every", slow_every, 0)
+        steps = None if steps is None else whole_number("steps", steps, 1)
+        first_step = whole_number("first_step", first_step, 0)
+        policies = {"on_verdict": on_verdict, "on_signal": on_signal, "on_spike": on_spike}
+        for name, policy in policies.items():
+            refuse_policy(name, policy)
+        for name, flag in {"constant_lr": constant_lr, "overwrite": overwrite, "quiet": quiet}.items():
+            refuse_untrue(name, flag)
+        if loss_of is not None and not callable(loss_of):
+            raise UserError(f"watch: loss_of={loss_of!r}: must be a function or None.")
+        refuse_other("on_nonfinite", on_nonfinite, "locate", None)
+        refuse_other("tracker", tracker, "wandb", "none")
+        facts = recordable(settings)
         refuse_sharding(model)
         self.model = unwrapped(model)
         self.sites: Sites = find_sites(self.model, sites)
-        observe = ObserveConfig(every=every, slow_every=SLOW * every if slow_every is None else slow_every)
+        observe = ObserveConfig(every=every, slow_every=slow_every)
         device = next(self.model.parameters()).device
         refuse_different(self.sites, device)
         self.log = Log(
-            Path(out) if out is not None and is_first() else None,
-            self._watched(observe, steps, constant_lr, dict(settings or {})),
+            directory if is_first() else None,
+            self._watched(observe, steps, constant_lr, facts),
             first_step,
             overwrite,
-            {"on_verdict": on_verdict, "on_signal": on_signal, "on_spike": on_spike},
+            policies,
             device,
         )
         # Each rank's loss is the mean over its own part of the batch; DDP and FSDP average the gradients of the ranks.
         self.probe = Probe(self.model, observe, self.sites, scalars=(), gather=gather, averaged=True)
         self.attention = Attention(self.probe)
-        tracking = tracker if is_first() and out is not None else "none"
+        tracking = tracker if is_first() and directory else "none"
         self.log.start(
             first_step,
             machine(self.probe.device) | {"ranks": rank_count()},
@@ -154,10 +181,12 @@ class Watch:
         self.replay = Replay(self.model, loss_of)
         self.guards: list[Guard] = []
         self.locating, self.located = on_nonfinite == "locate", False  # `located`: in this step
+        self.warned = False  # that no optimizer has updated the model before a step
         self.faults = 0  # steps that were repeated to locate a fault
         if self.locating:
             self.replay.follow()
-        self.mine: dict[int, bool] = {}  # id of an optimizer → whether it has parameters of the model
+        # Optimizer → whether it has parameters of the model. Not by its id, which another one may get after its end.
+        self.mine = WeakKeyDictionary[torch.optim.Optimizer, bool]()
         self.handles: list[RemovableHandle] = [
             register_optimizer_step_pre_hook(self._before),
             register_optimizer_step_post_hook(self._after),
@@ -203,10 +232,10 @@ class Watch:
             self.clip_norm = norm
 
     def _owns(self, optimizer: torch.optim.Optimizer) -> bool:
-        if id(optimizer) not in self.mine:
+        if optimizer not in self.mine:
             own = {id(parameter) for parameter in self.model.parameters()}
-            self.mine[id(optimizer)] = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
-        return self.mine[id(optimizer)]
+            self.mine[optimizer] = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        return self.mine[optimizer]
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         """Measure before the update; if there is a closure, which computes the gradients, after its first call."""
@@ -291,7 +320,7 @@ class Watch:
         loss: Tensor | float,
         *,
         grad_norm: Tensor | float | None = None,
-        lr: float | None = None,
+        lr: Tensor | float | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         tokens: int | None = None,
         val_loss: Tensor | float | None = None,
@@ -311,13 +340,15 @@ class Watch:
             scaler: the GradScaler of fp16: the record then shows its scale and the steps that it skipped.
             step: number of the step, if it is not the one after the last.
 
-        Raises UserError if the watch is closed, or `step` is not after the last one.
+        Raises UserError if the watch is closed, `step` is not after the last one, or a value is not one number.
         """
-        number = self.next if step is None else step
         if self.closed:
-            raise UserError(f"watch: step {number} after close(). Watch the model again to go on.")
-        if number < self.next:
-            raise UserError(f"watch: step={number}: must be at least {self.next}, the step after the last.")
+            raise UserError(
+                f"watch: step {self.next if step is None else step} after close(). Watch the model again to go on."
+            )
+        number = self.next if step is None else whole_number("step", step, self.next, ", the step after the last")
+        loss, lr = one_number("loss", loss), optional_number("lr", lr)
+        val_loss, grad_norm = optional_number("val_loss", val_loss), optional_number("grad_norm", grad_norm)
         if self.scaler is None and scaler is not None:
             self.scaler = scaler
             if self.probe.due and self.stepped:
@@ -325,10 +356,16 @@ class Watch:
         rate = next((given for given in (lr, self.rate) if given is not None), None)
         if rate is None and optimizer is not None:
             rate = optimizer.param_groups[0]["lr"]
+        skipped = any(guard.last_skipped for guard in self.guards)
+        explained = skipped or any(given is not None for given in (lr, optimizer, self.scaler))
+        if not (self.stepped or explained or self.warned):
+            self.warned = True
+            if is_first():
+                warn(f"step {number}: {NO_UPDATE}")
         norm = next((given for given in (grad_norm, self.clip_norm) if given is not None), None)
         if self.probe.due and self.total is not None:
             norm = self._unclipped(norm, self.total)
-        self.log.tokens += tokens or 0
+        self.log.tokens += 0 if tokens is None else whole_number("tokens", tokens, 0)
         facts = {
             "tokens": self.log.tokens or None,
             "train/lr": rate,
@@ -337,7 +374,7 @@ class Watch:
             "grad/norm": norm,
             **self._scaled(),
         }
-        if any(guard.last_skipped for guard in self.guards):
+        if skipped:
             facts["scale/skipped"] = 1.0
             self.log.writer.event("skipped", step=number)
             self._locate_if(math.nan)
@@ -535,7 +572,7 @@ def kept(value: Any) -> Any:
     """A number of a step: a copy of a tensor, which the caller may change in place, or a number."""
     if isinstance(value, Tensor):
         value = whole(value).detach()
-        return float(value) if on_host(value) else value.float().clone()
+        return float(value) if on_host(value) else value.float().reshape(()).clone()
     return value
 
 
