@@ -353,18 +353,20 @@ def test_compiled(tmp_path):
 
 
 def test_a_model_that_was_compiled_before_is_told(tmp_path, capsys):
-    model = a_model(twice=False)
-    compiled = torch.compile(model, backend="aot_eager")
-    trained(compiled, steps=1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    compiled, x = torch.compile(model, backend="aot_eager"), torch.ones(2, 3)
+    compiled(x).sum().backward()
     watch = stabrun.watch(model, tmp_path, 1, quiet=True)
-    trained(compiled, watch, steps=2)
-    message = capsys.readouterr().err
-    assert "no layer was called in step 0" in message
+    for _ in range(2):
+        compiled(x).sum().backward()
+        watch.step(loss=1.0)
+    assert capsys.readouterr().err.count("no layer was called in step 0") == 1
     torch.compiler.reset()
-    trained(compiled, watch, steps=1)
+    compiled(x).sum().backward()
+    watch.step(loss=1.0)
     watch.close()
     assert capsys.readouterr().err == ""
-    assert "norm/out/up" in rows_of(tmp_path)[-1]
+    assert "norm/out/0" in rows_of(tmp_path)[-1]
 
 
 def test_autocast_and_half(tmp_path):
@@ -543,7 +545,7 @@ def test_policies(tmp_path, capsys):
     stopped = diverging(watch)
     assert 120 < (stopped or 0) < 190
     message = capsys.readouterr().err
-    assert message.startswith("stabrun: diverged (runaway) at step 12")
+    assert "stabrun: diverged (runaway) at step 12" in message
     assert f"newest checkpoint before it {__file__} (step 81)" in message
     assert watch.verdict.verdict == "diverged"
     watch.close()

@@ -177,7 +177,7 @@ class Watch:
         self.rate: float | Tensor | None = None
         self.scaler: Any = None
         self.stepped, self.found_inf, self.checked = False, None, False
-        self.called = False  # whether a layer was seen to be called
+        self.looked = False  # whether the first statistics were looked at
         self.replay = Replay(self.model, loss_of)
         self.guards: list[Guard] = []
         self.locating, self.located = on_nonfinite == "locate", False  # `located`: in this step
@@ -449,9 +449,9 @@ class Watch:
         """Take over the rows whose copies have arrived."""
         if self.pending is not None and (wait or self.pending.arrived()):
             measured, rows, self.pending = bool(self.pending.snapshot.spans), self.pending.rows(), None
-            if measured and not self.called:
-                self.called = any(key.startswith("norm/out/") for key in rows[-1])
-                if not self.called and is_first():
+            if measured and not self.looked:
+                self.looked = True
+                if is_first() and not any(key.startswith("norm/out/") for key in rows[-1]):
                     warn(UNCALLED.format(step=rows[-1]["step"]))
             self.log.add(rows)
 
