@@ -754,6 +754,17 @@ def test_a_model_that_is_moved_is_refused(tmp_path):
     watch.close()
 
 
+def test_locate_on_a_batch_keeps_the_last_one_of_training(tmp_path):
+    model = a_model()
+    watch = stabrun.watch(model, tmp_path, quiet=True, on_nonfinite="locate")
+    (batch,) = batches(1)
+    loss_of(model, batch)
+    fault = watch.locate(torch.full_like(batch, VOCAB))
+    assert fault.token == VOCAB
+    assert watch.locate() is None
+    watch.close()
+
+
 def test_copies_of_a_watched_model_are_not_observed(tmp_path):
     """Copied, averaged, pickled and saved as a whole, while arguments of its last pass are kept that cannot be."""
     for copied in (deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded):

@@ -45,26 +45,32 @@ class Replay:
         `batch` is given to the model: a mapping as keywords, a tuple or list as arguments, anything else as the only
         one. By default the arguments of the last forward pass are. Raises UserError if there was none.
         """
-        if batch is not None:
-            self.args, self.kwargs = arguments(batch)
-        elif not self.args and not self.kwargs:
+        args, kwargs = (self.args, self.kwargs) if batch is None else arguments(batch)
+        if not args and not kwargs:
             raise UserError('watch.locate(): give it a batch, or watch with on_nonfinite="locate".')
-        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         tokens = next((x for x in tensors if x.dim() == 2 and not x.is_floating_point()), None)
-        return locate(self.model, self._step, tokens, scale)
 
-    def _step(self) -> Any:
-        with self._context():
-            output = self.model(*self.args, **self.kwargs)
-            return self.loss_of(output) if self.loss_of else output
+        def step() -> Any:
+            with self._context():
+                output = self.model(*args, **kwargs)
+                return self.loss_of(output) if self.loss_of else output
+
+        kept = self.args, self.kwargs, self.autocast
+        try:
+            return locate(self.model, step, tokens, scale)
+        finally:
+            self.args, self.kwargs, self.autocast = kept  # those of training: the pass within was followed, too
 
     def _context(self) -> AbstractContextManager[object]:
         enabled, dtype = self.autocast
         return torch.autocast(self.device, dtype) if enabled else nullcontext()
 
     def remove(self) -> None:
+        """Keep no arguments from now on, nor those of the last pass."""
         for handle in self.handles:
             handle.remove()
+        self.args, self.kwargs = (), {}
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
