@@ -25,3 +25,8 @@ def tensor_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
 def whole(tensor: Any) -> Tensor:
     """A tensor that is sharded over ranks, on each of them; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def dense(gradient: Any) -> Tensor:
+    """The values that a gradient has: of a sparse one, those that are not zero."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient

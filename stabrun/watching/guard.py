@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from stabrun.observe.norms import dense
+
 
 class Guard:
     """Replaces `optimizer.step`: if a gradient holds NaN or infinity, parameters and optimizer state stay as they are.
@@ -75,7 +77,7 @@ class Guard:
         """The largest |gradient|, which unlike the L2 norm does not overflow; NaN if one is."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         largest = torch.nn.utils.get_total_norm(
-            [_plain(p.grad) for p in parameters if p.grad is not None], float("inf")
+            [dense(_local(p.grad)) for p in parameters if p.grad is not None], float("inf")
         )
         groups = {
             group for p in parameters if isinstance(p, DTensor) for group in p.device_mesh.get_all_groups()
@@ -92,13 +94,8 @@ class Guard:
 
 
 def _local(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
-
-
-def _plain(gradient: Tensor) -> Tensor:
-    """The values of a gradient that this rank holds, of a sparse one as well."""
-    gradient = _local(gradient)
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _replayed(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:

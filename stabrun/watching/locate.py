@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stabrun.watching.fault import BACKWARD, EXCHANGE, FORWARD, INPUT, LOSS, TOKEN, WEIGHT_GRADIENT, Fault
+from stabrun.watching.sites import WRAPPERS
 
 FINITE, MINUS, BROKEN = range(3)  # severity: finite or a mask; −inf among other numbers; NaN or +inf
 SHOWN = 3  # positions
 BEFORE = 8  # token ids before each of them
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of paths that users do not know
 
 
 def locate(model: nn.Module, step: Callable[[], Any], tokens: Tensor | None = None, scale: float = 1.0) -> Fault | None:

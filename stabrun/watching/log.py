@@ -147,7 +147,7 @@ class Log:
                 text += f", newest checkpoint before it {checkpoint['path']} (step {checkpoint['step']})"
         return text
 
-    def close(self, status: str, facts: dict[str, Any]) -> Summary:
+    def close(self, status: str) -> Summary:
         """Write the summary and the event that ends this start, and release the directory."""
         verdict: Verdict = self.judge.conclude()
         self.verdict = verdict
@@ -160,7 +160,6 @@ class Log:
             "lr": self.last.get("train/lr"),
             "steps": steps,
             "tokens": self.tokens,
-            **facts,
         }
         self.writer.event(status, step=steps)
         known["seconds"] = round(self.run.seconds_spent(), 3)

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from stabrun.config import ObserveConfig, TrackerConfig, UserError
-from stabrun.observe.norms import tensor_norms, whole
+from stabrun.observe.norms import dense, tensor_norms, whole
 from stabrun.observe.probe import PendingRow, Probe
 from stabrun.observe.sites import Sites
 from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, STOPPED, Row, Summary
@@ -518,7 +518,7 @@ class Watch:
             self._launch(alone=status not in (COMPLETE, STOPPED))
         self._read(wait=True)
         self.detach()
-        return self.log.close(STOPPED if self.stopped and status == COMPLETE else status, {})
+        return self.log.close(STOPPED if self.stopped and status == COMPLETE else status)
 
     def _at_exit(self) -> None:
         """Close the record of a loop that has not done so."""
@@ -579,8 +579,3 @@ def kept(value: Any) -> Any:
 def on_host(tensor: Tensor) -> bool:
     """Whether reading a tensor waits for no device."""
     return tensor.device.type == "cpu"
-
-
-def dense(gradient: Any) -> Tensor:
-    """A gradient whose values have a norm: those of a sparse one."""
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
