@@ -526,6 +526,18 @@ def test_one_process_at_a_time(tmp_path):
         watch.step(loss=1.0)
 
 
+def test_a_record_is_free_after_close_although_a_worker_lives(tmp_path):
+    """The workers of a data loader are forked while the record is held."""
+    watch = stabrun.watch(a_model(), tmp_path, quiet=True)
+    loader = torch.utils.data.DataLoader(
+        range(4), num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+    )
+    assert len([*loader]) == 4
+    watch.close()
+    assert not stabrun.load_run(tmp_path).files.is_locked()
+    stabrun.watch(a_model(), tmp_path, quiet=True).close()
+
+
 def diverging(watch, steps=200):
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
@@ -731,6 +743,15 @@ def test_the_record_is_sent_to_wandb(tmp_path):
     watch.close()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert_holds(folder, rows_of(tmp_path), norms_every=2)
+
+
+def test_a_model_that_is_moved_is_refused(tmp_path):
+    model = a_model()
+    watch = stabrun.watch(model, tmp_path, quiet=True)
+    model.to("meta")
+    with pytest.raises(stabrun.UserError, match="moved from cpu to meta"):
+        model(batches(1)[0].to("meta"))
+    watch.close()
 
 
 def test_copies_of_a_watched_model_are_not_observed(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import stabrun
 
 PAGE = Path(__file__).parent.parent / "docs" / "watch.md"
-STEPS = {"plain": 20, "resumed": 20, "llama": 20, "lightning": 20, "accelerate": 20}
+STEPS = {"plain": 20, "resumed": 20, "nan": 1, "llama": 20, "lightning": 20, "accelerate": 20}
 
 
 @pytest.mark.trainers
@@ -30,8 +30,12 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     for run in sorted(Path("runs").iterdir()):
         rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
         assert [row["step"] for row in rows] == list(range(len(rows)))
-        assert any(key.startswith("norm/out/") for key in rows[10])
-        assert all(row["train/loss"] < 7 for row in rows)
+        assert all(any(key.startswith("norm/out/") for key in row) for row in rows[::10])
         assert stabrun.load_run(run).summary["status"] == "complete"
         found[run.name] = len(rows)
+        if run.name == "nan":
+            assert (rows[0]["train/loss"], rows[0]["scale/skipped"]) == ("nan", 1)
+            assert "blocks.1.up (Linear)" in (run / "events.jsonl").read_text()
+        else:
+            assert all(row["train/loss"] < 7 for row in rows)
     assert found == STEPS

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stabrun.config import ObserveConfig
+from stabrun.config import ObserveConfig, UserError
 from stabrun.observe.hooks import Hook
 from stabrun.observe.reductions import REDUCTIONS, AdamState, Core, Owners, Parameters, Update, has_adam_state
 from stabrun.observe.sites import Layer, Sites
@@ -86,11 +86,12 @@ Target = tuple[Metric, Cell]  # a value that a hook measures, and its cell
 class Probe:
     """Measures the layers of any `nn.Module`, and optionally its blocks and attention cores, in passes with gradients.
 
-    `sites` says where. `batch` is the number of sequences of each micro-batch; None if that is unknown: attention is
-    then measured in the first micro-batch only. `cores` are the attention modules of a stack whose inputs are queries
-    and keys. `scalars` names the values that the caller adds in `snapshot`. If several ranks share the batch, `gather`
-    returns the values `[n]` of each rank, `[ranks, n]`; `averaged` says whether each rank's loss is the mean over its
-    own part, and the gradients of the ranks are averaged. Attention is measured on the first `sampled` sequences.
+    `sites` says where. The model is on its device, and stays there. `batch` is the number of sequences of each
+    micro-batch; None if that is unknown: attention is then measured in the first micro-batch only. `cores` are the
+    attention modules of a stack whose inputs are queries and keys. `scalars` names the values that the caller adds in
+    `snapshot`. If several ranks share the batch, `gather` returns the values `[n]` of each rank, `[ranks, n]`;
+    `averaged` says whether each rank's loss is the mean over its own part, and the gradients of the ranks are averaged.
+    Attention is measured on the first `sampled` sequences.
 
     The order of calls in a step is: `arm(step)`; for each micro-batch `begin(index)` before its forward pass and
     `merge()` after its backward pass; `before_update`; `after_update`; and `snapshot()`, which starts the copy of all
@@ -230,6 +231,11 @@ class Probe:
     def _measure(self, targets: Sequence[Target], x: Any) -> None:
         for metric, cell in targets:
             if self._on(metric):
+                if x.device != cell.value.device:
+                    raise UserError(
+                        f"The model was moved from {cell.value.device} to {x.device} while it was observed. "
+                        "Move it to its device before that."
+                    )
                 value = REDUCTIONS[metric.key](x.detach())
                 add(metric.merge, cell, value.sum() if metric.merge == "mean" else value, value.numel())
 

@@ -271,7 +271,10 @@ class RunDir:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"{key}={self.path}: {busy}.") from error
-            yield RunWriter(self)
+            try:
+                yield RunWriter(self)
+            finally:  # closing it would not, while a process that was forked in between has it open, too
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
     @contextmanager
     def lock(self, config: Config) -> Iterator["RunWriter"]:

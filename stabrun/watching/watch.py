@@ -87,8 +87,8 @@ class Watch:
     they may be rounded otherwise in the steps that measure.
 
     Args:
-        model: any module; give it before it is compiled. With several ranks, watch on all of them once the process
-            group is initialized, before or after DistributedDataParallel or fully_shard.
+        model: any module, on its device; give it before it is compiled. With several ranks, watch on all of them once
+            the process group is initialized, before or after DistributedDataParallel or fully_shard.
         out: directory of the record; None keeps none.
         every, slow_every: steps between two measurements; `slow_every` is ten times `every` by default.
         sites: what to observe; see `find_sites`. By default all linear layers, embeddings and experts.
