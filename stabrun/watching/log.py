@@ -148,7 +148,11 @@ class Log:
         return text
 
     def close(self, status: str) -> Summary:
-        """Write the summary and the event that ends this start, and release the directory."""
+        """Write the summary and the event that ends this start, and release the directory, even if that fails."""
+        with self.stack:
+            return self._close(status)
+
+    def _close(self, status: str) -> Summary:
         verdict: Verdict = self.judge.conclude()
         self.verdict = verdict
         steps = int(verdict.horizon) + 1
@@ -168,7 +172,6 @@ class Log:
         self.writer.close()
         if self.tracker:
             self.tracker.finish(summary, status == INTERRUPTED)
-        self.stack.close()
         return summary
 
 
