@@ -815,3 +815,26 @@ def saved_and_loaded(model):
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+def test_the_patch_of_other_code_stays():
+    from types import SimpleNamespace
+
+    from stabrun.watching.tap import Tap
+
+    module = SimpleNamespace(function=lambda x: x + 1)
+    tap, heard = Tap("function", module), []
+    original = module.function
+    tap.add(lambda result, x: heard.append(result))
+    inner = module.function
+    module.function = other = lambda x: 10 * inner(x)
+    assert module.function(1) == 20
+    tap.remove(tap.listeners[0])
+    assert module.function is other
+    assert module.function(2) == 30
+    tap.add(lambda result, x: heard.append(result))
+    assert module.function(3) == 40
+    tap.remove(tap.listeners[0])
+    assert module.function is other
+    assert heard == [2, 40]
+    assert original(1) == 2

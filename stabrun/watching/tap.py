@@ -11,6 +11,7 @@ Listener = Callable[..., None]  # called with the result and the arguments of ea
 class Tap:
     """Replaces a function of modules or classes while there are listeners, and restores it when the last one has left.
 
+    If other code has replaced it as well since then, its replacement stays, and calls this one, which only forwards.
     The function is found by the name `name` in each of `modules`: code that imported it by `from` before is not heard.
     `iterable` is the name of its first argument, if that is one and the listeners need its items as well.
     """
@@ -18,6 +19,7 @@ class Tap:
     def __init__(self, name: str, *modules: ModuleType | type, iterable: str | None = None) -> None:
         self.name, self.modules, self.iterable, self.listeners = name, modules, iterable, list[Listener]()
         self.original: Any = None
+        self.replacement: Any = None
 
     def add(self, listener: Listener) -> None:
         if not self.listeners:
@@ -30,7 +32,9 @@ class Tap:
             self.listeners.remove(listener)
             if not self.listeners:
                 for module in self.modules:
-                    setattr(module, self.name, self.original)
+                    if getattr(module, self.name) is self.replacement:
+                        setattr(module, self.name, self.original)
+                self.listeners = []  # the next replacement has a list of its own
 
     def _replace(self) -> None:
         self.original = original = getattr(self.modules[0], self.name)
@@ -47,6 +51,7 @@ class Tap:
                 listener(result, *args, **kwargs)
             return result
 
+        self.replacement = heard
         for module in self.modules:
             setattr(module, self.name, heard)
 
