@@ -1,12 +1,13 @@
 """The record of a watched run: its file, its lock, the rows that a resume keeps, its checkpoints and its judge."""
 
 import json
+from pathlib import Path
 
 import pytest
 from watched_records import a_watched_run, rows
 
 from stabrun.config import UserError
-from stabrun.record.jsonl import dumps
+from stabrun.record.jsonl import append_line, dumps
 from stabrun.record.nowhere import NoRunDir
 from stabrun.record.run_dir import RunDir, RunWriter
 from stabrun.record.watched import Watched
@@ -153,3 +154,13 @@ def test_a_run_that_tells_every_tenth_step_has_reached_its_last_one(every, plann
         judge.add(row)
     assert judge.conclude().verdict == verdict
     assert json.loads(dumps(judge.conclude().horizon)) == 990
+
+
+def test_a_checkpoint_inside_the_run_is_named_as_the_run_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunDir(Path("runs/mine"))
+    run.path.mkdir(parents=True)
+    (run.path / "step_3.pt").touch()
+    append_line(run.events_file, {"event": "checkpoint", "step": 3, "path": str(tmp_path / "runs/mine/step_3.pt")})
+    assert run.checkpoint_before(5) == (3, Path("runs/mine/step_3.pt"))
+    assert run.healthy_checkpoint(5) == {"step": 3, "path": "step_3.pt"}

@@ -191,9 +191,10 @@ class RunDir:
         """The newest checkpoint that holds no update after `step`: its updates and path. None if there is none.
 
         From the events; of their paths, which are relative to `checkpoints/` or to the working directory, those that
-        exist.
+        exist. A path inside the run directory begins as `self.path` does.
         """
         found: tuple[int, Path] | None = None
+        here = self.path.absolute()
         for event in self.events():
             updates, name = event.get("step"), event.get("path")
             if event.get("event") != "checkpoint" or not isinstance(updates, int) or not isinstance(name, str):
@@ -201,6 +202,8 @@ class RunDir:
             if not name or updates > step + 1 or (found and updates < found[0]):
                 continue
             path = next((path for path in (self.checkpoints / name, Path(name)) if path.exists()), None)
+            if path and path.is_absolute() and path.is_relative_to(here):
+                path = self.path / path.relative_to(here)
             found = (updates, path) if path else found
         return found
 
