@@ -87,7 +87,7 @@ class Probe:
     """Measures the layers of any `nn.Module`, and optionally its blocks and attention cores, in passes with gradients.
 
     `sites` says where. The model is on its device, and stays there. `batch` is the number of sequences of each
-    micro-batch; None if that is unknown: attention is then measured in the first micro-batch only. `cores` are the
+    micro-batch; None if that is unknown: attention is then measured on the first `sampled` of each. `cores` are the
     attention modules of a stack whose inputs are queries and keys. `scalars` names the values that the caller adds in
     `snapshot`. If several ranks share the batch, `gather` returns the values `[n]` of each rank, `[ranks, n]`;
     `averaged` says whether each rank's loss is the mean over its own part, and the gradients of the ranks are averaged.
@@ -317,8 +317,8 @@ class Probe:
 
     def begin(self, index: int) -> None:
         """Select what micro-batch `index` measures: attention on its share of the first `sampled` sequences."""
-        left = self.limit - index * self.batch if self.batch else self.limit * (index == 0)
-        self.sequences = max(0, min(left, self.batch) if self.batch else left)
+        left = min(self.batch, self.limit - index * self.batch) if self.batch else self.limit
+        self.sequences = max(0, left)
         self.attention = self.sequences > 0
 
     @torch.no_grad()
