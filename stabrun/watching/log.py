@@ -83,6 +83,7 @@ class Log:
         self.writer.event("start", step=step, environment=self.run.environment())
         if settings.name != "none":
             self.tracker = Tracker(settings, watched_identity(self.watched, settings, self.run), self.run, self.earlier)
+        self.earlier = []  # may be long, and is not needed any more
 
     def _add(self, row: Row) -> None:
         self.judge.add(row)
