@@ -131,13 +131,15 @@ class Probe:
         self.targets = self._targets(cells)
         self.values = torch.zeros(self.size, device=self.device)  # the step
         self.hosts = [torch.zeros(self.size, pin_memory=self.device.type == "cuda") for _ in range(2)]
+        self.more: list[tuple[int, Cell]] = []  # place of a value → a further cell of it
         self._clear()
 
         self.handles: list[RemovableHandle] = []
         for site, layers in self.sites.sites.items():
             for index, layer in enumerate(layers):
-                for module in layer.modules.values() if layer else ():
-                    self._watch(module, *(self.targets.get((source, site, index), []) for source in LINEAR))
+                for number, module in enumerate(layer.modules.values() if layer else ()):
+                    outputs, inputs, gradients = (self.targets.get((source, site, index), []) for source in LINEAR)
+                    self._watch(module, outputs, inputs, self._apart(gradients) if number else gradients)
         for stack, blocks in self.sites.stacks.items():
             for index, block in enumerate(blocks.values()):
                 self._watch(block, self.targets.get((metrics.BLOCK, stack, index), []))
@@ -193,6 +195,20 @@ class Probe:
                 target = span.metric, cells[span.start - self.first + index]
                 targets.setdefault((span.metric.source, span.site, index), []).append(target)
         return targets
+
+    def _apart(self, targets: Sequence[Target]) -> list[Target]:
+        """Targets of the same values with cells of their own.
+
+        A compiled backward pass refuses a cell that that of another graph has changed, and modules that share the
+        tokens, such as experts, may be in several graphs.
+        """
+        apart = list[Target]()
+        for metric, cell in targets:
+            place = next(n for n, value in enumerate(self.cells) if value is cell.value)
+            own = Cell(torch.zeros_like(cell.value), torch.zeros_like(cell.number))
+            self.more.append((place, own))
+            apart.append((metric, own))
+        return apart
 
     def look_up(self) -> None:
         """Find the weights of the sites, and all parameters: sharding replaces them after the probe was attached."""
@@ -331,7 +347,7 @@ class Probe:
     def _empty(self) -> None:
         """Start again with the values of a micro-batch."""
         if self.cells:
-            torch._foreach_zero_(self.cells)
+            torch._foreach_zero_([*self.cells, *(tensor for _, cell in self.more for tensor in cell)])
         for cell in self.cells[self.maxima.start - self.first : self.maxima.stop - self.first]:
             cell.fill_(float("-inf"))
 
@@ -341,6 +357,9 @@ class Probe:
         if not self.due:
             return
         now = torch.zeros_like(self.values)
+        for n, more in self.more:
+            self.cells[n].copy_(torch.hypot(self.cells[n], more.value))
+            self.cells[n + len(self.cells) // 2].add_(more.number)
         now[self.measured.start : self.counts.stop] = torch.stack(self.cells)
         for place in (self.means, self.counts):
             self.values[place] += now[place]

@@ -13,7 +13,7 @@ class Layer:
     modules: Mapping[str, nn.Module]
 
     def weights(self) -> list[nn.Parameter]:
-        """The matrices of the modules themselves, looked up now: sharding replaces them. Quantized ones are left out."""
+        """The matrices of the modules themselves, looked up now: sharding replaces them. Not quantized ones."""
         own = [p for module in self.modules.values() for p in module.parameters(recurse=False)]
         return [p for p in dict.fromkeys(own) if p.dim() >= 2 and p.is_floating_point()]
 
