@@ -83,8 +83,8 @@ class Watch:
 
     The directory `out` then holds what a run of stabrun does: `stabrun judge`, `report`, `top` and `upload` read it.
     Losses are recorded for each step; statistics of layers every `every` steps, the expensive ones every `slow_every`.
-    Nothing waits for the device in between. The model's results are bit-identical with and without; compiled by
-    Inductor, they may be rounded otherwise in the steps that measure.
+    Nothing waits for the device in between. The model's results are bit-identical with and without; compiled,
+    they may be rounded otherwise in the steps that measure.
 
     Args:
         model: any module, on its device; give it before it is compiled. With several ranks, watch on all of them once
