@@ -1,10 +1,11 @@
 """Cost of watching a model, beside other ways: time of a step and peak memory, as ratios to a loop without any.
 
 GPT-2 small's shape (124M parameters) at sequence 128, AdamW, clipping. Each contender is a process of its own. In every
-round, each takes ten steps in turn; a ratio is that of one round, and the median of rounds is reported
-with its quartiles. Memory is the peak of the process.
+round, each takes ten steps (`--steps`) in turn; a ratio is that of one round, and the median of rounds is reported
+with its quartiles. Memory is the peak of the process, or on a GPU that of its tensors.
 
     python scripts/bench_watch.py [--rounds 3] [--batch 8] [--contenders watch10 watch1 item wandb monitor]
+    python scripts/bench_watch.py --device cuda --precision bf16 --batch 64 --steps 100 --rounds 10 [--compile]
 
 - `watch10`, `watch1`: `stabrun.watch` with `every=10` and `every=1`, its record on disk.
 - `item`: a forward hook on each layer that calls `.item()` on the norm of its output.
@@ -20,11 +21,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-STEPS = 10
 CONTENDERS = ("watch10", "watch1", "item", "wandb", "monitor")
 
 
@@ -57,7 +56,7 @@ def model_of(layers: int) -> Any:
             self.lm_head.weight = self.wte.weight
 
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            x = self.wte(tokens[:, :-1]) + self.wpe(torch.arange(tokens.shape[1] - 1))
+            x = self.wte(tokens[:, :-1]) + self.wpe(torch.arange(tokens.shape[1] - 1, device=tokens.device))
             for block in self.h:
                 x = block(x)
             return F.cross_entropy(self.lm_head(self.ln_f(x)).flatten(0, 1), tokens[:, 1:].flatten())
@@ -66,12 +65,12 @@ def model_of(layers: int) -> Any:
     return Gpt2()
 
 
-def loop(kind: str, batch: int, layers: int, folder: str, stack: ExitStack) -> Callable[[int], None]:
+def loop(kind: str, words: argparse.Namespace, folder: str, stack: ExitStack) -> Callable[[int], None]:
     """One step of training, and what a contender does in it; `stack` ends it."""
     import torch
     from torch import nn
 
-    model = model_of(layers)
+    model = model_of(words.layers).to(words.device)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=True)
     generator = torch.Generator().manual_seed(0)
     after: Callable[[int, torch.Tensor, torch.Tensor], object] = lambda step, loss, norm: None  # noqa: E731
@@ -116,9 +115,12 @@ def loop(kind: str, batch: int, layers: int, folder: str, stack: ExitStack) -> C
 
         now[0], after = True, monitor
 
+    forward = torch.compile(model) if words.compile else model
+    data = torch.randint(50257, (16, words.batch, 129), generator=generator).to(words.device)
+
     def step(number: int) -> None:
-        tokens = torch.randint(50257, (batch, 129), generator=generator)
-        loss = model(tokens)
+        with torch.autocast(words.device, torch.bfloat16, enabled=words.precision == "bf16"):
+            loss = forward(data[number % len(data)])
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -128,65 +130,75 @@ def loop(kind: str, batch: int, layers: int, folder: str, stack: ExitStack) -> C
     return step
 
 
-def serve(kind: str, batch: int, layers: int) -> None:
-    """Take ten steps for each line on stdin; print the seconds per step and the peak memory in bytes."""
+def serve(kind: str, words: argparse.Namespace) -> None:
+    """Take the steps of a round for each line on stdin; print the seconds per step and the peak memory in bytes."""
+    import torch
+
+    on_gpu = words.device == "cuda"
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        step, number = loop(kind, batch, layers, folder, stack), 0
+        step, number = loop(kind, words, folder, stack), 0
         for _ in sys.stdin:
             began = time.perf_counter()
-            for _ in range(STEPS):
+            for _ in range(words.steps):
                 step(number)
                 number += 1
-            seconds = (time.perf_counter() - began) / STEPS
-            print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds = (time.perf_counter() - began) / words.steps
+            usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            print(seconds, torch.cuda.max_memory_allocated() if on_gpu else usage, flush=True)
+
+
+def ask(process: "subprocess.Popen[str]") -> None:
+    assert process.stdin
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def answer(process: "subprocess.Popen[str]") -> tuple[float, float]:
+    assert process.stdout
+    seconds, memory = map(float, process.stdout.readline().split())
+    return seconds, memory
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10, help="steps of a round")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.serve:
-        serve(words.serve, words.batch, words.layers)
+        serve(words.serve, words)
         return
     kinds = ["plain", *words.contenders]
-    options = ["--batch", str(words.batch), "--layers", str(words.layers)]
+    own = [sys.executable, *sys.argv]
     processes = {
-        kind: subprocess.Popen(
-            [sys.executable, str(Path(__file__)), *options, "--serve", kind],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        kind: subprocess.Popen([*own, "--serve", kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for kind in kinds
     }
-
-    def ask(kind: str) -> tuple[float, float]:
-        process = processes[kind]
-        assert process.stdin
-        assert process.stdout
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        seconds, memory = map(float, process.stdout.readline().split())
-        return seconds, memory
-
-    for kind in kinds:  # warm up
-        ask(kind)
+    for process in processes.values():  # warm up, and compile, all at once
+        ask(process)
+    for process in processes.values():
+        answer(process)
     rounds: dict[str, list[float]] = {kind: [] for kind in kinds}
     memory: dict[str, float] = {}
     for turn in range(words.rounds):
         for kind in kinds if turn % 2 else reversed(kinds):
-            seconds, memory[kind] = ask(kind)
+            ask(processes[kind])
+            seconds, memory[kind] = answer(processes[kind])
             rounds[kind].append(seconds)
     plain = rounds["plain"]
-    print(f"plain loop: {1e3 * quantiles(plain, n=4)[1]:.0f} ms per step, peak {memory['plain'] / 2**20:.0f} MiB")
+    print(f"plain loop: {1e3 * quantiles(plain, n=4)[1]:.1f} ms per step, peak {memory['plain'] / 2**20:.0f} MiB")
     print("| contender | time, ratio (quartiles) | peak memory, ratio |")
     print("|---|---|---|")
     for kind in kinds[1:]:
-        low, middle, high = quantiles([own / base for own, base in zip(rounds[kind], plain, strict=True)], n=4)
+        low, middle, high = quantiles([mine / base for mine, base in zip(rounds[kind], plain, strict=True)], n=4)
         print(f"| {kind} | {middle:.3f} ({low:.3f} … {high:.3f}) | {memory[kind] / memory['plain']:.3f} |")
     for process in processes.values():
         assert process.stdin

@@ -1,10 +1,11 @@
 """Everything that needs a GPU, in less than ten minutes and without a network: the tests marked `cuda`, a small sweep,
 and some steps at 830M with their speed and memory beside the predictions. Ends with status 1 if a part failed.
 
-    make gpu-check        or: python scripts/gpu_check.py [--output DIRECTORY]
+    make gpu-check        or: python scripts/gpu_check.py [--output DIRECTORY] [--parts sweep tests]
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -30,6 +31,8 @@ LARGE = [
     "model=830m", "train.batch_size=16", "train.steps=8", "schedule.warmup_steps=4", "train.val_every=0",
     "train.val_sequences=4",
 ]  # fmt: skip
+PARTS = ("830m-baseline", "830m-soft_cap", "sweep", "tests")
+TEST_PROCESSES = "8"  # which share the GPU
 FIELDS = (
     "variant",
     "seconds",
@@ -98,21 +101,27 @@ def facts(run: Path) -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="directory of logs and records")
-    output = parser.parse_args().output.resolve()
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run; all by default")
+    words = parser.parse_args()
+    output = words.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     machine = environment()
     print(json.dumps(machine, indent=1), flush=True)
     python, results = sys.executable, {}
     train = [python, "-m", "stabrun", "train", *COMMON, *LARGE]
-    for variant in ("baseline", "soft_cap"):
-        run = output / f"830m-{variant}"
-        results[run.name] = part(run.name, [*train, f"+variant={variant}", f"run_dir={run}"], 120, output)
-        if results[run.name]:
-            print(json.dumps(facts(run), indent=1), flush=True)
-    sweep = [python, "-m", "stabrun", "sweep", *COMMON, *SWEEP, f"study_dir={output / 'study'}"]
-    results["sweep"] = part("sweep", sweep, 150, output)
-    tests = [python, "-m", "pytest", str(ROOT / "tests"), "-m", "cuda", "-p", "no:cacheprovider", "--durations=10"]
-    results["tests"] = part("tests", [*tests, "-c", str(ROOT / "pyproject.toml")], 240, output)
+    for name in ("830m-baseline", "830m-soft_cap"):
+        if name in words.parts:
+            run, variant = output / name, name.removeprefix("830m-")
+            results[name] = part(name, [*train, f"+variant={variant}", f"run_dir={run}"], 120, output)
+            if results[name]:
+                print(json.dumps(facts(run), indent=1), flush=True)
+    if "sweep" in words.parts:
+        sweep = [python, "-m", "stabrun", "sweep", *COMMON, *SWEEP, f"study_dir={output / 'study'}"]
+        results["sweep"] = part("sweep", sweep, 150, output)
+    if "tests" in words.parts:
+        several = ["-n", TEST_PROCESSES] if importlib.util.find_spec("xdist") else []
+        tests = [python, "-m", "pytest", str(ROOT / "tests"), "-m", "cuda", "-p", "no:cacheprovider", "--durations=10"]
+        results["tests"] = part("tests", [*tests, *several, "-c", str(ROOT / "pyproject.toml")], 240, output)
     (output / "results.json").write_text(json.dumps({"machine": machine, "passed": results}, indent=1) + "\n")
     print("\n" + "\n".join(f"{name}: {'passed' if good else 'FAILED'}" for name, good in results.items()))
     return 0 if all(results.values()) else 1

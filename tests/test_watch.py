@@ -21,6 +21,17 @@ import stabrun
 from stabrun.record.jsonl import number
 
 WIDTH, VOCAB = 8, 11
+NEEDS_CUDA = pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    """Sums on a GPU in one order."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 class Block(nn.Module):
@@ -72,6 +83,7 @@ def batches(count, sequences=4):
 
 
 def loss_of(model, tokens):
+    tokens = tokens.to(next(model.parameters()).device)
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
@@ -147,10 +159,11 @@ class Plain:
 PATHS = {"qkv": "layers.{}.qkv", "out": "layers.{}.out", "up": "layers.{}.up", "down": "layers.{}.down"}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_row_has_what_plain_hooks_see(tmp_path, accumulate):
-    rows, losses = watched(tmp_path, steps=3, clip=0.1, accumulate=accumulate)
-    model = a_model()
+def test_the_row_has_what_plain_hooks_see(tmp_path, accumulate, device):
+    rows, losses = watched(tmp_path, a_model().to(device), steps=3, clip=0.1, accumulate=accumulate)
+    model = a_model().to(device)
     trained(model, steps=2, clip=0.1, accumulate=accumulate)
     # The third step by hand; the optimizer's state does not matter before its update.
     plain = Plain(model)
@@ -181,10 +194,11 @@ def test_the_row_has_what_plain_hooks_see(tmp_path, accumulate):
     assert not [key for key in row if "unused" in key and not key.startswith(("norm/weight", "norm/grad", "norm/up"))]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("recompute", [None, False, True])
-def test_watching_changes_no_bit(tmp_path, recompute, every):
-    plain, model = a_model(recompute=recompute), a_model(recompute=recompute)
+def test_watching_changes_no_bit(tmp_path, recompute, every, device, deterministic):
+    plain, model = a_model(recompute=recompute).to(device), a_model(recompute=recompute).to(device)
     expected = trained(plain, clip=0.5)
     rows, losses = watched(tmp_path, model, every, 2, clip=0.5)
     assert losses == expected
@@ -229,6 +243,33 @@ def test_nothing_waits_for_the_device_between_rows(tmp_path, monkeypatch):
     assert reading == [True, False, False, False, True, False]
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_cuda_no_step_waits(tmp_path, precision):
+    """Neither a step that logs nor one that does not: PyTorch raises an error at each call that synchronizes."""
+    model = a_model().cuda()
+    watch = stabrun.watch(model, tmp_path, every=3, slow_every=3, quiet=True)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    for step, batch in enumerate(batch.cuda() for batch in batches(8)):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first makes what later steps use
+        try:
+            with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+                loss = loss_of(model, batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            watch.step(loss=loss)
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    watch.close()
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == list(range(8))
+    assert [row["step"] for row in rows if "attn/max_logit" in row] == [0, 3, 6]
+    assert all(math.isfinite(row["train/loss"]) for row in rows)
+
+
 def reference_attention(x, layer, mask=None):
     q, k, _ = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in layer.qkv(layer.norm(x)).double().chunk(3, -1))
     logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
@@ -237,11 +278,12 @@ def reference_attention(x, layer, mask=None):
     return float(logits.max()), float(-(p * p.clamp_min(1e-300).log()).sum(-1).mean())
 
 
-def test_attention_of_models_that_use_sdpa(tmp_path):
-    rows, _ = watched(tmp_path, a_model(twice=False), steps=1)
-    model = a_model(twice=False)
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_of_models_that_use_sdpa(tmp_path, device):
+    rows, _ = watched(tmp_path, a_model(twice=False).to(device), steps=1)
+    model = a_model(twice=False).to(device)
     with torch.no_grad():
-        x = model.embed(batches(1)[0][:, :-1])
+        x = model.embed(batches(1)[0][:, :-1].to(device))
         for index, layer in enumerate(model.layers):
             largest, entropy = reference_attention(x, layer)
             assert rows[0]["attn/max_logit"][index] == pytest.approx(largest, rel=1e-5)
@@ -339,6 +381,21 @@ def test_two_watches_at_once(tmp_path):
     assert "attn/max_logit" in rows[1][3]
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_compiled_by_inductor_on_cuda(tmp_path):
+    eager, _ = watched(tmp_path / "eager", a_model(twice=False).cuda(), 2, 4, steps=6)
+    model = a_model(twice=False).cuda()
+    watch = stabrun.watch(model, tmp_path / "compiled", 2, slow_every=4, quiet=True)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    trained(torch.compile(model), watch, steps=6, optimizer=optimizer)
+    watch.close()
+    for a, b in zip(eager, rows_of(tmp_path / "compiled"), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-6), key
+
+
 def test_compiled(tmp_path):
     eager, losses = watched(tmp_path / "eager", a_model(twice=False), 2, 4, steps=6)
     model = a_model(twice=False)
@@ -369,23 +426,24 @@ def test_a_model_that_was_compiled_before_is_told(tmp_path, capsys):
     assert "norm/out/0" in rows_of(tmp_path)[-1]
 
 
-def test_autocast_and_half(tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_and_half(tmp_path, device):
     for name, dtype in (("autocast", torch.bfloat16), ("half", torch.bfloat16)):
-        model = a_model()
+        model = a_model().to(device)
         watch = stabrun.watch(model, tmp_path / name, 1, quiet=True)
         if name == "half":
             model.bfloat16()
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         for batch in batches(2):
-            with torch.autocast("cpu", dtype, enabled=name == "autocast"):
+            with torch.autocast(device, dtype, enabled=name == "autocast"):
                 loss = loss_of(model, batch)
             loss.backward()
             optimizer.step()
             watch.step(loss=loss)
             optimizer.zero_grad()
         watch.close()
-        plain = Plain(model := a_model() if name == "autocast" else a_model().bfloat16())
-        with torch.autocast("cpu", dtype, enabled=name == "autocast"):
+        plain = Plain(model := (a_model() if name == "autocast" else a_model().bfloat16()).to(device))
+        with torch.autocast(device, dtype, enabled=name == "autocast"):
             loss_of(model, batches(1)[0])
         row = rows_of(tmp_path / name)[0]
         assert row["norm/out/up"][1] == pytest.approx(plain.mean(plain.out, "layers.1.up"), rel=1e-5)
@@ -393,16 +451,17 @@ def test_autocast_and_half(tmp_path):
         assert row["norm/weight/up"][1] == pytest.approx(float(weight.norm()), rel=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fused", [True, False])
-def test_fp16_scaling(tmp_path, fused):
+def test_fp16_scaling(tmp_path, fused, device):
     """Norms do not contain the loss scale; a step that the scaler skips is told, and is no divergence."""
-    model, plain = a_model(), a_model()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=10**6)
+    model, plain = a_model().to(device), a_model().to(device)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**40, growth_interval=10**6)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
     watch = stabrun.watch(model, tmp_path, 1, slow_every=1, quiet=True)
     scales = []
     for batch in batches(1) * 30:
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(device, torch.float16):
             loss = loss_of(model, batch)
         scaler.scale(loss).backward()
         scales.append(scaler.get_scale())
@@ -417,7 +476,7 @@ def test_fp16_scaling(tmp_path, fused):
     assert 5 < first < 30
     assert set(skipped[:first]) == {1}
     assert set(skipped[first:]) == {0}
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(device, torch.float16):
         loss = loss_of(plain, batches(1)[0])
     loss.backward()
     expected = float(plain.layers[1].up.weight.grad.double().norm())

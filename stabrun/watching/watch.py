@@ -301,11 +301,8 @@ class Watch:
     def _gradient_norms(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """Norm of each parameter's gradient `[parameters]`, 0 without one, not scaled for fp16."""
         self.probe.look_up()
-        norms = torch.zeros(len(self.probe.parameters), device=self.probe.device)
-        having = [n for n, parameter in enumerate(self.probe.parameters) if parameter.grad is not None]
-        gradients = [dense(self.probe.parameters[n].grad) for n in having]
-        if gradients:
-            norms[having] = tensor_norms(gradients).to(norms)
+        absent = torch.zeros(1, device=self.probe.device)
+        norms = tensor_norms([absent if p.grad is None else dense(p.grad) for p in self.probe.parameters]).to(absent)
         scale = getattr(optimizer, "grad_scale", None)  # that a fused optimizer divides by itself
         return norms if scale is None else norms / scale
 
