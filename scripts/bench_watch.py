@@ -193,6 +193,8 @@ def main() -> None:
             ask(processes[kind])
             seconds, memory[kind] = answer(processes[kind])
             rounds[kind].append(seconds)
+        steps = ", ".join(f"{kind} {1e3 * rounds[kind][-1]:.1f}" for kind in kinds)
+        print(f"round {turn + 1}, ms per step: {steps}", file=sys.stderr, flush=True)
     plain = rounds["plain"]
     print(f"plain loop: {1e3 * quantiles(plain, n=4)[1]:.1f} ms per step, peak {memory['plain'] / 2**20:.0f} MiB")
     print("| contender | time, ratio (quartiles) | peak memory, ratio |")

@@ -1,5 +1,6 @@
 """Training on a GPU. None of this has run where there is none: `make gpu-check` on a machine that has one."""
 
+import gc
 import math
 
 import pytest
@@ -90,6 +91,7 @@ def test_peak_memory_is_the_predicted_one(variant, recompute):
     config = configured(
         "model=small", "train.device=cuda", "train.compile=false", f"train.recompute={recompute}", *words
     )
+    gc.collect()  # models of other tests
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     trainer = a_trainer(config)

@@ -149,6 +149,7 @@ class Probe:
         self.weights: list[Tensor] = []  # of all sites, in order, as they were when last looked at
         self.parameters: list[nn.Parameter] = []  # of the model
         self.before: list[Tensor] = []  # copies of them before the update
+        self.indices: dict[tuple[int, ...], Tensor] = {}
         self.look_up()
 
     # Layout
@@ -236,8 +237,12 @@ class Probe:
         owners, owned = ([pair[side] for pair in pairs] for side in range(2))
         return [*weights.values()], Owners(self._indices(owners), self._indices(owned), len(layers))
 
-    def _indices(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.long, device=self.device)
+    def _indices(self, numbers: Sequence[int]) -> Tensor:
+        """Numbers on the device, made once, because the copy of a list waits for a GPU."""
+        key = tuple(numbers)
+        if key not in self.indices:
+            self.indices[key] = torch.tensor(key, dtype=torch.long, device=self.device)
+        return self.indices[key]
 
     # Hooks
 
