@@ -1,11 +1,11 @@
 """Cost of watching a model, beside other ways: time of a step and peak memory, as ratios to a loop without any.
 
-GPT-2 small's shape (124M parameters) at sequence 128, AdamW, clipping. Each contender is a process of its own. In every
-round, each takes ten steps (`--steps`) in turn; a ratio is that of one round, and the median of rounds is reported
-with its quartiles. Memory is the peak of the process, or on a GPU that of its tensors.
+GPT-2 small's shape (124M parameters) at sequence 128, AdamW, clipping. Each contender is a process of its own. In a
+round, each takes ten steps (`--steps`), by turns of one (`--turn`); a ratio is that of one round. Reported are the
+median of rounds and the quartiles. Memory is the peak of the process, or on a GPU that of its tensors.
 
     python scripts/bench_watch.py [--rounds 3] [--batch 8] [--contenders watch10 watch1 item wandb monitor]
-    python scripts/bench_watch.py --device cuda --precision bf16 --batch 64 --steps 100 --rounds 10 [--compile]
+    python scripts/bench_watch.py --device cuda --precision bf16 --batch 64 --steps 100 --turn 100 [--compile]
 
 - `watch10`, `watch1`: `stabrun.watch` with `every=10` and `every=1`, its record on disk.
 - `item`: a forward hook on each layer that calls `.item()` on the norm of its output.
@@ -131,27 +131,27 @@ def loop(kind: str, words: argparse.Namespace, folder: str, stack: ExitStack) ->
 
 
 def serve(kind: str, words: argparse.Namespace) -> None:
-    """Take the steps of a round for each line on stdin; print the seconds per step and the peak memory in bytes."""
+    """Take as many steps as each line on stdin says; print the seconds and the peak memory in bytes."""
     import torch
 
     on_gpu = words.device == "cuda"
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         step, number = loop(kind, words, folder, stack), 0
-        for _ in sys.stdin:
+        for line in sys.stdin:
             began = time.perf_counter()
-            for _ in range(words.steps):
+            for _ in range(int(line)):
                 step(number)
                 number += 1
             if on_gpu:
                 torch.cuda.synchronize()
-            seconds = (time.perf_counter() - began) / words.steps
+            seconds = time.perf_counter() - began
             usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             print(seconds, torch.cuda.max_memory_allocated() if on_gpu else usage, flush=True)
 
 
-def ask(process: "subprocess.Popen[str]") -> None:
+def ask(process: "subprocess.Popen[str]", steps: int) -> None:
     assert process.stdin
-    process.stdin.write("go\n")
+    process.stdin.write(f"{steps}\n")
     process.stdin.flush()
 
 
@@ -165,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="steps of a round")
+    parser.add_argument("--turn", type=int, default=1, help="steps that a contender takes before the next one")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -183,16 +184,20 @@ def main() -> None:
         for kind in kinds
     }
     for process in processes.values():  # warm up, and compile, all at once
-        ask(process)
+        ask(process, words.steps)
     for process in processes.values():
         answer(process)
     rounds: dict[str, list[float]] = {kind: [] for kind in kinds}
     memory: dict[str, float] = {}
     for turn in range(words.rounds):
-        for kind in kinds if turn % 2 else reversed(kinds):
-            ask(processes[kind])
-            seconds, memory[kind] = answer(processes[kind])
-            rounds[kind].append(seconds)
+        taken = dict.fromkeys(kinds, 0.0)
+        for number in range(words.steps // words.turn):
+            for kind in kinds if number % 2 else reversed(kinds):
+                ask(processes[kind], words.turn)
+                seconds, memory[kind] = answer(processes[kind])
+                taken[kind] += seconds / words.steps
+        for kind in kinds:
+            rounds[kind].append(taken[kind])
         steps = ", ".join(f"{kind} {1e3 * rounds[kind][-1]:.1f}" for kind in kinds)
         print(f"round {turn + 1}, ms per step: {steps}", file=sys.stderr, flush=True)
     plain = rounds["plain"]

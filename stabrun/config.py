@@ -240,6 +240,10 @@ class TrainConfig:
     threads: int | None = key(None, RESOURCE, "CPU threads; null for torch's default", at_least=1, at_most=1024)
     deterministic: bool = key(False, RESOURCE, "bit-identical results on CUDA too, at lower speed")
     checkpoint_every: int = key(200, RESOURCE, "interval between checkpoints in steps; 0 for none", at_least=0)
+    checkpoint_minutes: float = key(
+        0.0, RESOURCE, "interval between checkpoints in minutes, beside that in steps; 0 for none", at_least=0
+    )
+    keep_checkpoints: int = key(2, RESOURCE, "checkpoints that are kept, the newest ones", at_least=1)
     val_every: int = key(100, VIEW, "interval between validations in steps; 0: only after the last step", at_least=0)
     val_sequences: int = key(64, VIEW, "number of validation sequences, always the same", at_least=1)
 

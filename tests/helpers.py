@@ -13,6 +13,7 @@ from stabrun.cli.main import main
 from stabrun.composition import compose, override
 from stabrun.config import conf_dir, groups
 from stabrun.data.shards import prepare
+from stabrun.record.run_dir import RunDir
 from stabrun.training.run import Run, train
 from stabrun.training.trainer import Trainer
 
@@ -27,6 +28,7 @@ TINY = (
     "train.val_sequences=4",
     "tracker=none",
 )
+RICH = ("+variant=qk_norm_cap", "model.dropout=0.1", "train.val_every=9", "train.checkpoint_every=8")
 VARIANTS = sorted(file.stem for file in (conf_dir() / "variant").glob("*.yaml"))
 PRESETS = sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml"))
 
@@ -46,6 +48,14 @@ def configured(*overrides):
 def tiny(*overrides):
     """A model of 2 layers × 16 for 30 steps, and these overrides."""
     return configured(*TINY, *overrides)
+
+
+def metrics(directory):
+    return (directory / "metrics.jsonl").read_bytes()
+
+
+def events(directory, kind):
+    return [event for event in RunDir(directory).events() if event["event"] == kind]
 
 
 def a_trainer(config):

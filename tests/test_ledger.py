@@ -107,6 +107,27 @@ def test_a_killed_owner_is_dead_before_its_parent_waits_for_it(tmp_path):
     holder.wait()
 
 
+DAMAGED = "", "{", "[]", "null", "{}", '{"pid": 1}', '{"host": "here", "pid": "one"}', '{"host": 5, "pid": 1}'
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_claim_is_that_of_a_dead_owner(tmp_path, content):
+    ledger, other = Ledger(tmp_path), Ledger(tmp_path)
+    claim = claimed(ledger)
+    claim.heartbeat(3)
+    ledger.path(CELLS[0], 1, "claim").write_text(content)
+    assert claimed(other).attempt == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"step": "x"}', '{"step": null}', '{"step": [1]}'])
+def test_a_damaged_heartbeat_is_one_of_no_steps(tmp_path, content):
+    ledger = Ledger(tmp_path)
+    claimed(ledger)
+    ledger.path(CELLS[0], 1, "beat").write_text(content)
+    assert ledger.step(CELLS[0], 1) == 0
+    assert claimed(Ledger(tmp_path)) is None  # its owner is alive
+
+
 def test_reading_creates_nothing(tmp_path):
     assert Ledger(tmp_path / "study").entries(CELLS)[CELLS[0]].status == PLANNED
     assert list(tmp_path.iterdir()) == []

@@ -45,6 +45,10 @@ def test_equivalent_overrides(words, expected):
     assert points(asked(*words)) == sorted(expected)
 
 
+def test_one_learning_rate_is_that_of_the_study():
+    assert points(asked("optim.lr=0.3", "study.seeds=1")) == [("baseline", 0.3, 0)]
+
+
 def test_a_further_axis_is_in_the_configuration():
     plan = asked("model.n_layer=2,4", "study.lrs=[0.1]", "study.seeds=1")
     assert {plan.config(cell).model.n_layer for cell in plan.cells.values()} == {2, 4}
@@ -69,6 +73,20 @@ def test_a_further_axis_is_in_the_configuration():
         (("study.lrs=[20]",), "optim.weight_decay"),
         (("study.lrs=[1e-2]", "model.n_head=2,3"), "model.n_head=3: must divide"),
         (("study.lrs=[1e-2]", "seed=0,99999999999"), "seed=99999999999"),
+        (("study.lrs=[1e-2]", "seed=0.5,1.7"), "seed=0.5: must be a whole number"),
+        (("study.lrs=[1e-2]", "optim.lr=0.3"), "optim.lr=0.3 and study.lrs=[1e-2] both say what to train"),
+        (("study.lrs=[1e-2]", "seed=0,1", "study.seeds=2"), "seed=0,1 and study.seeds=2 both say"),
+        (("study.lrs=[1e-2]", "+variant=qk_norm", "study.variants=[baseline]"), "both say what to train"),
+        (("study.lrs=[1e-2]", "model.n_layer=1,2", "model.n_layer=3"), "model.n_layer=1,2 and model.n_layer=3: give"),
+        (
+            ("study.lrs=[1e-2]", "model.n_layer=3", "++model.n_layer=1,2"),
+            "model.n_layer=3 and ++model.n_layer=1,2: give",
+        ),
+        (("optim.lr=1e-2", "optim.lr=1e-1,1"), "optim.lr=1e-2 and optim.lr=1e-1,1: give one of them"),
+        (("study.lrs=[1e-2]", "train.threads=1,2"), "train.threads=1,2: does not change what is computed"),
+        (("study.lrs=[1e-2]", "schedule.min_lr=${optim.lr}"), "schedule.min_lr: depends on the learning rate"),
+        (("study.lrs=[1e-2]", "tracker.run_name=run_${seed}"), "tracker.run_name: depends on the learning rate"),
+        (("study.lrs=[1e-2]", "tracker.tags=[a,'${optim.lr}']"), "tracker.tags: depends on the learning rate"),
     ],
 )
 def test_invalid_studies_are_refused(words, message):

@@ -1,6 +1,7 @@
 """A run directory: what it reads from damaged and unfinished files, its state, and its lock."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,18 @@ def test_the_name_of_each_file_is_in_one_module(owner):
     assert len(names) >= 6
     for name in names - {".lock", "tokenizer.json"}:  # others have such a file too
         assert sum(f'"{name}"' in text for text in sources) == 1, name
+
+
+def test_the_speed_is_unknown_until_a_start_has_said_where_it_goes_on(tmp_path):
+    """A resumed run has a record at once, whose rows this start did not train."""
+    run = RunDir(tmp_path)
+    for name, text in (("metrics.jsonl", '{"step": 99}\n'), ("events.jsonl", '{"event": "start", "step": 0}\n')):
+        (tmp_path / name).write_text(text)
+    run.lock_file.touch()
+    times = {run.events_file: 10, run.lock_file: 500, run.metrics: 501}
+    for file, at in times.items():
+        os.utime(file, (at, at))
+    assert run.steps_per_second() is None
+    run.events_file.write_text(run.events_file.read_text() + '{"event": "start", "step": 96}\n')
+    os.utime(run.events_file, (500, 500))
+    assert run.steps_per_second() == 4

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, a_trainer, configured, tiny, train_interrupted
+from helpers import RICH, TINY, a_trainer, configured, events, metrics, tiny, train_interrupted
 from helpers import run as stabrun
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from stabrun.composition import override
 from stabrun.config import UserError
@@ -26,16 +26,6 @@ from stabrun.training import checkpoint, memory, run
 from stabrun.training.optimizer import make_optimizer
 from stabrun.training.run import Run, train
 from stabrun.verdict.judge import Judge
-
-RICH = ("+variant=qk_norm_cap", "model.dropout=0.1", "train.val_every=9", "train.checkpoint_every=8")
-
-
-def metrics(directory):
-    return (directory / "metrics.jsonl").read_bytes()
-
-
-def events(directory, kind):
-    return [event for event in RunDir(directory).events() if event["event"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +290,7 @@ def test_data_that_changed_since_the_first_start_are_refused(tmp_path, monkeypat
         assert metrics(tmp_path / "run") == before
 
 
-def test_an_error_is_recorded_and_a_bad_checkpoint_named(tmp_path, monkeypatch):
+def test_an_error_is_recorded(tmp_path, monkeypatch):
     config = tiny(*RICH, f"run_dir={tmp_path / 'run'}")
     launch = Run.launch
 
@@ -314,9 +304,6 @@ def test_an_error_is_recorded_and_a_bad_checkpoint_named(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="fell off"):
             train(config)
     assert "fell off" in events(tmp_path / "run", "failed")[0]["error"]
-    (tmp_path / "run" / "checkpoints" / "step_00000008" / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(OSError, match="cannot be read"):
-        train(config)
 
 
 NONFINITE = ("optim.lr=1e18", "optim.weight_decay=0", "optim.clip=null", "schedule.warmup_steps=2")
@@ -382,9 +369,7 @@ def test_steps_without_a_checkpoint_are_reported_and_trained_again(tmp_path, int
     assert metrics(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize(
-    "file", ["summary.json", "environment.json", "metrics.jsonl", "checkpoints/step_00000013/meta.json"]
-)
+@pytest.mark.parametrize("file", ["summary.json", "environment.json", "metrics.jsonl"])
 @pytest.mark.parametrize("content", ["", "[]", '{"step": 5}\n', '{"step": "x", "train/loss": "abc"}\n'])
 def test_a_damaged_file_is_named_and_kept(tmp_path, interrupted, file, content):
     (tmp_path / "run" / file).write_text(content)
@@ -395,14 +380,6 @@ def test_a_damaged_file_is_named_and_kept(tmp_path, interrupted, file, content):
     with pytest.raises(UserError, match=message):
         train(interrupted)
     assert (tmp_path / "run" / file).read_text() == content
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path, interrupted):
-    other = GPT(tiny("model.d_model=32").model, interrupted.data.seq_len, seed=0)
-    path = tmp_path / "run" / "checkpoints" / "step_00000013" / "model.safetensors"
-    save_file({name: p.data for name, p in other.named_parameters()}, path)
-    with pytest.raises(UserError, match="another model"):
-        train(interrupted)
 
 
 def test_damaged_events_are_skipped_and_the_next_event_begins_a_line(tmp_path, interrupted):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from stabrun.config import RESULT, Config, UserError, config_yaml, differences, marked, read_config
+from stabrun.record import checkpoints
 from stabrun.record.jsonl import (
     append_line,
     dumps,
@@ -103,12 +104,16 @@ class RunDir:
     def steps_per_second(self) -> float | None:
         """Speed of the last start; None if unknown.
 
-        From the modification times of the lock, opened at the start, and of the record: one clock for both.
+        From the modification times of the lock, opened at the start, and of the record: one clock for both. Unknown
+        between the lock and the event of the start, which says from which step it goes on.
         """
         try:
             starts = self.starts()
-            began, now = self.lock_file.stat().st_mtime, self.metrics.stat().st_mtime
+            files = self.lock_file, self.events_file, self.metrics
+            began, told, now = (file.stat().st_mtime for file in files)
         except OSError:
+            return None
+        if told < began:
             return None
         steps = self.steps_done() - starts[-1] if starts else 0
         return steps / (now - began) if steps > 0 and now > began else None
@@ -184,8 +189,7 @@ class RunDir:
         if self.watched_file.is_file():
             newest = self.checkpoint_before(math.inf)
             return newest and newest[0]
-        names = [meta.parent.name for meta in self.checkpoints.glob("step_*/meta.json")]
-        return max((int(name.removeprefix("step_")) for name in names), default=None)
+        return next(iter(checkpoints.steps(self.checkpoints)), None)
 
     def checkpoint_before(self, step: float) -> tuple[int, Path] | None:
         """The newest checkpoint that holds no update after `step`: its updates and path. None if there is none.

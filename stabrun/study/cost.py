@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
+from stabrun import interpreter
 from stabrun.config import Config, StudyConfig
 from stabrun.model.counts import flops_per_token, parameters
 from stabrun.model.gpus import BY_NAME, Gpu, of_device
@@ -109,6 +110,8 @@ def gpu_of(study: StudyConfig) -> Gpu | None:
 
 def matrix_speed(threads: int) -> float:
     """FLOP/s of a large matrix product. In a process of its own: numpy reads the number of threads when imported."""
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    env = (
+        os.environ | interpreter.environment() | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    )
     done = subprocess.run([sys.executable, "-c", BENCHMARK], env=env, capture_output=True, text=True, check=True)
     return float(done.stdout)

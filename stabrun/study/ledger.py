@@ -61,10 +61,14 @@ def this_process() -> dict[str, Any]:
 
 
 def has_ended(owner: dict[str, Any]) -> bool:
-    """Whether an owner's process is known to have ended. False for owners on other machines."""
-    if owner.get("host") != socket.gethostname() or owner.get("born") is None:
-        return False
-    return bool(owner["born"] != _start_time(int(owner["pid"])))
+    """Whether an owner's process is known to have ended. False for owners on other machines.
+
+    An owner that names no process is that of a damaged claim, as a power cut may leave it: its process has ended, too.
+    """
+    host, pid, born = (owner.get(name) for name in ("host", "pid", "born"))
+    if not isinstance(host, str) or not isinstance(pid, int):
+        return True
+    return host == socket.gethostname() and born is not None and born != _start_time(pid)
 
 
 def _start_time(pid: int) -> str | None:
@@ -129,7 +133,7 @@ class Ledger:
         if entry.status == RUNNING:
             if self.is_alive(cell, entry.attempt):
                 return None
-            progressed = self._step(cell, entry.attempt) > self._step(cell, entry.attempt - 1)
+            progressed = self.step(cell, entry.attempt) > self.step(cell, entry.attempt - 1)
             self.end(cell, entry.attempt, "left" if progressed else "failed", "its owner died")
             (entry.left if progressed else entry.failed).add(entry.attempt)
         if entry.status != PLANNED:
@@ -137,7 +141,10 @@ class Ledger:
         attempt = entry.attempt + 1
         self.make()
         scratch = self.study.ledger / f".{self.owner['id']}"
-        scratch.write_text(json.dumps(self.owner) + "\n")
+        with open(scratch, "w") as file:
+            file.write(json.dumps(self.owner) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         try:
             os.link(scratch, self.path(cell, attempt, "claim"))
         except FileExistsError:
@@ -158,7 +165,7 @@ class Ledger:
         return now - since < self.lease
 
     def owner_of(self, cell: str, attempt: int) -> dict[str, Any]:
-        """The process that claimed an attempt; empty if unknown."""
+        """The process that claimed an attempt; empty if the claim is damaged."""
         return _object(self.path(cell, attempt, "claim"))
 
     def heartbeat(self, cell: str, attempt: int) -> dict[str, Any]:
@@ -184,8 +191,10 @@ class Ledger:
         self.end(cell, attempt, "left", "its end is no longer valid")
         os.rename(self.study.run(cell).path, self.study.attempt(cell, attempt).path)
 
-    def _step(self, cell: str, attempt: int) -> int:
-        return int(self.heartbeat(cell, attempt).get("step", 0))
+    def step(self, cell: str, attempt: int) -> int:
+        """The updates of an attempt by its last heartbeat; 0 if there is none."""
+        step = self.heartbeat(cell, attempt).get("step", 0)
+        return step if isinstance(step, int) else 0
 
     def path(self, cell: str, attempt: int, kind: str) -> Path:
         return self.study.ledger / f"{cell}.{attempt:04d}.{kind}"

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import uuid
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from stabrun import interpreter
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.ledger import Ledger
 
 GRACE = 60.0  # seconds that workers have to stop after Ctrl-C
+TAIL = 4096  # bytes of a log in which its last line is looked for
 SPARE = 3  # extra worker restarts allowed before any cell starts
 
 Process = subprocess.Popen[bytes]
@@ -40,8 +43,10 @@ class WorkerPool(ABC):
             self.starts_left -= missing
             self.start(missing)
         elif alive == 0:
-            log = str(StudyDir(self.directory).worker_log)
-            raise ChildProcessError(errno.ECHILD, "workers end before they train", log)
+            log = StudyDir(self.directory).worker_log
+            last = last_line(log)
+            why = f"workers end before they train{': ' if last else ''}{last}"
+            raise ChildProcessError(errno.ECHILD, why, str(log))
 
     @abstractmethod
     def alive(self) -> int:
@@ -59,7 +64,17 @@ class WorkerPool(ABC):
         """A process for this pool that writes to `worker.log`."""
         command = [sys.executable, "-m", module, str(self.directory.absolute()), *arguments]
         with open(StudyDir(self.directory).worker_log, "ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
+            whole = os.environ | interpreter.environment() | environment
+            return subprocess.Popen(command, stdout=log, stderr=log, env=whole)
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that is not empty; empty if there is none."""
+    with suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+        lines = file.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return ""
 
 
 class LocalPool(WorkerPool):

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.composition import SHIPPED, Sources, compose_each, parsed, user_errors
-from stabrun.config import Config, StudyConfig, UserError, check, hashed
+from stabrun.config import RESULT, Config, StudyConfig, UserError, check, hashed, keys, value_of
 from stabrun.study.plan import CELL_KEYS, FRONTIER, GRID, Plan, at
+
+EITHER = {"+variant": "study.variants", "optim.lr": "study.lrs", "seed": "study.seeds"}  # ways to give the same
 
 
 def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Path, Config]:
@@ -20,18 +22,20 @@ def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Pat
     Raises UserError, before anything is created, if the overrides are invalid.
     """
     fixed, axes = split_axes(overrides)
+    _refuse_conflicts(fixed, axes)
     (common,) = compose_each([fixed], sources)
     study = common.study
     if common.run_dir is not None or "run_dir" in axes:
         raise UserError("run_dir: has no effect in a study; use study_dir=DIR.")
     variants = axes.pop("+variant", None) or study.variants or [common.variant]
     rates = [_number("optim.lr", value) for value in axes.pop("optim.lr", [])] or list(study.lrs)
-    seeds = [int(_number("seed", value)) for value in axes.pop("seed", [])]
+    seeds = [_whole_number("seed", value) for value in axes.pop("seed", [])]
     seeds = seeds or list(range(common.seed, common.seed + study.seeds))
     _refuse_duplicates({"study.variants": variants, "study.lrs": rates, "seed": seeds, **axes})
     _refuse_rates(study, rates)
     arm_overrides = dict(_arms(fixed, variants, axes))
     arms = dict(zip(arm_overrides, compose_each(arm_overrides.values(), sources), strict=True))
+    _refuse_interpolations(arms, arm_overrides, sources)
     if study.strategy == FRONTIER:
         _refuse_schedules(fixed, axes)
         common, arms = for_search(common), {name: for_search(arm) for name, arm in arms.items()}
@@ -44,6 +48,34 @@ def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Pat
     for name, rate, seed in itertools.product(arms, rates, seeds):  # a search has no rates yet
         plan.add(name, rate, seed)
     return plan, directory, common
+
+
+def _refuse_conflicts(fixed: list[str], axes: dict[str, list[str]]) -> None:
+    """Raise UserError if two overrides say what to train, or an axis makes no other runs."""
+    given = dict(word.partition("=")[::2] for word in fixed) | {key: ",".join(values) for key, values in axes.items()}
+    for one, other in EITHER.items():
+        if one in axes and other in given:
+            raise UserError(f"{one}={given[one]} and {other}={given[other]} both say what to train; give one of them.")
+    marks = {key.path: key.mark for key in keys()}
+    for key in axes:
+        if marks.get(key, RESULT) != RESULT:
+            raise UserError(f"{key}={given[key]}: does not change what is computed; all its runs would be the same.")
+
+
+def _refuse_interpolations(arms: dict[str, Config], overrides: dict[str, list[str]], sources: Sources) -> None:
+    """Raise UserError if a value depends on the learning rate or the seed, which differ between the cells of an arm."""
+    others = [at(arm, arm.optim.lr / 2, arm.seed + 1) for arm in arms.values()]
+    words = [
+        [*own, f"optim.lr={o.optim.lr}", f"seed={o.seed}"] for own, o in zip(overrides.values(), others, strict=True)
+    ]
+    for found, expected in zip(compose_each(words, sources), others, strict=True):
+        for key in keys():
+            value = value_of(found, key.path)
+            if value != value_of(expected, key.path):
+                raise UserError(
+                    f"{key.path}: depends on the learning rate or the seed. A study has one value for all runs of an "
+                    "arm; `stabrun train -m` has one for each run."
+                )
 
 
 def _refuse_duplicates(values_by_key: dict[str, list[Any]]) -> None:
@@ -98,22 +130,38 @@ def _arms(fixed: list[str], variants: Iterable[str], axes: dict[str, list[str]])
 def split_axes(overrides: list[str]) -> tuple[list[str], dict[str, list[str]]]:
     """The overrides with one value, and the values of each key that is swept.
 
-    `+variant` is always an axis. `+variant=[A,B]` is one variant of two parts, as for `stabrun train`.
+    `+variant` and the learning rate are always axes. `+variant=[A,B]` is one variant of two parts, as for
+    `stabrun train`.
     """
     with user_errors():
         words = parsed(overrides, globs=False)
     fixed, axes = list[str](), dict[str, list[str]]()
+    last = dict[str, str]()  # key → its override
     for override in words:
-        key = override.get_key_element()
+        key, word = override.get_key_element(), str(override.input_line)
+        name = key.lstrip("+~")
+        swept = override.is_sweep_override() or (name in axes and name != "optim.lr")
+        if swept and last.get(name, word) != word and key != "+variant":
+            raise UserError(f"{last[name]} and {word}: give one of them.")
+        last[name] = word
         if override.is_sweep_override():
             axes[key] = list(override.sweep_string_iterator())
         elif key == "+variant":
             value: Any = override.value()
             name = "+".join(map(str, value)) if isinstance(value, list) else str(value)
             axes.setdefault(key, []).append(name)
+        elif key == "optim.lr":
+            axes[key] = [str(override.value())]
         else:
-            fixed.append(str(override.input_line))
+            fixed.append(word)
     return fixed, axes
+
+
+def _whole_number(key: str, value: str) -> int:
+    number = _number(key, value)
+    if number != int(number):
+        raise UserError(f"{key}={value}: must be a whole number.")
+    return int(number)
 
 
 def _number(key: str, value: str) -> float:

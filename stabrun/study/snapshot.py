@@ -109,7 +109,7 @@ class SnapshotReader:
 
     def _attempt(self, cell: Cell, plan: Plan, number: int) -> Attempt:
         ledger, run = self.ledger, self.study.attempt(cell.id, number)
-        owner, step = ledger.owner_of(cell.id, number), int(ledger.heartbeat(cell.id, number).get("step", 0))
+        owner, step = ledger.owner_of(cell.id, number), ledger.step(cell.id, number)
         modified = [at for kind in ("beat", "claim") if (at := _modified(ledger.path(cell.id, number, kind)))]
         return Attempt(
             cell,

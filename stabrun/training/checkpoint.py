@@ -1,14 +1,16 @@
 """Checkpoints in safetensors and JSON: loading one never runs code.
 
 `checkpoints/step_00000200/` is the state after 200 updates: `model.safetensors` (parameters and buffers by name, tied
-weights once), `optimizer.safetensors` (Adam's state as `name/part`) and `meta.json` (the step, and the loss scale of
-fp16). A checkpoint appears under its name once it is complete, and replaces the previous one.
+weights once), `optimizer.safetensors` (Adam's state as `name/part`) and `meta.json` (the step, the loss scale of fp16,
+and SHA-256 sums of the files and of itself). A checkpoint appears under its name once it is complete.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stabrun.config import UserError
+from stabrun.record.checkpoints import META, name_of, steps
 from stabrun.record.jsonl import read_json
 from stabrun.training.ranks import Ranks
 
-META = "meta.json"
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 Scaler = dict[str, Any]  # `LossScale.state`; empty in other precisions than fp16
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Scaler) -> Path:
-    """Write the state after `step` updates below `folder` and remove older checkpoints. Returns its path."""
-    target, scratch = folder / f"step_{step:08d}", folder / "incomplete"
+def save(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Scaler, keep: int = 1
+) -> Path:
+    """Write the state after `step` updates below `folder`, and keep the newest `keep` checkpoints. Returns its path."""
+    target, scratch = folder / name_of(step), folder / "incomplete"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         _write(scratch, {"step": step, "scaler": scaler}, model, optimizer)
@@ -37,22 +42,34 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         sync(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    for old in folder.glob("step_*"):
-        if old != target:
-            shutil.rmtree(old)
+    for old in [*steps(folder).values()][keep:]:
+        shutil.rmtree(old)
     return target
 
 
 def _write(scratch: Path, meta: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     scratch.mkdir(parents=True)
+    files = {MODEL: _model_state(model), OPTIMIZER: _optimizer_state(model, optimizer)}
     try:
-        save_file(_model_state(model), scratch / "model.safetensors")
-        save_file(_optimizer_state(model, optimizer), scratch / "optimizer.safetensors")
+        for name, state in files.items():
+            save_file(state, scratch / name)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(errno.EIO, str(error), str(scratch)) from error
-    (scratch / META).write_text(json.dumps(meta) + "\n")
+    meta = meta | {"sha256": {name: _sum_of(scratch / name) for name in files}}
+    (scratch / META).write_text(json.dumps(meta | {"check": _sum(meta)}) + "\n")
+    mode = (scratch / META).stat().st_mode
     for file in scratch.iterdir():
+        file.chmod(mode)  # safetensors lets only the owner read its files
         sync(file)
+
+
+def _sum(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _sum_of(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -64,25 +81,61 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def latest(folder: Path) -> tuple[int, Path] | None:
-    """The newest complete checkpoint below `folder`: its updates and path. UserError if its step is damaged."""
-    newest = max((meta.parent for meta in folder.glob(f"step_*/{META}")), default=None)
-    if newest is None:
-        return None
-    step = read_json(newest / META).get("step")
-    if not isinstance(step, int) or newest.name != f"step_{step:08d}":
-        raise UserError(f"{newest / META} is damaged: its step differs from the name of its directory.")
-    return step, newest
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if its files are as they were written. OSError if reading fails."""
+    try:
+        meta = read_json(path / META)
+        if "check" not in meta or meta.pop("check") != _sum(meta) or name_of(meta["step"]) != path.name:
+            return f"{META} is damaged, or of an earlier version"
+        return next((f"{file} is damaged" for file, own in meta["sha256"].items() if _sum_of(path / file) != own), None)
+    except UserError:
+        return f"{META} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+
+
+def latest(folder: Path, passed: Callable[[Path, str], None] = lambda path, why: None) -> tuple[int, Path] | None:
+    """The newest whole checkpoint below `folder`: its updates and path; None if there is none.
+
+    `passed` is called with each newer one that is damaged, and why. Raises UserError if all are.
+    """
+    broken = dict[Path, str]()
+    for step, path in steps(folder).items():
+        why = damage(path)
+        if why is None:
+            for other, reason in broken.items():
+                passed(other, reason)
+            return step, path
+        broken[path] = why
+    if broken:
+        (path, why), *_ = broken.items()
+        others = "" if len(broken) == 1 else " The older ones are damaged, too."
+        raise UserError(f"{path}: {why}.{others} Delete {folder} to train from the start.")
+    return None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is not found any more. Returns its new path."""
+    target = path.with_name(f"damaged_{path.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    return path.rename(target)
 
 
 def at(folder: Path, step: int | None) -> Path:
-    """The newest checkpoint below `folder`, or the one after `step` updates. UserError if it is missing."""
-    newest = latest(folder)
-    if newest is None:
+    """The newest whole checkpoint below `folder`, or that after `step` updates. UserError if missing or damaged."""
+    found = steps(folder)
+    if not found:
         raise UserError(f"{folder.parent}: no checkpoint; none has been written yet, or train.checkpoint_every=0.")
-    if step is not None and step != newest[0]:
-        raise UserError(f"step={step}: {folder.parent} has no such checkpoint; the only one is of step {newest[0]}.")
-    return newest[1]
+    if step is None:
+        newest = latest(folder)
+        assert newest
+        return newest[1]
+    if step not in found:
+        there = ", ".join(map(str, sorted(found)))
+        raise UserError(f"step={step}: {folder.parent} has no such checkpoint; it has those of step {there}.")
+    if why := damage(found[step]):
+        raise UserError(f"{found[step]}: {why}.")
+    return found[step]
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Scaler:
@@ -91,7 +144,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Scal
     Raises OSError if the files cannot be read, UserError if they are of another model.
     """
     load_model(path, model)
-    _put_moments(_read(path / "optimizer.safetensors"), model, optimizer)
+    _put_moments(_read(path / OPTIMIZER), model, optimizer)
     scaler = read_json(path / META).get("scaler")
     return scaler if isinstance(scaler, dict) else {}
 
@@ -99,7 +152,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Scal
 @torch.no_grad()
 def load_model(path: Path, model: nn.Module) -> None:
     """Put the weights below `path` into a model of the same configuration; raises as `load` does."""
-    state = _read(path / "model.safetensors")
+    state = _read(path / MODEL)
     here = _model_state(model)
     if {name: tensor.shape for name, tensor in here.items()} != {name: tensor.shape for name, tensor in state.items()}:
         raise UserError(f"{path} has the weights of another model; delete it to train from the start.")

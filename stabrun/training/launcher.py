@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from stabrun import interpreter
 from stabrun.training.place import Place
 from stabrun.training.ranks import RESUMES, LostRankError
 from stabrun.training.stop import Stop
@@ -71,6 +72,7 @@ class Launch(threading.Thread):
 
         for name in ("torch.distributed.elastic", "torch.multiprocessing"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # they log tracebacks; the error is one sentence
+        os.environ.update(interpreter.environment())
         self.reports = get_context("spawn").SimpleQueue()
         # Ranks inherit the mask, until they can handle the signal. After the queue, which may reset the mask.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -108,7 +108,7 @@ class Run:
         )
         self.run_dir.keep_environment(self.environment)
         self.run_dir.keep_tokenizer(trainer.data.tokenizer())
-        self.done, path = checkpoint.latest(self.run_dir.checkpoints) or (0, None)
+        self.done, path = checkpoint.latest(self.run_dir.checkpoints, self.pass_over) or (0, None)
         earlier, lost = record.cut(self.done)
         if lost:
             warn(f"{self.run_dir.path}: {lost} of {self.done + lost} recorded steps have no checkpoint; trained again.")
@@ -129,7 +129,14 @@ class Run:
             self.record.write, self.judge.add, self.tally.add, self.tracker.row, self.usage.add
         ]  # fmt: skip
         self.watches += [watch] if watch else []
+        self.saved_at = time.monotonic()
         self.resumed_at = {"step": self.done, "tokens": self.tokens}
+
+    def pass_over(self, path: Path, why: str) -> None:
+        """Report a damaged checkpoint, and rename it."""
+        aside = checkpoint.set_aside(path)
+        warn(f"{path}: {why}; an older checkpoint is used. The damaged one is kept as {aside.name}.")
+        self.record.event("damaged", path=path.name, why=why)
 
     def share_progress(self) -> None:
         """Give each rank what the first one knows from its record: all take the same decisions afterwards."""
@@ -169,6 +176,7 @@ class Run:
         The values of a step are read after the next step is launched, so that the device never waits for the reader.
         """
         steps, every = self.config.train.steps, self.config.train.checkpoint_every
+        minutes = self.config.train.checkpoint_minutes
         pending: Row | None = None  # launched and not yet read
         while self.done < steps:
             launched = self.launch(self.done)
@@ -177,12 +185,13 @@ class Run:
             if self.over:
                 return STOPPED
             pending, stopping, last = launched, self.ranks.any(stop.asked), self.done == steps
-            if stopping or last or (every and self.done % every == 0):
+            late = minutes > 0 and self.ranks.any(time.monotonic() - self.saved_at >= 60 * minutes)
+            if stopping or last or late or (every and self.done % every == 0):
                 self.read(pending)
                 pending = None
                 if self.over:
                     return STOPPED
-                if every or stopping:
+                if every or minutes or stopping:
                     self.save()
             if stopping and not last:
                 return INTERRUPTED
@@ -237,11 +246,13 @@ class Run:
 
     def save(self) -> None:
         """Save a checkpoint after the record's rows are on disk."""
+        self.saved_at = time.monotonic()
         if not self.ranks.first:
             return
         self.record.sync()
         trainer, folder = self.trainer, self.run_dir.checkpoints
-        path = checkpoint.save(folder, self.done, trainer.model, trainer.optimizer, trainer.scaling.state())
+        state, keep = trainer.scaling.state(), self.config.train.keep_checkpoints
+        path = checkpoint.save(folder, self.done, trainer.model, trainer.optimizer, state, keep)
         self.record.event("checkpoint", step=self.done, path=path.name)
 
     def summary(self, status: str, seconds: float) -> Summary:
