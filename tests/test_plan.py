@@ -38,7 +38,7 @@ def test_planned_configurations_are_frozen(tmp_path):
 
 def test_a_larger_study_extends_the_plan_in_the_same_directory():
     directory = planned(list(QUESTION))[1]
-    for more in ("study.variants=[qk_norm,soft_cap]", "study.lrs=[3e-2]", "study.seeds=3", "optim.lr=1e-2,0.5"):
+    for more in ("study.variants=[qk_norm,soft_cap]", "study.lrs=[3e-2]", "study.seeds=3", "study.lrs=[1e-2,0.5]"):
         larger, other, _ = planned([*QUESTION[:0], *(w for w in QUESTION if w[:9] != more[:9]), more])
         assert other == directory, more
         both = extended(asked(*QUESTION), larger)

@@ -35,7 +35,8 @@ def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Pat
     _refuse_rates(study, rates)
     arm_overrides = dict(_arms(fixed, variants, axes))
     arms = dict(zip(arm_overrides, compose_each(arm_overrides.values(), sources), strict=True))
-    _refuse_interpolations(arms, arm_overrides, sources)
+    if sources.config_dir or any("${" in word for word in overrides):  # stabrun's own files have no interpolations
+        _refuse_interpolations(arms, arm_overrides, sources)
     if study.strategy == FRONTIER:
         _refuse_schedules(fixed, axes)
         common, arms = for_search(common), {name: for_search(arm) for name, arm in arms.items()}
@@ -58,7 +59,7 @@ def _refuse_conflicts(fixed: list[str], axes: dict[str, list[str]]) -> None:
             raise UserError(f"{one}={given[one]} and {other}={given[other]} both say what to train; give one of them.")
     marks = {key.path: key.mark for key in keys()}
     for key in axes:
-        if marks.get(key, RESULT) != RESULT:
+        if key != "run_dir" and marks.get(key, RESULT) != RESULT:
             raise UserError(f"{key}={given[key]}: does not change what is computed; all its runs would be the same.")
 
 

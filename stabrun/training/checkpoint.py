@@ -24,6 +24,7 @@ from stabrun.record.checkpoints import META, name_of, steps
 from stabrun.record.jsonl import read_json
 from stabrun.training.ranks import Ranks
 
+EARLIER = {"step", "scaler"}  # what META had before there were checksums
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 Scaler = dict[str, Any]  # `LossScale.state`; empty in other precisions than fp16
@@ -85,8 +86,10 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if its files are as they were written. OSError if reading fails."""
     try:
         meta = read_json(path / META)
+        if meta.keys() == EARLIER and isinstance(meta["step"], int) and name_of(meta["step"]) == path.name:
+            return None  # whose damage cannot be seen
         if "check" not in meta or meta.pop("check") != _sum(meta) or name_of(meta["step"]) != path.name:
-            return f"{META} is damaged, or of an earlier version"
+            return f"{META} is damaged"
         return next((f"{file} is damaged" for file, own in meta["sha256"].items() if _sum_of(path / file) != own), None)
     except UserError:
         return f"{META} is damaged"
