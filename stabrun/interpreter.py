@@ -1,6 +1,9 @@
 """How further processes of this Python are started."""
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import PathFinder
 
 SAFE = {"PYTHONSAFEPATH": "1"}
@@ -14,3 +17,18 @@ def environment() -> dict[str, str]:
     """
     path = sys.path if sys.flags.safe_path else sys.path[1:]  # the first entry is the script's or working directory
     return dict(SAFE) if PathFinder.find_spec("stabrun", path) else {}
+
+
+@contextmanager
+def inherited() -> Iterator[None]:
+    """Add it to the environment of this process, for processes that are started while the block runs."""
+    before = {name: os.environ.get(name) for name in SAFE}
+    os.environ.update(environment())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,6 +1,7 @@
 """Real clusters for tests, started by the scripts, and the processes of a study that runs on one."""
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -30,7 +31,9 @@ def cluster(script, nodes, variable):
     command = [sys.executable, SCRIPTS / script, str(nodes), "sh", "-c", shell]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        environment = dict(line.rstrip("\n").split("=", 1) for line in iter(process.stdout.readline, "\n") if line)
+        lines = itertools.takewhile(lambda line: line != "\n", process.stdout)
+        environment = dict(line.rstrip("\n").split("=", 1) for line in lines)
+        assert environment, f"{script} has ended"
         yield environment, process
     finally:
         process.stdin.close()

@@ -8,7 +8,7 @@ import stabrun
 
 ROOT = Path(stabrun.__file__).parent
 FLOORS = (  # from the ground up; rooms of one floor do not import each other
-    ("config", "text", "version"),
+    ("config", "interpreter", "text", "version"),
     ("composition",),
     ("record",),
     ("foreign", "verdict"),

@@ -151,10 +151,10 @@ def split_axes(overrides: list[str]) -> tuple[list[str], dict[str, list[str]]]:
             value: Any = override.value()
             name = "+".join(map(str, value)) if isinstance(value, list) else str(value)
             axes.setdefault(key, []).append(name)
-        elif key == "optim.lr":
-            axes[key] = [str(override.value())]
         else:
             fixed.append(word)
+            if key == "optim.lr":
+                axes[key] = [str(override.value())]
     return fixed, axes
 
 

@@ -67,12 +67,15 @@ class Launch(threading.Thread):
         self.value: Any = None
 
     def run(self) -> None:
+        with interpreter.inherited():
+            self._run()
+
+    def _run(self) -> None:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
         for name in ("torch.distributed.elastic", "torch.multiprocessing"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # they log tracebacks; the error is one sentence
-        os.environ.update(interpreter.environment())
         self.reports = get_context("spawn").SimpleQueue()
         # Ranks inherit the mask, until they can handle the signal. After the queue, which may reset the mask.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
