@@ -137,15 +137,14 @@ def split_axes(overrides: list[str]) -> tuple[list[str], dict[str, list[str]]]:
     with user_errors():
         words = parsed(overrides, globs=False)
     fixed, axes = list[str](), dict[str, list[str]]()
-    last = dict[str, str]()  # key → its override
+    swept = dict[str, str]()  # key → the override that sweeps it, after which there may be no other
     for override in words:
         key, word = override.get_key_element(), str(override.input_line)
         name = key.lstrip("+~")
-        swept = override.is_sweep_override() or (name in axes and name != "optim.lr")
-        if swept and last.get(name, word) != word and key != "+variant":
-            raise UserError(f"{last[name]} and {word}: give one of them.")
-        last[name] = word
+        if name in swept:
+            raise UserError(f"{swept[name]} and {word}: give one of them.")
         if override.is_sweep_override():
+            swept[name] = word
             axes[key] = list(override.sweep_string_iterator())
         elif key == "+variant":
             value: Any = override.value()
