@@ -78,7 +78,6 @@ def test_a_further_axis_is_in_the_configuration():
         (("study.lrs=[1e-2]", "seed=0,1", "study.seeds=2"), "seed=0,1 and study.seeds=2 both say"),
         (("study.lrs=[1e-2]", "+variant=qk_norm", "study.variants=[baseline]"), "both say what to train"),
         (("study.lrs=[1e-2]", "model.n_layer=1,2", "model.n_layer=3"), "model.n_layer=1,2 and model.n_layer=3: give"),
-        (),
         (("study.lrs=[1e-2]", "train.threads=1,2"), "train.threads=1,2: does not change what is computed"),
         (("study.lrs=[1e-2]", "schedule.min_lr=${optim.lr}"), "schedule.min_lr: depends on the learning rate"),
         (("study.lrs=[1e-2]", "tracker.run_name=run_${seed}"), "tracker.run_name: depends on the learning rate"),
