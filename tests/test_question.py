@@ -74,6 +74,8 @@ def test_a_further_axis_is_in_the_configuration():
         (("study.lrs=[1e-2]", "model.n_head=2,3"), "model.n_head=3: must divide"),
         (("study.lrs=[1e-2]", "seed=0,99999999999"), "seed=99999999999"),
         (("study.lrs=[1e-2]", "seed=0.5,1.7"), "seed=0.5: must be a whole number"),
+        (("study.lrs=[1e-2]", "seed=0,inf"), "seed=inf: must be a whole number"),
+        (("study.lrs=[1e-2]", "seed=0,nan"), "seed=nan: must be a whole number"),
         (("study.lrs=[1e-2]", "optim.lr=0.3"), "optim.lr=0.3 and study.lrs=[1e-2] both say what to train"),
         (("study.lrs=[1e-2]", "seed=0,1", "study.seeds=2"), "seed=0,1 and study.seeds=2 both say"),
         (("study.lrs=[1e-2]", "+variant=qk_norm", "study.variants=[baseline]"), "both say what to train"),

@@ -159,7 +159,7 @@ def split_axes(overrides: list[str]) -> tuple[list[str], dict[str, list[str]]]:
 
 def _whole_number(key: str, value: str) -> int:
     number = _number(key, value)
-    if number != int(number):
+    if not number.is_integer():
         raise UserError(f"{key}={value}: must be a whole number.")
     return int(number)
 
