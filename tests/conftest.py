@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread, a cache of their own, and runs that are quick."""
 
 import os
+import shutil
 import signal
 
 os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -73,3 +74,35 @@ def missing_runs(tmp_path_factory):
     for name, option in options.items():
         a_study(place / name, **option)
     return {name: place / name for name in options}
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The record of an undisturbed run."""
+    from helpers import RICH, metrics, tiny
+
+    from stabrun.training.run import train
+
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    train(tiny(*RICH, f"run_dir={directory}"))
+    return metrics(directory)
+
+
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory):
+    """The directory of that run, interrupted after 13 steps: its checkpoints are of steps 8 and 13."""
+    from helpers import RICH, tiny, train_interrupted
+
+    directory = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        train_interrupted(tiny(*RICH, f"run_dir={directory}"), patch, at=12)
+    return directory
+
+
+@pytest.fixture
+def interrupted(tmp_path, stopped):
+    """The configuration of a copy of the interrupted run, in `tmp_path / "run"`."""
+    from helpers import RICH, tiny
+
+    shutil.copytree(stopped, tmp_path / "run")
+    return tiny(*RICH, f"run_dir={tmp_path / 'run'}")

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import RICH, events, metrics, tiny, train_interrupted
+from helpers import RICH, events, metrics, tiny
 from helpers import run as stabrun
 from safetensors.torch import load_file, save_file
 
@@ -17,30 +17,6 @@ from stabrun.training import checkpoint
 from stabrun.training.run import train
 
 FILES = "meta.json", "model.safetensors", "optimizer.safetensors"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The record of an undisturbed run."""
-    directory = tmp_path_factory.mktemp("whole") / "run"
-    train(tiny(*RICH, f"run_dir={directory}"))
-    return metrics(directory)
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """The directory of a run that was interrupted after 13 steps: its checkpoints are of steps 8 and 13."""
-    directory = tmp_path_factory.mktemp("stopped") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        train_interrupted(tiny(*RICH, f"run_dir={directory}"), patch, at=12)
-    return directory
-
-
-@pytest.fixture
-def interrupted(tmp_path, stopped):
-    """The configuration of a copy of that run."""
-    shutil.copytree(stopped, tmp_path / "run")
-    return tiny(*RICH, f"run_dir={tmp_path / 'run'}")
 
 
 def cut(content, random):

@@ -28,14 +28,6 @@ from stabrun.training.run import Run, train
 from stabrun.verdict.judge import Judge
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The record of an undisturbed run."""
-    directory = tmp_path_factory.mktemp("whole") / "run"
-    train(tiny(*RICH, f"run_dir={directory}"))
-    return metrics(directory)
-
-
 def test_a_run_leaves_all_its_files(tmp_path):
     summary = train(tiny(f"run_dir={tmp_path / 'run'}"))
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -344,22 +336,6 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(tmp_
     summary = train(config)
     assert len(events(tmp_path / "run", "start")) == 1
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """The directory of a run that was interrupted after step 12."""
-    directory = tmp_path_factory.mktemp("stopped") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        train_interrupted(tiny(*RICH, f"run_dir={directory}"), patch, at=12)
-    return directory
-
-
-@pytest.fixture
-def interrupted(tmp_path, stopped):
-    """The configuration of a copy of that run."""
-    shutil.copytree(stopped, tmp_path / "run")
-    return tiny(*RICH, f"run_dir={tmp_path / 'run'}")
 
 
 def test_steps_without_a_checkpoint_are_reported_and_trained_again(tmp_path, interrupted, whole, capsys):
