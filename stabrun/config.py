@@ -231,6 +231,29 @@ class TrainConfig:
     loss_scale_growth: int = key(
         2000, RESULT, "fp16: steps without overflow after which the loss scale doubles", at_least=1
     )
+    recovery: str = key(
+        "none", RESULT,
+        "skip: leave out updates whose loss or gradient is an outlier; rewind: when the run diverges or its loss has a "
+        "spike, go back to an earlier state, and on with other batches",
+        absent="none", allowed=("none", "skip", "rewind"),
+    )  # fmt: skip
+    recovery_limit: int = key(
+        5, RESULT, "skip: outliers in a row that are left out; rewind: number of times that a run goes back",
+        absent=5, at_least=1,
+    )  # fmt: skip
+    recovery_every: int = key(
+        100, RESULT, "rewind: interval in steps between the states that a run can go back to", absent=100, at_least=1
+    )
+    recovery_lr: float = key(
+        1.0, RESULT, "rewind: factor of the learning rate after each time", absent=1.0, above=0, at_most=1
+    )
+    outlier_loss: float = key(
+        6.0, RESULT, "loss of an outlier or a spike: above the recent median, in robust standard deviations",
+        absent=6.0, above=0,
+    )  # fmt: skip
+    outlier_grad: float = key(
+        10.0, RESULT, "gradient norm of an outlier, as a multiple of the recent median", absent=10.0, above=1
+    )
     stop_early: bool = key(False, RESULT, "end a run once its divergence is certain; always true in a search")
     compile: bool | None = key(None, RESOURCE, "torch.compile; null: only on CUDA")
     recompute: str = key(

@@ -65,7 +65,7 @@ def test_a_rerun_of_a_run_of_a_study_has_a_name_group_and_id_of_its_own(tmp_path
     train(tiny("train.steps=3", "run_dir=run", "tracker.run_name=cell", "tracker.group=edge-0123"))
     changed = rerun_config(tmp_path / "run", ["seed=7"])
     assert (changed.tracker.run_name, changed.tracker.group) == (None, None)
-    assert tracker.wandb_id(changed, tmp_path / str(changed.run_dir)) == run_id(changed)
+    assert tracker.wandb_id(changed, RunDir(tmp_path / str(changed.run_dir))) == run_id(changed)
     config = rerun_config(tmp_path / "run", ["tracker.name=wandb"])
     train(config)
     opened = Inspected(latest(tmp_path / "runs" / f"{run_id(config)}-rerun")).run

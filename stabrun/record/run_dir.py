@@ -253,6 +253,15 @@ class RunDir:
         elif self.path.is_dir() and any(item != self.lock_file for item in self.path.iterdir()):
             raise UserError(f"run_dir={self.path}: not empty, and not a run directory.")
 
+    def rewound_file(self, number: int) -> Path:
+        """The rows that the rewind of this number, from 1, removed from `metrics.jsonl`."""
+        return self.path / f"rewound_{number}.jsonl"
+
+    def rewinds(self) -> list[int]:
+        """The step that each rewind went back to. A rewind that a kill interrupted may have two events."""
+        found = {event.get("number"): event.get("to") for event in self.events() if event.get("event") == "rewind"}
+        return [step for number, step in found.items() if isinstance(number, int) and isinstance(step, int)]
+
     def is_locked(self) -> bool:
         """Whether a process is training the run. Tried by a shared lock, released at once."""
         try:
@@ -316,6 +325,14 @@ class RunWriter:
             )
         self._truncate(end)
         return rows, lines - len(rows)
+
+    def keep_rewound(self, step: int, number: int) -> None:
+        """Copy the rows from `step` on to `rewound_N.jsonl`, before they are cut."""
+        self.sync()
+        _, end, _ = self._first_rows(lambda count, _: count < step)
+        with open(self.run.metrics, "rb") as rows:
+            rows.seek(end)
+            write_atomic(self.run.rewound_file(number), rows.read())
 
     def cut_from(self, step: int) -> list[Row]:
         """Truncate the metrics to the rows before `step`, however many there are, and return those.

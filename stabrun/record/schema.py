@@ -61,6 +61,8 @@ class Summary(TypedDict, total=False):
     rule: int
     clipped_share: float | None
     skipped_steps: int | None
+    outliers_skipped: int | None
+    rewinds: int | None
     val_loss: Number | None
     val_perplexity: Number | None
     steps: int
@@ -113,6 +115,8 @@ class Result(TypedDict):
     tokens_per_second: float
     mfu: float | None
     peak_memory_bytes: int | None
+    outliers_skipped: int | None
+    rewinds: int | None
 
 
 class Estimate(TypedDict):

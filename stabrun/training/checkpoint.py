@@ -1,8 +1,8 @@
 """Checkpoints in safetensors and JSON: loading one never runs code.
 
 `checkpoints/step_00000200/` is the state after 200 updates: `model.safetensors` (parameters and buffers by name, tied
-weights once), `optimizer.safetensors` (Adam's state as `name/part`) and `meta.json` (the step, the loss scale of fp16,
-and SHA-256 sums of the files and of itself). A checkpoint appears under its name once it is complete.
+weights once), `optimizer.safetensors` (Adam's state as `name/part`) and `meta.json` (the step, what else decides the
+next ones, and SHA-256 sums of the files and of itself). A checkpoint appears under its name once it is complete.
 """
 
 import errno
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,57 @@ from torch import Tensor, nn
 
 from stabrun.config import UserError
 from stabrun.record.checkpoints import META, name_of, steps
-from stabrun.record.jsonl import read_json
+from stabrun.record.jsonl import read_json, write_atomic
 from stabrun.training.ranks import Ranks
 
 EARLIER = {"step", "scaler"}  # what META had before there were checksums
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
-Scaler = dict[str, Any]  # `LossScale.state`; empty in other precisions than fp16
+State = dict[str, Any]  # `Trainer.state`
 
 
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Scaler, keep: int = 1
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    keep: int = 1,
+    points: Callable[[Iterable[int]], Iterable[int]] = lambda steps: (),
 ) -> Path:
-    """Write the state after `step` updates below `folder`, and keep the newest `keep` checkpoints. Returns its path."""
+    """Write the state after `step` updates below `folder`. Returns its path.
+
+    The newest `keep` checkpoints and those of the steps that `points` chooses are kept.
+    """
     target, scratch = folder / name_of(step), folder / "incomplete"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        _write(scratch, {"step": step, "scaler": scaler}, model, optimizer)
+        _write(scratch, {"step": step, **state}, model, optimizer)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(scratch, target)
         sync(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    for old in [*steps(folder).values()][keep:]:
-        shutil.rmtree(old)
+    found = steps(folder)
+    for old in found.keys() - {*[*found][:keep], *points(found)}:
+        shutil.rmtree(found[old])
     return target
+
+
+def rewind(folder: Path, step: int, state: State) -> None:
+    """Give the checkpoint after `step` updates another `state`, and remove newer ones.
+
+    If this is interrupted, a newer checkpoint or the former state leads to the same rewind.
+    """
+    found = steps(folder)
+    for newer in found:
+        if newer > step:
+            shutil.rmtree(found[newer])
+    meta = read_json(found[step] / META)
+    meta.pop("check")
+    meta |= state
+    write_atomic(found[step] / META, json.dumps(meta | {"check": _sum(meta)}) + "\n")
+    sync(found[step])
 
 
 def _write(scratch: Path, meta: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -141,15 +167,16 @@ def at(folder: Path, step: int | None) -> Path:
     return found[step]
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Scaler:
-    """Put the state below `path` into a model and optimizer made from the same configuration; returns the scaler's.
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """Put the weights and moments below `path` into a model and optimizer of the same configuration.
+
+    Returns what else decides the next steps.
 
     Raises OSError if the files cannot be read, UserError if they are of another model.
     """
     load_model(path, model)
     _put_moments(_read(path / OPTIMIZER), model, optimizer)
-    scaler = read_json(path / META).get("scaler")
-    return scaler if isinstance(scaler, dict) else {}
+    return read_json(path / META)
 
 
 @torch.no_grad()
@@ -163,16 +190,16 @@ def load_model(path: Path, model: nn.Module) -> None:
         tensor.copy_(state[name])
 
 
-def copy_first(ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Scaler) -> Scaler:
-    """Give each rank the state of the first, the only one that reads a checkpoint. Returns the scaler's."""
+def copy_first(ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> State:
+    """Give each rank the state of the first, the only one that reads a checkpoint. Returns what `load` does."""
     moments = _optimizer_state(model, optimizer)
-    shapes, scaler = ranks.from_first(({name: (m.shape, m.dtype) for name, m in moments.items()}, scaler))
+    shapes, state = ranks.from_first(({name: (m.shape, m.dtype) for name, m in moments.items()}, state))
     if not ranks.first:
         device = next(model.parameters()).device
         moments = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
         _put_moments(moments, model, optimizer)
     ranks.copy_first([*_model_state(model).values(), *moments.values()])
-    return scaler
+    return state
 
 
 def _put_moments(moments: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

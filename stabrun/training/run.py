@@ -4,12 +4,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 from stabrun.config import Config, UserError, check, run_dir, run_id
 from stabrun.data.degenerate import Finding
 from stabrun.data.shards import Prepared, prepare
 from stabrun.observe.initial import findings
+from stabrun.record import checkpoints
 from stabrun.record.jsonl import jsonable
 from stabrun.record.nowhere import NoRunDir
 from stabrun.record.run_dir import RunDir, RunWriter
@@ -24,16 +27,18 @@ from stabrun.training.memory import refuse_too_large
 from stabrun.training.place import Place
 from stabrun.training.precision import pick_device
 from stabrun.training.ranks import Ranks, joined
+from stabrun.training.rewinds import Levels, allowed, points, target
 from stabrun.training.schedule import unreached
 from stabrun.training.stop import Stop
 from stabrun.training.tally import Tally
 from stabrun.training.tracker import Tracker, identity
 from stabrun.training.trainer import Trainer
 from stabrun.training.usage import Usage
-from stabrun.verdict.judge import Judge
+from stabrun.verdict.judge import DIVERGED, Judge
 
 Watch = Callable[[Row], None]
 
+REWIND = "rewind"  # how the loop ends if the run goes back to an earlier state
 FINDINGS_SHOWN = 3  # findings about batches that the console shows per start
 
 
@@ -108,29 +113,35 @@ class Run:
         )
         self.run_dir.keep_environment(self.environment)
         self.run_dir.keep_tokenizer(trainer.data.tokenizer())
-        self.done, path = checkpoint.latest(self.run_dir.checkpoints, self.pass_over) or (0, None)
-        earlier, lost = record.cut(self.done)
+        self.batch_findings = 0
+        earlier, lost = self.restore()
         if lost:
             warn(f"{self.run_dir.path}: {lost} of {self.done + lost} recorded steps have no checkpoint; trained again.")
-        scaler = checkpoint.load(path, trainer.model, trainer.optimizer) if path else {}
-        trainer.scaling.load(checkpoint.copy_first(self.ranks, trainer.model, trainer.optimizer, scaler))
-        self.judge = Judge.of(self.config)
-        self.tally = Tally()
+        self.tracker = Tracker(self.config.tracker, identity(self.config, self.run_dir), self.run_dir, earlier)
+        self.usage = Usage(self.config, trainer.device)
+        self.watch = watch
+        self.saved_at = time.monotonic()
+        self.resumed_at = {"step": self.done, "tokens": self.tokens}
+
+    def restore(self) -> tuple[list[Row], int]:
+        """Go on from the newest checkpoint. Returns the rows before it, and the number of later ones that are removed.
+
+        Everything that the loop changes is set here: it depends on the checkpoint and the rows before it only.
+        """
+        trainer = self.trainer
+        self.done, path = checkpoint.latest(self.run_dir.checkpoints, self.pass_over) or (0, None)
+        earlier, lost = self.record.cut(self.done)
+        state = checkpoint.load(path, trainer.model, trainer.optimizer) if path else {}
+        trainer.load(checkpoint.copy_first(self.ranks, trainer.model, trainer.optimizer, state))
+        self.judge, self.tally, self.levels = Judge.of(self.config), Tally(), Levels(self.config.train.outlier_loss)
         for row in earlier:
             self.judge.add(row)
             self.tally.add(row)
-        self.batch_findings = 0
-        self.tokens = earlier[-1]["tokens"] if earlier else 0
+            self.levels.add(row)
+        self.rows, self.tokens = self.done, earlier[-1]["tokens"] if earlier else 0
         self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
         self.share_progress()
-        self.tracker = Tracker(self.config.tracker, identity(self.config, self.run_dir), self.run_dir, earlier)
-        self.usage = Usage(self.config, trainer.device)
-        self.watches: list[Watch] = [
-            self.record.write, self.judge.add, self.tally.add, self.tracker.row, self.usage.add
-        ]  # fmt: skip
-        self.watches += [watch] if watch else []
-        self.saved_at = time.monotonic()
-        self.resumed_at = {"step": self.done, "tokens": self.tokens}
+        return earlier, lost
 
     def pass_over(self, path: Path, why: str) -> None:
         """Report a damaged checkpoint, and rename it."""
@@ -140,8 +151,8 @@ class Run:
 
     def share_progress(self) -> None:
         """Give each rank what the first one knows from its record: all take the same decisions afterwards."""
-        known = self.done, self.tokens, self.val_loss, self.judge, self.tally
-        self.done, self.tokens, self.val_loss, self.judge, self.tally = self.ranks.from_first(known)
+        names = "done", "rows", "tokens", "val_loss", "judge", "tally", "levels"
+        vars(self).update(self.ranks.from_first({name: getattr(self, name) for name in names}))
 
     def start(self, stop: Stop | None = None) -> Summary:
         """Train until the run is over or interrupted. Writes its summary and returns it."""
@@ -150,7 +161,8 @@ class Run:
         began = time.monotonic()
         try:
             with stop or Stop() as stop:
-                status = self.loop(stop)
+                while (status := self.loop(stop)) == REWIND:
+                    self.rewind()
         except Exception as error:
             self.record.event(FAILED, step=self.done, error=f"{type(error).__name__}: {error}")
             raise
@@ -166,7 +178,7 @@ class Run:
     def open_console(self) -> None:
         config = self.config
         title = f"{config.variant}  lr {rate_text(config.optim.lr)}  seed {config.seed}  → {self.run_dir.path}"
-        self.console = Console(title, self.done, config.train.steps, self.judge.verdict)
+        self.console = Console(title, self.done, config.train.steps, lambda: self.judge.verdict())
         if sentence := unreached(config):
             self.console.say(sentence)
 
@@ -175,32 +187,69 @@ class Run:
 
         The values of a step are read after the next step is launched, so that the device never waits for the reader.
         """
-        steps, every = self.config.train.steps, self.config.train.checkpoint_every
-        minutes = self.config.train.checkpoint_minutes
-        pending: Row | None = None  # launched and not yet read
+        steps, pending = self.config.train.steps, cast(Row | None, None)  # launched and not yet read
+        if self.done == 0 and self.is_point(0):
+            self.save()
         while self.done < steps:
             launched = self.launch(self.done)
             self.done += 1
             self.read(pending)
-            if self.over:
-                return STOPPED
+            if ending := self.ending():
+                return ending
             pending, stopping, last = launched, self.ranks.any(stop.asked), self.done == steps
-            late = minutes > 0 and self.ranks.any(time.monotonic() - self.saved_at >= 60 * minutes)
-            if stopping or last or late or (every and self.done % every == 0):
+            point = self.is_point(self.done)
+            if stopping or last or point or self.checkpoint_is_due():
                 self.read(pending)
                 pending = None
-                if self.over:
-                    return STOPPED
-                if every or minutes or stopping:
+                if ending := self.ending(thorough=last or point):
+                    return ending
+                if stopping or point or self.saves:
                     self.save()
             if stopping and not last:
                 return INTERRUPTED
         return COMPLETE
 
     @property
-    def over(self) -> bool:
-        """Whether the run ends here: no later step can change the verdict, or `train.stop_early` allows it to end."""
-        return self.judge.over or (self.config.train.stop_early and self.judge.certain is not None)
+    def saves(self) -> bool:
+        return self.config.train.checkpoint_every > 0 or self.config.train.checkpoint_minutes > 0
+
+    def checkpoint_is_due(self) -> bool:
+        every, minutes = self.config.train.checkpoint_every, self.config.train.checkpoint_minutes
+        late = minutes > 0 and self.ranks.any(time.monotonic() - self.saved_at >= 60 * minutes)
+        return late or (every > 0 and self.done % every == 0)
+
+    def is_point(self, step: int) -> bool:
+        """Whether the state after `step` updates is one that the run may go back to."""
+        return bool(points(self.config, [step]))
+
+    def ending(self, thorough: bool = False) -> str | None:
+        """How the loop ends after the rows that were read: STOPPED or REWIND; None if it goes on.
+
+        It stops if no later step can change the verdict, or `train.stop_early` allows it to end. It is rewound instead,
+        and after a spike, if that is still allowed; `thorough`: also if the verdict so far is `diverged`, which costs
+        time in proportion to the rows.
+        """
+        over = self.judge.over or (self.config.train.stop_early and self.judge.certain is not None)
+        if not allowed(self.config, self.trainer.rewinds):
+            return STOPPED if over else None
+        diverged = over or (thorough and self.judge.verdict().verdict == DIVERGED)
+        return REWIND if diverged or self.levels.spike else None
+
+    def rewind(self) -> None:
+        """Go back to an earlier state, and on from there with other batches."""
+        verdict, trainer = self.judge.verdict(), self.trainer
+        why = f"{verdict.verdict} ({verdict.reason})" if verdict.verdict == DIVERGED else "a spike"
+        saved = self.ranks.from_first(points(self.config, checkpoints.steps(self.run_dir.checkpoints)))
+        to = target(saved, verdict.last_healthy_step)
+        rewinds = trainer.rewinds.back(to, self.rows)
+        self.record.event("rewind", number=rewinds.count, step=self.rows - 1, to=to, why=why)
+        self.console.say(f"step {self.rows - 1}: {why}; back to the state after {to} steps, on with other batches")
+        if self.ranks.first:
+            folder = self.run_dir.checkpoints
+            self.record.keep_rewound(to, rewinds.count)
+            checkpoint.rewind(folder, to, {"rewinds": asdict(rewinds)})
+        earlier, _ = self.restore()
+        self.tracker.rewind(identity(self.config, self.run_dir), earlier)
 
     def launch(self, step: int) -> Row:
         """Queue one update. Its row holds a snapshot instead of the values that the device is still computing."""
@@ -230,18 +279,34 @@ class Run:
             more = "; further findings are in events.jsonl only" if self.batch_findings == FINDINGS_SHOWN else ""
             self.console.say(f"step {step}: {finding.sentence} ({where}){more}")
 
+    def report_outlier(self, row: Row) -> None:
+        """Write an update that was left out to the events, and the first few to the console."""
+        loss, norm, count = row["train/loss"], row["grad/norm"], (self.tally.outliers or 0) + 1
+        self.record.event("skipped", step=row["step"], loss=jsonable(loss), grad_norm=jsonable(norm))
+        if count <= FINDINGS_SHOWN:
+            more = "; further ones are in events.jsonl only" if count == FINDINGS_SHOWN else ""
+            self.console.say(
+                f"step {row['step']}: update left out as an outlier (loss {loss:.4g}, gradient norm {norm:.4g}){more}"
+            )
+
     def read(self, row: Row | None) -> None:
         """Read the values of a launched row and pass it to everything that observes the run."""
         if row is None:
             return
         row |= row.pop("snapshot").read()
-        self.tokens, self.val_loss = row["tokens"], row.get("val/loss", self.val_loss)
+        self.record.write(row)
+        self.rows, self.tokens = row["step"] + 1, row["tokens"]
+        self.val_loss = row.get("val/loss", self.val_loss)
         if row["step"] == 0 and "grad/norm_by_layer" in row:
             for text in findings(row, self.config.model.vocab_size):
                 self.console.say(text)
                 self.record.event("init", finding=text)
-        for watch in self.watches:
-            watch(row)
+        if row.get("recovery/skipped"):
+            self.report_outlier(row)
+        for add in (self.judge.add, self.tally.add, self.levels.add, self.tracker.row, self.usage.add):
+            add(row)
+        if self.watch:
+            self.watch(row)
         self.console.row(row)
 
     def save(self) -> None:
@@ -251,8 +316,15 @@ class Run:
             return
         self.record.sync()
         trainer, folder = self.trainer, self.run_dir.checkpoints
-        state, keep = trainer.scaling.state(), self.config.train.keep_checkpoints
-        path = checkpoint.save(folder, self.done, trainer.model, trainer.optimizer, state, keep)
+        path = checkpoint.save(
+            folder,
+            self.done,
+            trainer.model,
+            trainer.optimizer,
+            trainer.state(),
+            self.config.train.keep_checkpoints,
+            partial(points, self.config),
+        )
         self.record.event("checkpoint", step=self.done, path=path.name)
 
     def summary(self, status: str, seconds: float) -> Summary:
@@ -261,7 +333,7 @@ class Run:
         verdict = self.judge.conclude()
         rate = round((self.tokens - self.resumed_at["tokens"]) / seconds, 1)
         used = {"tokens_per_second": rate, **self.usage.facts()}
-        self.record.event(status, step=verdict.horizon + 1, seconds=round(seconds, 3), **used)
+        self.record.event(status, step=self.rows, seconds=round(seconds, 3), **used)
         facts = {
             "run_id": run_id(config),
             "variant": config.variant,
@@ -271,9 +343,10 @@ class Run:
             **asdict(verdict),
             "last_healthy_checkpoint": self.run_dir.healthy_checkpoint(verdict.last_healthy_step),
             **self.tally.facts(),
+            "rewinds": self.trainer.rewinds.count if config.train.recovery == "rewind" else None,
             "val_loss": val,
             "val_perplexity": None if val is None else math.exp(min(val, 700.0)),
-            "steps": verdict.horizon + 1,
+            "steps": self.rows,
             "tokens": self.tokens,
             "seconds": round(self.run_dir.seconds_spent(), 3),
             **used,

@@ -41,10 +41,25 @@ class LossScale:
         self.scaler.unscale_(optimizer)
         return self.used
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Update the weights unless a gradient is not finite."""
-        self.scaler.step(optimizer)
+    def step(self, optimizer: torch.optim.Optimizer, skipped: Tensor | None = None) -> None:
+        """Update the weights unless a gradient is not finite in fp16, or `skipped`, 0-dim, is 1.
+
+        Fused optimizers look at `found_inf` on the device, where GradScaler puts it, and then change nothing.
+        """
+        if skipped is None:
+            self.scaler.step(optimizer)
+        else:
+            overflow = self.overflow(optimizer) if self.keys else torch.zeros_like(skipped)
+            optimizer.grad_scale, optimizer.found_inf = None, torch.maximum(skipped, overflow)  # type: ignore[attr-defined]
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
         self.scaler.update()
+
+    def overflow(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """1 if a gradient is not finite, else 0; 0-dim."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        largest = torch.nn.utils.get_total_norm(gradients, float("inf"))
+        return (~torch.isfinite(largest)).float()
 
     def values(self) -> tuple[Tensor, ...]:
         """The step's scale, whether it was skipped (0 or 1), and the share of underflow: one value per key."""

@@ -44,6 +44,14 @@ class Tracker:
         for row in earlier:
             self._log(row)
 
+    def rewind(self, identity: "Identity", earlier: Iterable[Row]) -> None:
+        """Go on in a W&B run of its own: W&B cannot replace the rows of one."""
+        self.identity = identity
+        if self.run is not None:
+            self._guard(lambda: self.run.finish(exit_code=1))
+        if self.run is not None:
+            self._guard(lambda: self._start(earlier))
+
     def row(self, row: Row) -> None:
         if self.run is not None:
             self._guard(lambda: self._log(row))
@@ -99,7 +107,7 @@ def identity(config: Config, files: RunDir) -> Identity:
     """
     environment, count = files.environment(), parameters(config.model, config.data.seq_len)["total"]
     return Identity(
-        wandb_id(config, files.path),
+        wandb_id(config, files),
         config.tracker.run_name or run_name(config.variant, config.optim.lr, config.seed),
         config.tracker.group or config.variant,
         (config.variant[:64], count_text(count)),
@@ -137,10 +145,13 @@ def open_run(tracker: TrackerConfig, identity: Identity, files: RunDir) -> Any:
     return run
 
 
-def wandb_id(config: Config, directory: Path) -> str:
-    """The `run_id`. A rerun without changes has the id of its run, and becomes a W&B run of its own."""
+def wandb_id(config: Config, files: RunDir) -> str:
+    """The `run_id`. A rerun without changes has the id of its run, and becomes a W&B run of its own, as does what
+    follows a rewind.
+    """
     rerun = f"{run_id(config)}-rerun"
-    return rerun if directory.name == rerun else run_id(config)
+    rewinds = len(files.rewinds())
+    return (rerun if files.path.name == rerun else run_id(config)) + f"-rewind{rewinds}" * (rewinds > 0)
 
 
 def open_wandb(tracker: TrackerConfig, identity: str, directory: Path, tags: tuple[str, ...] = (), **facts: Any) -> Any:

@@ -1,6 +1,8 @@
 """One update: batch, gradients, clipping, Adam."""
 
+from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,10 @@ from stabrun.training.compilation import compile_parts, compiles
 from stabrun.training.memory import refuse_too_large
 from stabrun.training.objective import Objective
 from stabrun.training.optimizer import clip_by_norm, clip_by_value, make_optimizer, set_rate
+from stabrun.training.outliers import Outliers
 from stabrun.training.precision import autocast, pick_device, prepare_backend
 from stabrun.training.ranks import Ranks
+from stabrun.training.rewinds import Rewinds
 from stabrun.training.scaling import LossScale
 from stabrun.training.schedule import learning_rate
 
@@ -39,7 +43,8 @@ class Trainer:
         self.scaling = LossScale(config.train, self.device)
         clipped = ("grad/clipped",) * (config.optim.clip is not None)
         z_term = ("train/z_loss",) * (config.optim.z_loss > 0)
-        scalars = ("train/loss", *z_term, "grad/norm", *clipped, *self.scaling.keys)
+        self.outliers = Outliers(config.train, self.device)
+        scalars = ("train/loss", *z_term, "grad/norm", *clipped, *self.outliers.keys, *self.scaling.keys)
         self.micro_batch_size = micro_batch(config)
         shape = self.micro_batch_size, config.data.seq_len
         parts, sampled = sequence_parts(config.model.vocab_size, *shape), max(1, SAMPLED // self.ranks.count)
@@ -48,6 +53,7 @@ class Trainer:
             self.ranks.gather, sampled,
         )  # fmt: skip
         self.rate = 0.0  # learning rate of the last update
+        self.rewinds = Rewinds()  # before this step
         self.seen: dict[str, int] = {}  # digest of a batch → the step that used it, since this start
         self.findings: list[Finding] = []  # about the last batch
         self.model.recompute = config.train.recompute == "blocks"
@@ -71,14 +77,24 @@ class Trainer:
         scale = self.scaling.unscale(self.optimizer, self.matrices)
         norms = tensor_norms([p.grad for p in self.parameters if p.grad is not None])
         norm = torch.linalg.vector_norm(norms)
+        skipped = self.outliers.judge(self.mean(losses[0]), norm)
         clipped = self.clip(norm)
         self.probe.before_update(norms, scale)
-        self.rate = learning_rate(self.config, step)
+        self.rate = learning_rate(self.config, step) * self.config.train.recovery_lr**self.rewinds.count
         set_rate(self.optimizer, self.rate)
-        self.scaling.step(self.optimizer)
+        self.scaling.step(self.optimizer, skipped)
         self.probe.after_update(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        return self.probe.snapshot(*losses, norm, *clipped, *self.scaling.values())
+        left_out = () if skipped is None else (skipped,)
+        return self.probe.snapshot(*losses, norm, *clipped, *left_out, *self.scaling.values())
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """The mean over the ranks of a loss, 0-dim, if something asks for it before the row is read."""
+        if not self.outliers.active:
+            return loss
+        total = loss.clone()
+        self.ranks.add([total])
+        return total / self.ranks.count
 
     def clip(self, norm: Tensor) -> tuple[Tensor, ...]:
         """Clip the gradients as configured; returns the share of them that it changed, if there is a limit."""
@@ -114,7 +130,8 @@ class Trainer:
         Raises UserError, naming file and position, if a token is not in the vocabulary.
         """
         config, tokens = self.config, self.data.train
-        places = starts(tokens, config.seed, step, config.train.batch_size, config.data.seq_len)
+        index = step + self.rewinds.batches
+        places = starts(tokens, config.seed, index, config.train.batch_size, config.data.seq_len)
         batch = windows(tokens, places, config.data.seq_len)
         first = self.seen.setdefault(digest(batch), step)
         self.findings = list(findings(batch, places, config.model.vocab_size, first if first < step else None))
@@ -124,6 +141,18 @@ class Trainer:
                 "to prepare the data again."
             )
         return batch
+
+    def state(self) -> dict[str, Any]:
+        """What decides the next steps beside weights, moments and the step: of JSON's types, for a checkpoint."""
+        return {
+            "scaler": self.scaling.state(), "outliers": self.outliers.state(), "rewinds": asdict(self.rewinds)
+        }  # fmt: skip
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a `state`; one of an earlier version may lack parts."""
+        self.scaling.load(state.get("scaler") or {})
+        self.outliers.load(state.get("outliers") or {})
+        self.rewinds = Rewinds(**state.get("rewinds") or {})
 
     def on_device(self, batch: Tensor) -> Tensor:
         """A batch on the device. On CUDA the copy is not waited for; elsewhere that is unsafe: pytorch issue 189690."""

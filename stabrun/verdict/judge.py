@@ -127,6 +127,9 @@ class Judge:
         return cls.of(run.config()) if run.is_run() else cls()
 
     def add(self, row: Row) -> None:
+        """Take a row. It is ignored if its update was left out as that of an outlier: it tells about a batch alone."""
+        if row.get("recovery/skipped") == 1:
+            return
         loss, gradient = number(row["train/loss"]), number(row.get("grad/norm", 0.0))
         index, count = len(self.losses), len(self.losses) + 1
         self.steps.append(row["step"])
