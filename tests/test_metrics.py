@@ -14,9 +14,12 @@ from stabrun.training.run import train
 
 
 def test_keys_of_a_run_are_those_of_the_table(tmp_path):
-    words = "train.steps=11", "train.precision=fp16", "train.recovery=skip", "optim.z_loss=1e-4"
-    train(tiny(f"run_dir={tmp_path / 'run'}", *words))
-    rows = list(RunDir(tmp_path / "run").rows())
+    words = "train.steps=11", "train.precision=fp16", "optim.z_loss=1e-4"
+    runs = []
+    for recovery in ("skip", "rewind"):
+        train(tiny(f"run_dir={tmp_path / recovery}", f"train.recovery={recovery}", *words))
+        runs.append(RunDir(tmp_path / recovery).rows())
+    rows = [one | other for one, other in zip(*runs, strict=True)]
     by_key = {key: metric for metric in METRICS.values() for key in metric.keys}
     assert set().union(*rows) == by_key.keys()
     cadence = {"observe.every": range(11), "observe.slow_every": (0, 10), "train.val_every": (10,)}

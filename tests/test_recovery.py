@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import RICH, a_trainer, events, metrics, tiny
+from helpers import RICH, a_trainer, events, metrics, run, tiny
 
 from stabrun.record.run_dir import RunDir
 from stabrun.training.outliers import LEAST, WINDOW, Outliers, highest_loss
@@ -73,9 +73,9 @@ def test_a_level_that_has_changed_for_good_is_followed():
 
 @pytest.mark.parametrize("recovery", ["skip", "rewind"])
 def test_a_healthy_run_is_the_same_with_recovery(tmp_path, whole, recovery):
-    own = "recovery/skipped"
+    own = "recovery/skipped", "recovery/rewinds"
     summary = train(tiny(*RICH, f"train.recovery={recovery}", f"run_dir={tmp_path / 'run'}"))
-    kept = [{key: value for key, value in row.items() if key != own} for row in rows(tmp_path / "run")]
+    kept = [{key: value for key, value in row.items() if key not in own} for row in rows(tmp_path / "run")]
     assert kept == [json.loads(line) for line in whole.splitlines()]
     assert (summary["outliers_skipped"], summary["rewinds"]) == ((0, None) if recovery == "skip" else (None, 0))
 
@@ -260,3 +260,17 @@ def test_two_ranks_decide_as_one(tmp_path, words):
         assert alone[field] == together[field]
     for one, other in zip(rows(tmp_path / "alone"), rows(tmp_path / "together"), strict=True):
         assert one["train/loss"] == pytest.approx(other["train/loss"], rel=2e-3)
+
+
+def test_the_verdict_and_the_curves_say_what_was_needed(tmp_path, poison, capsys):
+    from stabrun.report.run_curves import curves_of
+
+    poison[40] = math.nan
+    skipped, rewound = tmp_path / "skipped", tmp_path / "rewound"
+    train(tiny(*SKIP, f"run_dir={skipped}"))
+    train(tiny(*REWIND, f"run_dir={rewound}"))
+    assert (curves_of(rows(skipped)).skipped, curves_of(rows(rewound)).rewinds) == ([40], [40])
+    capsys.readouterr()
+    told = [run(capsys, "judge", directory)[1] for directory in (skipped, rewound)]
+    assert told[0].startswith("converged (fell), after 1 outlier was left out; loss ")
+    assert told[1].startswith("converged (fell), after 1 rewind; loss ")

@@ -112,6 +112,8 @@ METRICS = {metric.key: metric for metric in (
            "1 if a gradient was not finite: the update was skipped and the scale halved", log=False),
     Metric("recovery/skipped", "outlier left out (0 or 1)", "1", STEP, "each step if train.recovery=skip", "same",
            "1 if the loss or the gradient was an outlier: the update was left out", log=False),
+    Metric("recovery/rewinds", "rewinds", "1", STEP, "each step if train.recovery=rewind", "same",
+           "number of times that the run had gone back to an earlier state before this step", log=False),
     Metric("scale/underflow", "share of zero gradients", "1", STEP, "each step in fp16", "once",
            "share of zeros in the gradients of the linear layers' weights: fp16 underflow, or dead units",
            log=False),

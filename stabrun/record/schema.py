@@ -57,12 +57,12 @@ class Summary(TypedDict, total=False):
     best_val_loss: Number | None
     val_gap: Number | None
     overfit: Any
+    outliers_skipped: int | None
+    rewinds: int | None
     by_strictness: dict[str, str]
     rule: int
     clipped_share: float | None
     skipped_steps: int | None
-    outliers_skipped: int | None
-    rewinds: int | None
     val_loss: Number | None
     val_perplexity: Number | None
     steps: int

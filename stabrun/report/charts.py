@@ -300,6 +300,8 @@ EVENTS = (
     Marks(symbol="triangle-down", size=5, label="diverged or rising from here"),
     Marks(symbol="y-down", size=5, label="spike"),
     Marks(symbol="line-ns", size=8, label="restart"),
+    Marks(symbol="x-thin", size=5, label="outlier, left out"),
+    Marks(symbol="triangle-left", size=6, label="went back to here"),
 )
 
 
@@ -313,7 +315,8 @@ def training_curve(study: StudyData, row: Result, curves: RunCurves, opacity: fl
     yield base.at(curves.loss, color=style.color(base.arm), label=label, opacity=opacity, width=0.9, dash=dash)
     spikes = (study.run_summary(base.run).get("spikes") or {}).get("list", [])
     bad = [] if row["first_bad_step"] is None else [row["first_bad_step"]]
-    for event, steps in zip(EVENTS, (bad, [step for step, _ in spikes[:MAX_SPIKES]], curves.restarts), strict=True):
+    high, skipped = [step for step, _ in spikes[:MAX_SPIKES]], curves.skipped[:MAX_SPIKES]
+    for event, steps in zip(EVENTS, (bad, high, curves.restarts, skipped, curves.rewinds), strict=True):
         if steps:
             nearest = [min(curves.loss, key=lambda point: abs(point[0] - step))[1] for step in steps]
             hover = [f"{run_title(row)}\n{event.label}, step {step}" for step in steps]

@@ -52,6 +52,8 @@ class RunCurves:
     loss: list[tuple[int, float]] = field(default_factory=list)
     series: dict[str, Series] = field(default_factory=dict)
     restarts: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)  # updates that were left out as outliers
+    rewinds: list[int] = field(default_factory=list)  # the first step after each
 
 
 Curves = dict[str, RunCurves]
@@ -67,9 +69,14 @@ def read_curves(study: StudyData, run_id: str) -> RunCurves:
 
 def curves_of(rows: Iterable[Row]) -> RunCurves:
     curves, of_sites = RunCurves(), dict[str, bool]()
-    losses = list[tuple[int, float]]()
+    losses, rewinds = list[tuple[int, float]](), 0
     for row in rows:
         losses.append((row["step"], number(row["train/loss"])))
+        if row.get("recovery/skipped") == 1:
+            curves.skipped.append(row["step"])
+        if row.get("recovery/rewinds", rewinds) != rewinds:
+            rewinds = row["recovery/rewinds"]
+            curves.rewinds.append(row["step"])
         for key, value in row.items():
             if key not in of_sites:
                 metric = find(key)

@@ -262,6 +262,8 @@ class Run:
             "train/lr": self.trainer.rate,
             "snapshot": snapshot,
         }
+        if train.recovery == "rewind":
+            row["recovery/rewinds"] = self.trainer.rewinds.count
         for finding in self.trainer.findings:
             self.report_batch(step, finding)
         if step + 1 == train.steps or (every and (step + 1) % every == 0):
@@ -281,7 +283,7 @@ class Run:
 
     def report_outlier(self, row: Row) -> None:
         """Write an update that was left out to the events, and the first few to the console."""
-        loss, norm, count = row["train/loss"], row["grad/norm"], (self.tally.outliers or 0) + 1
+        loss, norm, count = row["train/loss"], row["grad/norm"], (self.judge.outliers or 0) + 1
         self.record.event("skipped", step=row["step"], loss=jsonable(loss), grad_norm=jsonable(norm))
         if count <= FINDINGS_SHOWN:
             more = "; further ones are in events.jsonl only" if count == FINDINGS_SHOWN else ""
@@ -343,7 +345,6 @@ class Run:
             **asdict(verdict),
             "last_healthy_checkpoint": self.run_dir.healthy_checkpoint(verdict.last_healthy_step),
             **self.tally.facts(),
-            "rewinds": self.trainer.rewinds.count if config.train.recovery == "rewind" else None,
             "val_loss": val,
             "val_perplexity": None if val is None else math.exp(min(val, 700.0)),
             "steps": self.rows,

@@ -9,25 +9,22 @@ from stabrun.record.schema import Row
 
 @dataclass
 class Tally:
-    """Counts updates, clipped updates, steps skipped by fp16 and outliers; None if the record does not contain them."""
+    """Counts updates, clipped updates, and steps skipped by fp16; None if the record does not contain them."""
 
     updates: int = 0
     clipped: int | None = None
     skipped: int | None = None
-    outliers: int | None = None
 
     def add(self, row: Row) -> None:
-        skipped, outlier = row.get("scale/skipped", 0) > 0, row.get("recovery/skipped", 0) > 0
+        skipped = row.get("scale/skipped", 0) > 0
         if "scale/skipped" in row:
             self.skipped = (self.skipped or 0) + skipped
-        if "recovery/skipped" in row:
-            self.outliers = (self.outliers or 0) + outlier
-        skipped = skipped or outlier
+        skipped = skipped or row.get("recovery/skipped", 0) > 0
         self.updates += not skipped
         if "grad/clipped" in row:
             self.clipped = (self.clipped or 0) + (not skipped and number(row["grad/clipped"]) > 0)
 
     def facts(self) -> dict[str, Any]:
-        """`clipped_share` of the updates, and the numbers of `skipped_steps` and `outliers_skipped`."""
+        """`clipped_share` of the updates, and the number of `skipped_steps`."""
         share = None if self.clipped is None else self.clipped / max(1, self.updates)
-        return {"clipped_share": share, "skipped_steps": self.skipped, "outliers_skipped": self.outliers}
+        return {"clipped_share": share, "skipped_steps": self.skipped}

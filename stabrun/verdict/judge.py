@@ -55,7 +55,8 @@ class Verdict:
     `restarts` are the steps at which the schedule or the whole run began again; the verdict is on what follows.
     `signals` contains the first alarm of each signal: step, site, and lead over the loss in steps. `by_strictness` is
     the verdict at each strictness of the rule. `val_gap` is the last validation loss minus the last level of the
-    training loss. `overfit` contains the fields of `Overfit`.
+    training loss. `overfit` contains the fields of `Overfit`. `outliers_skipped` and `rewinds` count how often
+    `train.recovery` was needed, None if it was not chosen.
     """
 
     verdict: str
@@ -77,6 +78,8 @@ class Verdict:
     best_val_loss: float | None = None
     val_gap: float | None = None
     overfit: dict[str, Any] | None = None
+    outliers_skipped: int | None = None
+    rewinds: int | None = None
     by_strictness: dict[str, str] = field(default_factory=dict)
     rule: int = RULE
 
@@ -109,6 +112,8 @@ class Judge:
         self.validations: list[tuple[int, float]] = []  # (row, loss)
         self.signals = Signals()
         self.nonfinite: tuple[int, str, str | None] | None = None  # (row, reason, site) of the first such value
+        self.outliers: int | None = None  # updates that were left out
+        self.rewinds: int | None = None
         self.certain: int | None = None  # the row from which `diverged` is certain
 
     @classmethod
@@ -127,9 +132,12 @@ class Judge:
         return cls.of(run.config()) if run.is_run() else cls()
 
     def add(self, row: Row) -> None:
-        """Take a row. It is ignored if its update was left out as that of an outlier: it tells about a batch alone."""
-        if row.get("recovery/skipped") == 1:
-            return
+        """Take a row. If its update was left out as that of an outlier, it is counted only: it tells about a batch."""
+        self.rewinds = row.get("recovery/rewinds", self.rewinds)
+        if "recovery/skipped" in row:
+            self.outliers = (self.outliers or 0) + (row["recovery/skipped"] == 1)
+            if row["recovery/skipped"] == 1:
+                return
         loss, gradient = number(row["train/loss"]), number(row.get("grad/norm", 0.0))
         index, count = len(self.losses), len(self.losses) + 1
         self.steps.append(row["step"])
@@ -225,6 +233,8 @@ class Judge:
             first_bad_site=verdict.first_bad_site or (self.signals.first_site(deviations, *span) if span else None),
             signals=signals,
             spikes=spikes(curve.all_losses, self.step),
+            outliers_skipped=self.outliers,
+            rewinds=self.rewinds,
             by_strictness={name: verdict.verdict for name, verdict in verdicts.items()},
             **self._validated(curve, verdict.stable or verdict.reason == "interrupted"),
         )

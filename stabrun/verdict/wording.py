@@ -25,9 +25,18 @@ def verdict_line(facts: Mapping[str, Any]) -> str:
         text += f", first in {facts['first_bad_site']}"
     if facts.get("overfit"):
         text += f", overfits from step {facts['overfit']['step']}"
+    text += needed(facts)
     losses = [(name, facts[f"{name}_loss"]) for name in ("init", "best", "final")]
     values = [f"{name} {short(float(value))}" for name, value in losses if value is not None]
     return f"{text}; loss {' → '.join(values)}" if values else text
+
+
+def needed(facts: Mapping[str, Any]) -> str:
+    """`, after 2 rewinds`, `, after 1 outlier was left out`; empty if the run needed no recovery."""
+    rewinds, outliers = facts.get("rewinds") or 0, facts.get("outliers_skipped") or 0
+    text = f", after {rewinds} rewind{'s' * (rewinds > 1)}" if rewinds else ""
+    were = "outliers were" if outliers > 1 else "outlier was"
+    return text + (f", after {outliers} {were} left out" if outliers else "")
 
 
 def above_lowest(facts: Mapping[str, Any]) -> str:
