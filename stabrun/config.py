@@ -266,6 +266,9 @@ class TrainConfig:
     checkpoint_minutes: float = key(
         0.0, RESOURCE, "interval between checkpoints in minutes, beside that in steps; 0 for none", at_least=0
     )
+    extends: str | None = key(
+        None, RESOURCE, "directory of a run with fewer steps, and otherwise the same, from whose checkpoint to begin"
+    )
     keep_checkpoints: int = key(2, RESOURCE, "checkpoints that are kept, the newest ones", at_least=1)
     val_every: int = key(100, VIEW, "interval between validations in steps; 0: only after the last step", at_least=0)
     val_sequences: int = key(64, VIEW, "number of validation sequences, always the same", at_least=1)

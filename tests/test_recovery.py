@@ -175,6 +175,11 @@ def test_after_a_rewind_the_run_is_that_on_the_other_batches(tmp_path, poison, m
     ]
 
 
+def test_each_rewind_passes_over_twice_as_many_batches():
+    once = Rewinds().back(30, 34)
+    assert (once, once.back(30, 34), once.back(30, 34).back(20, 25)) == (Rewinds(1, 4), Rewinds(2, 12), Rewinds(3, 32))
+
+
 def test_the_rate_is_lowered_at_each_rewind(tmp_path, poison):
     poison.update(dict.fromkeys((33, 38), math.nan))
     config = tiny(*REWIND, "train.recovery_lr=0.5", "schedule=constant", f"run_dir={tmp_path / 'run'}")

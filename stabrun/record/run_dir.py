@@ -248,8 +248,11 @@ class RunDir:
         with naming("run_dir", self.path):
             recorded = self.config_file.exists()
         if recorded:
-            if differing := differences((marked(self.config(to_train=True), RESULT), marked(config, RESULT))):
-                raise UserError(f"run_dir={self.path}: contains a run with {differing}. Choose another run_dir.")
+            before, now = marked(self.config(to_train=True), RESULT), marked(config, RESULT)
+            longer = {**before, "train.steps": now["train.steps"]} == now
+            how = f", and train.extends={self.path} to go on from this run" if longer else ""
+            if differing := differences((before, now)):
+                raise UserError(f"run_dir={self.path}: contains a run with {differing}. Choose another run_dir{how}.")
         elif self.path.is_dir() and any(item != self.lock_file for item in self.path.iterdir()):
             raise UserError(f"run_dir={self.path}: not empty, and not a run directory.")
 

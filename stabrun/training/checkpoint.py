@@ -25,6 +25,7 @@ from stabrun.record.jsonl import read_json, write_atomic
 from stabrun.training.ranks import Ranks
 
 EARLIER = {"step", "scaler"}  # what META had before there were checksums
+INCOMPLETE = "incomplete"  # directory of a checkpoint that is being written
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 State = dict[str, Any]  # `Trainer.state`
@@ -43,7 +44,7 @@ def save(
 
     The newest `keep` checkpoints and those of the steps that `points` chooses are kept.
     """
-    target, scratch = folder / name_of(step), folder / "incomplete"
+    target, scratch = folder / name_of(step), folder / INCOMPLETE
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         _write(scratch, {"step": step, **state}, model, optimizer)

@@ -26,8 +26,11 @@ class Rewinds:
     batches: int = 0
 
     def back(self, to: int, done: int) -> "Rewinds":
-        """After one more rewind, from `done` updates to the state after `to`: their batches are passed over."""
-        return Rewinds(self.count + 1, self.batches + done - to)
+        """After one more rewind, from `done` updates to the state after `to`: their batches are passed over.
+
+        Each rewind passes over twice as many as that before would: a bad stretch of data may be long.
+        """
+        return Rewinds(self.count + 1, self.batches + (done - to) * 2**self.count)
 
 
 def allowed(config: Config, rewinds: Rewinds) -> bool:

@@ -22,6 +22,7 @@ from stabrun.training import checkpoint
 from stabrun.training.compilation import graphs
 from stabrun.training.console import Console
 from stabrun.training.environment import environment
+from stabrun.training.extension import extend
 from stabrun.training.launcher import launch
 from stabrun.training.memory import refuse_too_large
 from stabrun.training.place import Place
@@ -70,6 +71,8 @@ def train(
         with run.lock(config) as record:  # another process may have started or finished it meanwhile
             run.refuse_other_data(data.manifest["hash"])
             summary = ranks.from_first(run.final_summary())
+            if ranks.first and not summary:
+                extend(config, record, data.manifest["hash"])
             return summary or Run(trainer, record, watch).start(stop or Stop(patient=place.started))
 
 
