@@ -12,6 +12,7 @@ from stabrun.cli.completion import COMPLETE_VARIABLE
 from stabrun.config import UserError
 from stabrun.text import warn
 from stabrun.training.place import Place
+from stabrun.training.stop import BOTH, be_interruptible
 
 RESUMABLE = ("train", "rerun", "sweep")
 
@@ -25,10 +26,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout = open(os.devnull, "w")  # the first rank prints
     if COMPLETE_VARIABLE in os.environ:
         cli.main(prog_name="stabrun", complete_var=COMPLETE_VARIABLE)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    be_interruptible()
     try:
         status = dispatch(words)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: ignore Ctrl-C during exit
+        for which in BOTH:  # the work is done: ignore Ctrl-C during exit
+            signal.signal(which, signal.SIG_IGN)
         sys.stdout.flush()
     except KeyboardInterrupt:
         resumes = "; the same command resumes from the last checkpoint" if {*words[:1]} & {*RESUMABLE} else ""

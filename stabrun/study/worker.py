@@ -18,7 +18,7 @@ from stabrun.study.pool import stop_file
 from stabrun.study.search import next_run
 from stabrun.study.snapshot import SnapshotReader
 from stabrun.training.run import Watch, train
-from stabrun.training.stop import Stop
+from stabrun.training.stop import WARNINGS, Stop, interrupt
 
 HEARTBEATS = 6  # per lease
 POLL = 0.5  # seconds between two readings of the ledger while all cells that are left have owners
@@ -178,10 +178,10 @@ if __name__ == "__main__":
     import signal
     import sys
 
-    # Ctrl-C in a terminal reaches the sweep as well, which ends its workers by SIGTERM: a second signal would stop them
-    # at once, without a checkpoint.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Ctrl-C in a terminal, and a warning of Slurm, reach the sweep as well, which ends its workers by SIGTERM: a second
+    # Ctrl-C would stop them at once, without a checkpoint.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *WARNINGS})
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         work(Path(sys.argv[1]))
     except KeyboardInterrupt:

@@ -150,6 +150,7 @@ class Run:
         began = time.monotonic()
         try:
             with stop or Stop() as stop:
+                stop.be_at_once(self.trainer.compiled)  # until the first step is: that takes up to minutes
                 status = self.loop(stop)
         except Exception as error:
             self.record.event(FAILED, step=self.done, error=f"{type(error).__name__}: {error}")
@@ -180,6 +181,7 @@ class Run:
         pending: Row | None = None  # launched and not yet read
         while self.done < steps:
             launched = self.launch(self.done)
+            stop.be_at_once(False)
             self.done += 1
             self.read(pending)
             if self.over:
