@@ -26,6 +26,7 @@ import numpy as np
 from stabrun.data.corpus import Piece
 from stabrun.data.progress import shown_progress
 from stabrun.data.tokenizer import Tokenizer, load
+from stabrun.record.disk import writing
 from stabrun.record.jsonl import write_atomic
 from stabrun.record.synced import file_digest
 
@@ -220,7 +221,7 @@ def _cut(arrays: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
 
 def _shard(file: Path, arrays: Iterator[np.ndarray]) -> dict[str, Any]:
     count = 0
-    with open(file, "wb") as out:
+    with writing(file), open(file, "wb") as out:
         for array in arrays:
             out.write(array.tobytes())
             count += len(array)
