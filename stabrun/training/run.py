@@ -123,10 +123,10 @@ class Run:
         self.tokens = earlier[-1]["tokens"] if earlier else 0
         self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
         self.share_progress()
-        self.tracker = Tracker(self.config.tracker, identity(self.config, self.run_dir), self.run_dir, earlier)
+        self.tracker = Tracker(self.config.tracker, identity(self.config, self.run_dir), self.run_dir)
         self.usage = Usage(self.config, trainer.device)
         self.watches: list[Watch] = [
-            self.record.write, self.judge.add, self.tally.add, self.tracker.row, self.usage.add
+            self.record.write, self.judge.add, self.tally.add, self.usage.add
         ]  # fmt: skip
         self.watches += [watch] if watch else []
         self.saved_at = time.monotonic()
