@@ -80,11 +80,11 @@ def test_a_full_disk(capsys, text, whole, pages):
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_twenty_points(capsys, text, whole):
-    """Of sizes from one page up to what the run needs, the ends in smaller steps: these are many small files."""
+    """Of sizes from one page up to what the run needs, at first in steps of one page: these are many small files."""
     with disk(100_000_000) as large:
         start(capsys, large.path, text)
         needed = large.used() // PAGE
-    sizes = [*range(1, 16), *range(16, needed + 60, 3)]
+    sizes = sorted({*range(1, 11), *range(10, needed + 40, max(1, (needed + 30) // 16))})
     points = {}
     for pages in sizes:
         where = filled_at(capsys, pages * PAGE, text, whole)

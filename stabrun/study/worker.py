@@ -17,6 +17,7 @@ from stabrun.study.plan import Plan, load
 from stabrun.study.pool import stop_file
 from stabrun.study.search import next_run
 from stabrun.study.snapshot import SnapshotReader
+from stabrun.text import masked
 from stabrun.training.run import Watch, train
 from stabrun.training.stop import WARNINGS, Stop, interrupt
 
@@ -91,8 +92,8 @@ def train_cell(plan: Plan, claim: Claim, stop: Stop) -> None:
     except Exception as error:
         claim.directory.mkdir(exist_ok=True)
         if not isinstance(error, UserError):
-            (claim.directory / "error.txt").write_text(traceback.format_exc())
-        claim.end("failed", f"{type(error).__name__}: {error}")
+            (claim.directory / "error.txt").write_text(masked(traceback.format_exc()))
+        claim.end("failed", masked(f"{type(error).__name__}: {error}"))
         return
     if summary["status"] == INTERRUPTED:
         claim.end("left", "interrupted")

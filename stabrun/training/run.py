@@ -14,7 +14,7 @@ from stabrun.record.jsonl import jsonable
 from stabrun.record.nowhere import NoRunDir
 from stabrun.record.run_dir import RunDir, RunWriter
 from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, STOPPED, Row, Summary
-from stabrun.text import rate_text, warn
+from stabrun.text import masked, rate_text, warn
 from stabrun.training import checkpoint
 from stabrun.training.compilation import graphs
 from stabrun.training.console import Console
@@ -153,7 +153,7 @@ class Run:
                 stop.be_at_once(self.trainer.compiled)  # until the first step is: that takes up to minutes
                 status = self.loop(stop)
         except Exception as error:
-            self.record.event(FAILED, step=self.done, error=f"{type(error).__name__}: {error}")
+            self.record.event(FAILED, step=self.done, error=masked(f"{type(error).__name__}: {error}"))
             raise
         finally:
             self.console.close()

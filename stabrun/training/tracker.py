@@ -67,13 +67,15 @@ class Tracker:
                 self.run.finish(exit_code=1)
         except Exception as error:  # of W&B, its transport or its process
             self._lose(f"W&B logging disabled ({reason(error)}). Training continues")
+            if has_ended(service()):
+                end_service()
 
     def _log_new(self) -> None:
         for row in self._new_rows():
             if row["step"] >= self.steps:
                 self._log(row)
-        if (process := service()) and process.poll() is not None:  # W&B goes on in silence
-            raise ChildProcessError(f"its process has ended with status {process.returncode}")
+        if has_ended(service()):  # W&B goes on in silence
+            raise ChildProcessError("its process has ended")
 
     def _log(self, row: Row) -> None:
         log_row(self.run, row, self.tracker)
@@ -107,6 +109,7 @@ class Tracker:
         atexit.unregister(self._at_exit)
         if self.thread.is_alive():
             self._lose(f"W&B has not taken the run within {seconds:.0f} s. Its record is complete")
+            end_service()
 
     def _finish(self, summary: Summary, exit_code: int) -> None:
         run, metrics = self.run, self.files.metrics
@@ -131,7 +134,6 @@ class Tracker:
         if not self.lost:
             self.lost = True
             warn(f"{text}; `stabrun upload {self.files.path}` sends the rest.")
-            end_service()
 
     def _at_exit(self) -> None:
         """Let a program that ends without `finish` not wait for W&B."""
@@ -193,6 +195,10 @@ def service() -> subprocess.Popen[bytes] | None:
     connection = getattr(getattr(wandb_setup, "_singleton", None), "_connection", None)
     found = getattr(getattr(connection, "_proc", None), "_process", None)
     return found if isinstance(found, subprocess.Popen) else None
+
+
+def has_ended(process: subprocess.Popen[bytes] | None) -> bool:
+    return process is not None and process.poll() is not None
 
 
 def end_service() -> None:
