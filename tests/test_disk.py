@@ -18,9 +18,9 @@ WORDS = (*TINY, "train.checkpoint_every=8", "data=local")
 POINTS = 20
 
 
-def start(capsys, folder, text):
-    """`stabrun train` whose data and run lie in `folder`."""
-    places = f"data.path={text}", f"data.cache_dir={folder / 'cache'}", f"run_dir={folder / 'run'}"
+def start(capsys, folder, text, cache=None):
+    """`stabrun train` whose data, unless they are in `cache`, and run lie in `folder`."""
+    places = f"data.path={text}", f"data.cache_dir={cache or folder / 'cache'}", f"run_dir={folder / 'run'}"
     return run(capsys, "train", *WORDS, *places)
 
 
@@ -56,10 +56,10 @@ def assert_same(here, whole):
     assert mine.read_bytes() == theirs.read_bytes()
 
 
-def filled_at(capsys, size, text, whole):
+def filled_at(capsys, size, text, whole, cache=None):
     """Train on a disk of `size` bytes, then on the larger one. Returns where it was full, None if it was not."""
     with disk(size) as small:
-        status, _, err = start(capsys, small.path, text)
+        status, _, err = start(capsys, small.path, text, cache)
         if status == 0:
             return None
         assert status == 1, err
@@ -67,7 +67,7 @@ def filled_at(capsys, size, text, whole):
         folder = small.path / "run" / "checkpoints"
         assert {damage(path) for path in checkpoints.steps(folder).values()} <= {None}
         small.resize(100_000_000)
-        status, _, err = start(capsys, small.path, text)
+        status, _, err = start(capsys, small.path, text, cache)
         assert (status, "Traceback" in err) == (0, False), err
         assert_same(small.path / "run", whole)
         return where
@@ -84,7 +84,7 @@ def test_a_disk_that_is_full_at_twenty_points(capsys, text, whole):
     with disk(100_000_000) as large:
         start(capsys, large.path, text)
         needed = large.used() // PAGE
-    sizes = sorted({*range(1, 11), *range(10, needed + 40, max(1, (needed + 30) // 16))})
+    sizes = sorted({*range(1, 20), *range(10, needed + 40, max(1, (needed + 30) // 16))})
     points = {}
     for pages in sizes:
         where = filled_at(capsys, pages * PAGE, text, whole)
@@ -94,6 +94,14 @@ def test_a_disk_that_is_full_at_twenty_points(capsys, text, whole):
     print(f"{sum(map(len, points.values()))} sizes: {points}")
     assert sum(map(len, points.values())) >= POINTS
     assert len(points) >= 6, points
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_each_of_the_first_files_of_a_run(capsys, text, whole):
+    points = [filled_at(capsys, pages * PAGE, text, whole, whole.parent / "cache") for pages in range(1, 7)]
+    print(points)
+    assert {"run/config.yaml", "run/metrics.jsonl"} & {*points}
+    assert len({*points}) >= 3
 
 
 def test_a_read_only_disk(capsys, text, whole):
