@@ -2,11 +2,16 @@
 
 import csv
 import io
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 GAP = 2  # spaces between columns
+SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # in the name of an environment variable
+LEAST_SECRET = 8  # characters: the value of a shorter one may be any word
+PASSWORD = re.compile(r"://[^/\s@]+@")  # user and password in an address
 
 
 def rate_text(lr: float) -> str:
@@ -65,9 +70,17 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
     return text.getvalue()
 
 
+def masked(text: str) -> str:
+    """A message of another program without passwords in addresses and the values of secret environment variables."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= LEAST_SECRET:
+            text = text.replace(value, "***")
+    return PASSWORD.sub("://***@", text)
+
+
 def warn(text: str) -> None:
-    """A line on standard error."""
-    print(f"stabrun: {text}", file=sys.stderr, flush=True)
+    """A line on standard error, without secrets."""
+    print(f"stabrun: {masked(text)}", file=sys.stderr, flush=True)
 
 
 def human(count: float) -> str:

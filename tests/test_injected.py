@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from helpers import a_trainer, tiny
+from helpers import tiny
 
 from stabrun.observe.sites import linear_sites
 from stabrun.training.run import train

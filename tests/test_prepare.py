@@ -118,7 +118,7 @@ def test_killed_twice_and_continued_gives_the_bytes_of_an_uninterrupted_pass(cor
     assert not list(cache.glob("*.part"))
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_ctrl_c_ends_all_processes_and_loses_nothing(corpus, uninterrupted, tmp_path, sign):
     cache = tmp_path / "cache"
     process = start(corpus, cache, 2)

@@ -122,13 +122,20 @@ def test_a_search_killed_on_its_way_completes(tmp_path, monkeypatch, capsys):
     assert rows(tmp_path) == found
 
 
-def test_ctrl_c_leaves_checkpoints_and_the_same_command_resumes(tmp_path, monkeypatch, capsys):
-    """Without checkpoints during a run: only a worker that stops after its step writes one."""
+SLOW_SIGNALS = [pytest.param(sign, marks=pytest.mark.slow) for sign in (signal.SIGTERM, signal.SIGUSR2)]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, *SLOW_SIGNALS])
+def test_ctrl_c_leaves_checkpoints_and_the_same_command_resumes(tmp_path, monkeypatch, capsys, sign):
+    """Without checkpoints during a run: only a worker that stops after its step writes one.
+
+    Terminals and clusters send a signal to all processes, so that a worker gets SIGTERM from two of them.
+    """
     words = ("study.lrs=[1e-2]", "study.seeds=1", "train.steps=400", "train.checkpoint_every=0", "train.val_every=0")
     words = (*words, "observe.every=0")
     with sweeping(tmp_path, *words) as process:
         wait_for(lambda: len(recorded(tmp_path / "study")) == 2)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, sign)
         status, said = ended(process)
     assert status == 130
     assert "the same command resumes" in said

@@ -600,12 +600,12 @@ def test_a_record_is_free_after_close_although_a_worker_lives(tmp_path):
     stabrun.watch(a_model(), tmp_path, quiet=True).close()
 
 
-def test_a_record_is_free_although_its_end_could_not_be_written(tmp_path):
+def test_a_record_is_free_although_its_end_could_not_be_written(tmp_path, capsys):
     watch = stabrun.watch(a_model(), tmp_path, quiet=True)
     watch.step(loss=1.0, lr=0.1)
     (tmp_path / "summary.json").mkdir()
-    with pytest.raises(OSError, match="summary"):
-        watch.close()
+    assert watch.close()["steps"] == 1
+    assert "The end of the record" in capsys.readouterr().err
     assert not stabrun.load_run(tmp_path).files.is_locked()
 
 

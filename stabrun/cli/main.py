@@ -10,8 +10,10 @@ from click.exceptions import Exit, NoArgsIsHelpError
 from stabrun.cli.commands import cli
 from stabrun.cli.completion import COMPLETE_VARIABLE
 from stabrun.config import UserError
+from stabrun.record.disk import advice
 from stabrun.text import warn
 from stabrun.training.place import Place
+from stabrun.training.stop import BOTH, be_interruptible
 
 RESUMABLE = ("train", "rerun", "sweep")
 
@@ -25,10 +27,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout = open(os.devnull, "w")  # the first rank prints
     if COMPLETE_VARIABLE in os.environ:
         cli.main(prog_name="stabrun", complete_var=COMPLETE_VARIABLE)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    be_interruptible()
     try:
         status = dispatch(words)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: ignore Ctrl-C during exit
+        for which in BOTH:  # the work is done: ignore Ctrl-C during exit
+            signal.signal(which, signal.SIG_IGN)
         sys.stdout.flush()
     except KeyboardInterrupt:
         resumes = "; the same command resumes from the last checkpoint" if {*words[:1]} & {*RESUMABLE} else ""
@@ -62,7 +65,7 @@ def dispatch(words: list[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        warn(f"{error.filename or 'disk'}: {error.strerror or error}.")
+        warn(advice(error))
         return 1
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error).lower() + type(error).__name__.lower():
@@ -72,7 +75,7 @@ def dispatch(words: list[str]) -> int:
 
 
 def usage_text(error: click.UsageError) -> str:
-    """click's message as one or two sentences: what was given, and what is allowed."""
+    """click's message as one or two advice: what was given, and what is allowed."""
     text = error.format_message().rstrip(".").partition(". ")[0]
     text = text[0].lower() + text[1:]
     if error.ctx is None:

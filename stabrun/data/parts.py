@@ -26,12 +26,14 @@ import numpy as np
 from stabrun.data.corpus import Piece
 from stabrun.data.progress import shown_progress
 from stabrun.data.tokenizer import Tokenizer, load
+from stabrun.record.disk import writing
 from stabrun.record.jsonl import write_atomic
 from stabrun.record.synced import file_digest
 
 CHUNK = 8 << 20  # characters of text per part
 SHARD_TOKENS = 1 << 28
 SPLITS = ("train", "val")
+HANDLED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}  # by the parent, which ends its workers
 
 Part = dict[str, Any]
 Tokenize = Callable[[int, list[Piece]], Part]
@@ -118,7 +120,7 @@ def _at_once(tokenize: Tokenize, index: int, chunk: list[Piece]) -> Future[Part]
 
 def _submit(pool: ProcessPoolExecutor, index: int, chunk: list[Piece]) -> Future[Part]:
     """Submit a chunk. Workers started here inherit the signal mask, so that only the parent handles signals."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
     try:
         return pool.submit(_work, index, chunk)
     finally:
@@ -219,7 +221,7 @@ def _cut(arrays: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
 
 def _shard(file: Path, arrays: Iterator[np.ndarray]) -> dict[str, Any]:
     count = 0
-    with open(file, "wb") as out:
+    with writing(file), open(file, "wb") as out:
         for array in arrays:
             out.write(array.tobytes())
             count += len(array)

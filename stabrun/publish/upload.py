@@ -24,7 +24,7 @@ from stabrun.study.snapshot import SnapshotReader
 from stabrun.study.summary import study_summary
 from stabrun.study.tracking import images, send_study
 from stabrun.text import warn
-from stabrun.training.tracker import Identity, has_key, identity, log_row, open_run, watched_identity
+from stabrun.training.tracker import Identity, has_key, identity, log_row, open_run, steps_at_server, watched_identity
 
 FIGURES = "report/figures"
 
@@ -212,9 +212,11 @@ def send(files: RunDir, tracker: TrackerConfig, sent: Identity, plan: UploadPlan
 
     The lowest loss is sent explicitly: W&B computes it only from the rows of one upload.
     """
+    import wandb
+
     run = open_run(tracker, sent, files)
     run.define_metric("train/loss", summary="none", step_metric="step")
-    extent, first = plan.extent, max(plan.state.steps, run.step or 0)  # run.step waits for the W&B process
+    extent, first = plan.extent, max(plan.state.steps, run.starting_step)
     for row, end in files.readable_rows() if extent.steps > plan.state.steps else ():
         if end > extent.size:
             break
@@ -225,6 +227,8 @@ def send(files: RunDir, tracker: TrackerConfig, sent: Identity, plan: UploadPlan
     fields = {key: value for key, value in plan.summary.items() if value is not None}
     run.summary.update(fields | images(plan.figures))
     run.finish(exit_code=0 if fields.get("status") in OVER else 130)
+    if mode == ONLINE and (has := steps_at_server(run, extent.steps)) < extent.steps:
+        raise wandb.Error(f"has {has} of {extent.steps} rows of {sent.name}")
     state = replace(
         plan.state,
         mode=mode,

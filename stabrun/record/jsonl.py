@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stabrun.config import UserError
+from stabrun.record.disk import writing
 
 DECODER = json.JSONDecoder()
 TAIL = 1 << 16  # bytes read from the end of a file to find its last line
@@ -89,7 +90,7 @@ def read_last(path: Path) -> dict[str, Any] | None:
 
 def append_line(path: Path, value: Any) -> None:
     """Add a line to a JSON-lines file; an incomplete last line, left by a kill, is terminated first."""
-    with open(path, "ab+") as file:
+    with writing(path), open(path, "ab+") as file:
         incomplete = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
         file.write(b"\n" * bool(incomplete) + dumps(value).encode() + b"\n")
 
@@ -113,7 +114,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file in one step: readers see the old content or the new, and a full disk leaves the old."""
     scratch = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     try:
-        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        with writing(path):
+            scratch.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(scratch, path)
     finally:
-        scratch.unlink(missing_ok=True)
+        if scratch.exists():
+            scratch.unlink()

@@ -1,6 +1,5 @@
 """A run directory: the names of its files, how they are read and written, and the state of the run."""
 
-import errno
 import fcntl
 import json
 import math
@@ -13,6 +12,7 @@ from typing import IO, Any, cast
 
 from stabrun.config import RESULT, Config, UserError, config_yaml, differences, marked, read_config
 from stabrun.record import checkpoints
+from stabrun.record.disk import REMEDIES, writing
 from stabrun.record.jsonl import (
     append_line,
     dumps,
@@ -36,8 +36,6 @@ from stabrun.record.schema import (
     Summary,
 )
 from stabrun.record.watched import Watched
-
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # of the disk, not of a name
 
 
 class RunDir:
@@ -371,13 +369,15 @@ class RunWriter:
     def write(self, row: Row) -> None:
         if self.file is None:
             self.file = open(self.run.metrics, "a", buffering=1)
-        self.file.write(dumps(row) + "\n")
+        with writing(self.run.metrics):
+            self.file.write(dumps(row) + "\n")
 
     def sync(self) -> None:
         """Wait until the rows are on disk: a checkpoint must never be ahead of its record."""
         if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            with writing(self.run.metrics):
+                self.file.flush()
+                os.fsync(self.file.fileno())
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append to `events.jsonl`: what happened, when (Unix seconds), and `facts`."""
@@ -385,7 +385,8 @@ class RunWriter:
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with writing(self.run.metrics):
+                self.file.close()
             self.file = None
 
 
@@ -418,7 +419,7 @@ def naming(key: str, directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_FAULTS:
+        if error.errno in REMEDIES:
             raise
         why = "not a directory" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
         raise UserError(f"{key}={directory}: {why}.") from error

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from stabrun.config import UserError
+from stabrun.record.disk import writing
 from stabrun.report import charts, figures, sentences, tables
 from stabrun.report.page import Part, page
 from stabrun.report.paper import paper_comparison
@@ -93,7 +94,8 @@ def replacing(target: Path) -> Iterator[Path]:
     old = scratch.with_name(f"{scratch.name}.old")
     try:
         scratch.chmod(0o755)
-        yield scratch
+        with writing(target):
+            yield scratch
         if target.exists():
             os.rename(target, old)
         os.rename(scratch, target)

@@ -104,19 +104,19 @@ def cancel_queued(output: Path) -> None:
 def run_job(directory: str, pool: str, working_directory: str, jobs: int, config: Any) -> None:
     """One worker, on whatever machine the job runs, in the working directory of the sweep.
 
-    It stops after its step because of the stop file, SIGUSR2 (which submitit asks Slurm for before the time limit) or
-    `scancel`.
+    It stops after its step because of the stop file, SIGUSR1 or SIGUSR2 (which submitit asks Slurm for before the time
+    limit) or `scancel`.
     """
     os.chdir(working_directory)
     allocated = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
     os.environ.setdefault("OMP_NUM_THREADS", allocated or str(threads_per_worker(jobs)))
     from stabrun.study.worker import registered, work
+    from stabrun.training.stop import WARNINGS, interrupt
 
-    handlers = {
-        signal.SIGTERM: signal.default_int_handler,
-        signal.SIGUSR2: lambda *_: signal.raise_signal(signal.SIGTERM),
-    }
+    forward = dict.fromkeys(WARNINGS, lambda *_: signal.raise_signal(signal.SIGTERM))
+    handlers = {signal.SIGTERM: interrupt, **forward}
     previous = {which: signal.signal(which, handler) for which, handler in handlers.items()}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WARNINGS)  # a launcher on this machine inherits that they are blocked
     try:
         with registered(Ledger(Path(directory)), pool, HydraConfig.get().job.num) as stop:
             work(Path(directory), stop=stop)

@@ -9,19 +9,24 @@ from stabrun.config import TrackerConfig
 from stabrun.record.schema import Result, StudySummary
 from stabrun.record.synced import SyncState, digest, file_digests
 from stabrun.text import warn
-from stabrun.training.tracker import open_wandb, wandb_mode
+from stabrun.training.tracker import WAIT, open_wandb, wandb_mode, within
 
 Table = list[Result]
 
 
 def track_study(tracker: TrackerConfig, directory: Path, results: Table, summary: StudySummary) -> None:
     """Send a study's results and summary to a run in its group, unless W&B has them. Failures are only reported."""
-    try:
+
+    def send() -> None:
         import wandb
 
-        if SyncState.at(directory, wandb_mode(), tracker).summary != digest([results, summary]):
-            send_study(tracker, directory, results, summary)
-            wandb.teardown()  # waits until everything is on disk
+        send_study(tracker, directory, results, summary)
+        wandb.teardown()  # waits until everything is on disk
+
+    try:
+        known = SyncState.at(directory, wandb_mode(), tracker).summary == digest([results, summary])
+        if not known and not within(WAIT, send):
+            raise TimeoutError(f"not taken within {WAIT:.0f} s")
     except Exception as error:
         warn(f"W&B has no summary of the study ({type(error).__name__}: {error}); it is in {directory}/study.json.")
 
@@ -39,7 +44,7 @@ def send_study(
     before = SyncState.load(directory)
     group = tracker.group or name
     run = open_wandb(tracker, name, directory, group=group, job_type="study", name=f"{name}: summary")
-    step = max(run.step or 0, before.steps if before else 0)
+    step = max(run.starting_step, before.steps if before else 0)
     table = wandb.Table(columns, [list(row.values()) for row in results], allow_mixed_types=True)
     run.log({"results": table, **images(figures)}, step=step)
     run.summary.update(leaves(summary))

@@ -17,8 +17,9 @@ from stabrun.study.plan import Plan, load
 from stabrun.study.pool import stop_file
 from stabrun.study.search import next_run
 from stabrun.study.snapshot import SnapshotReader
+from stabrun.text import masked
 from stabrun.training.run import Watch, train
-from stabrun.training.stop import Stop
+from stabrun.training.stop import WARNINGS, Stop, interrupt
 
 HEARTBEATS = 6  # per lease
 POLL = 0.5  # seconds between two readings of the ledger while all cells that are left have owners
@@ -91,8 +92,8 @@ def train_cell(plan: Plan, claim: Claim, stop: Stop) -> None:
     except Exception as error:
         claim.directory.mkdir(exist_ok=True)
         if not isinstance(error, UserError):
-            (claim.directory / "error.txt").write_text(traceback.format_exc())
-        claim.end("failed", f"{type(error).__name__}: {error}")
+            (claim.directory / "error.txt").write_text(masked(traceback.format_exc()))
+        claim.end("failed", masked(f"{type(error).__name__}: {error}"))
         return
     if summary["status"] == INTERRUPTED:
         claim.end("left", "interrupted")
@@ -178,10 +179,10 @@ if __name__ == "__main__":
     import signal
     import sys
 
-    # Ctrl-C in a terminal reaches the sweep as well, which ends its workers by SIGTERM: a second signal would stop them
-    # at once, without a checkpoint.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Ctrl-C in a terminal, and a warning of Slurm, reach the sweep as well, which ends its workers by SIGTERM: a second
+    # Ctrl-C would stop them at once, without a checkpoint.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *WARNINGS})
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         work(Path(sys.argv[1]))
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stabrun.config import UserError
 from stabrun.record.checkpoints import META, name_of, steps
+from stabrun.record.disk import as_os_error, writing
 from stabrun.record.jsonl import read_json, write_atomic
 from stabrun.training.ranks import Ranks
 
@@ -82,9 +83,10 @@ def _write(scratch: Path, meta: dict[str, Any], model: nn.Module, optimizer: tor
         for name, state in files.items():
             save_file(state, scratch / name)
     except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(errno.EIO, str(error), str(scratch)) from error
+        raise as_os_error(error, scratch) from error
     meta = meta | {"sha256": {name: _sum_of(scratch / name) for name in files}}
-    (scratch / META).write_text(json.dumps(meta | {"check": _sum(meta)}) + "\n")
+    with writing(scratch / META):
+        (scratch / META).write_text(json.dumps(meta | {"check": _sum(meta)}) + "\n")
     mode = (scratch / META).stat().st_mode
     for file in scratch.iterdir():
         file.chmod(mode)  # safetensors lets only the owner read its files

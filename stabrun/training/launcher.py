@@ -20,7 +20,7 @@ import torch
 from stabrun import interpreter
 from stabrun.training.place import Place
 from stabrun.training.ranks import RESUMES, LostRankError
-from stabrun.training.stop import Stop
+from stabrun.training.stop import BOTH, WARNINGS, Stop
 
 POLL = 0.1  # seconds between two looks at the ranks
 PATIENCE = 20.0  # seconds that a rank waits to be ended after it lost another, so that the launcher names that one
@@ -32,7 +32,8 @@ def launch(
     """Call `target(*args, stop)` in `count` new processes. Returns what the first one returned.
 
     `follow` is called every POLL seconds; what it raises ends the ranks, as a second Ctrl-C does. `stop` reaches the
-    ranks as SIGINT. Raises the first error that a rank raised, or ChildProcessError if one ended without.
+    ranks as SIGINT. Raises the first error that a rank raised, or, if one ended without, ChildProcessError, or
+    KeyboardInterrupt after `stop`.
     """
     threads = max(1, torch.get_num_threads() // count)
     ranks = Launch(count, target, args, threads)
@@ -51,7 +52,12 @@ def launch(
             ranks.signal(signal.SIGKILL, ranks.pids())
             ranks.join(POLL)
         raise
-    return ranks.result()
+    try:
+        return ranks.result()
+    except ChildProcessError:
+        if stop.asked:  # before a first step, after which they could have stopped
+            raise KeyboardInterrupt from None
+        raise
 
 
 class Launch(threading.Thread):
@@ -77,8 +83,8 @@ class Launch(threading.Thread):
         for name in ("torch.distributed.elastic", "torch.multiprocessing"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # they log tracebacks; the error is one sentence
         self.reports = get_context("spawn").SimpleQueue()
-        # Ranks inherit the mask, until they can handle the signal. After the queue, which may reset the mask.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ranks inherit the mask, until they can handle the signals. After the queue, which may reset the mask.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*BOTH, *WARNINGS})
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -133,11 +139,14 @@ def rank(target: Callable[..., Any], args: tuple[Any, ...], threads: int, report
     """The process of one rank. The first error of all is reported; only the first rank prints."""
     reports.put(os.getpid())
     torch.set_num_threads(threads)
-    stop = Stop((signal.SIGINT,), patient=True)  # SIGTERM ends it at once, as the launcher expects
+    threading.Thread(target=end_with_launcher, daemon=True).start()
+    stop = Stop((signal.SIGINT,), patient=True)
     with stop, redirect_stdout(sys.stdout if Place.here().first else open(os.devnull, "w")):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             value = target(*args, stop=stop)
+        except KeyboardInterrupt:
+            os._exit(130)  # without a traceback
         except Exception as error:
             if isinstance(error, LostRankError):
                 time.sleep(PATIENCE)
@@ -147,6 +156,16 @@ def rank(target: Callable[..., Any], args: tuple[Any, ...], threads: int, report
         if parent is not None and not parent.is_alive():
             os._exit(0)  # nobody waits for the value
         return value
+
+
+def end_with_launcher() -> None:
+    """End this rank at SIGTERM of its launcher. One that all processes of a job get is left to the launcher to tell.
+
+    A rank that was sent it alone tells the others, as at Ctrl-C.
+    """
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    os._exit(1)
 
 
 def portable(error: Exception) -> Exception:

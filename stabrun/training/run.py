@@ -17,7 +17,7 @@ from stabrun.record.jsonl import jsonable
 from stabrun.record.nowhere import NoRunDir
 from stabrun.record.run_dir import RunDir, RunWriter
 from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, STOPPED, Row, Summary
-from stabrun.text import rate_text, warn
+from stabrun.text import masked, rate_text, warn
 from stabrun.training import checkpoint
 from stabrun.training.compilation import graphs
 from stabrun.training.console import Console
@@ -117,17 +117,17 @@ class Run:
         self.run_dir.keep_environment(self.environment)
         self.run_dir.keep_tokenizer(trainer.data.tokenizer())
         self.batch_findings = 0
-        earlier, lost = self.restore()
+        lost = self.restore()
         if lost:
             warn(f"{self.run_dir.path}: {lost} of {self.done + lost} recorded steps have no checkpoint; trained again.")
-        self.tracker = Tracker(self.config.tracker, identity(self.config, self.run_dir), self.run_dir, earlier)
+        self.tracker = Tracker(self.config.tracker, identity(self.config, self.run_dir), self.run_dir)
         self.usage = Usage(self.config, trainer.device)
         self.watch = watch
         self.saved_at = time.monotonic()
         self.resumed_at = {"step": self.done, "tokens": self.tokens}
 
-    def restore(self) -> tuple[list[Row], int]:
-        """Go on from the newest checkpoint. Returns the rows before it, and the number of later ones that are removed.
+    def restore(self) -> int:
+        """Go on from the newest checkpoint. Returns the number of later rows, which are removed.
 
         Everything that the loop changes is set here: it depends on the checkpoint and the rows before it only.
         """
@@ -144,7 +144,7 @@ class Run:
         self.rows, self.tokens = self.done, earlier[-1]["tokens"] if earlier else 0
         self.val_loss = next((row["val/loss"] for row in reversed(earlier) if "val/loss" in row), None)
         self.share_progress()
-        return earlier, lost
+        return lost
 
     def pass_over(self, path: Path, why: str) -> None:
         """Report a damaged checkpoint, and rename it."""
@@ -164,10 +164,11 @@ class Run:
         began = time.monotonic()
         try:
             with stop or Stop() as stop:
+                stop.be_at_once(self.trainer.compiled)  # until the first step is: that takes up to minutes
                 while (status := self.loop(stop)) == REWIND:
                     self.rewind()
         except Exception as error:
-            self.record.event(FAILED, step=self.done, error=f"{type(error).__name__}: {error}")
+            self.record.event(FAILED, step=self.done, error=masked(f"{type(error).__name__}: {error}"))
             raise
         finally:
             self.console.close()
@@ -195,6 +196,7 @@ class Run:
             self.save()
         while self.done < steps:
             launched = self.launch(self.done)
+            stop.be_at_once(False)
             self.done += 1
             self.read(pending)
             if ending := self.ending():
@@ -247,12 +249,13 @@ class Run:
         rewinds = trainer.rewinds.back(to, self.rows)
         self.record.event("rewind", number=rewinds.count, step=self.rows - 1, to=to, why=why)
         self.console.say(f"step {self.rows - 1}: {why}; back to the state after {to} steps, on with other batches")
+        self.tracker.abandon()
         if self.ranks.first:
             folder = self.run_dir.checkpoints
             self.record.keep_rewound(to, rewinds.count)
             checkpoint.rewind(folder, to, {"rewinds": asdict(rewinds)})
-        earlier, _ = self.restore()
-        self.tracker.rewind(identity(self.config, self.run_dir), earlier)
+        self.restore()
+        self.tracker = Tracker(self.config.tracker, identity(self.config, self.run_dir), self.run_dir)
 
     def launch(self, step: int) -> Row:
         """Queue one update. Its row holds a snapshot instead of the values that the device is still computing."""
@@ -308,7 +311,7 @@ class Run:
                 self.record.event("init", finding=text)
         if row.get("recovery/skipped"):
             self.report_outlier(row)
-        for add in (self.judge.add, self.tally.add, self.levels.add, self.tracker.row, self.usage.add):
+        for add in (self.judge.add, self.tally.add, self.levels.add, self.usage.add):
             add(row)
         if self.watch:
             self.watch(row)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from stabrun.config import TrackerConfig, UserError
+from stabrun.record.disk import sentence
 from stabrun.record.jsonl import jsonable
 from stabrun.record.nowhere import NoRunDir, NoWriter
-from stabrun.record.run_dir import RunDir, RunWriter, naming
+from stabrun.record.run_dir import RunDir, naming
 from stabrun.record.schema import EMPTY, INTERRUPTED, WRITTEN, Row, Summary
 from stabrun.record.watched import Watched
 from stabrun.text import warn
@@ -19,6 +20,7 @@ from stabrun.training.tracker import Tracker, watched_identity
 from stabrun.verdict.judge import Judge, Verdict
 from stabrun.verdict.rule import DIVERGED, RECOVERED
 from stabrun.verdict.wording import verdict_line
+from stabrun.watching.backlog import Backlog
 from stabrun.watching.exchange import from_first, is_first
 
 STOP, WARN = "stop", "warn"
@@ -49,12 +51,12 @@ class Log:
         self.run = RunDir(out) if out is not None else NoRunDir()
         self.policies, self.stopped = policies, False
         self.stack = ExitStack()
-        self.writer: RunWriter = NoWriter(self.run)
+        self.writer = Backlog(NoWriter(self.run))
         earlier: list[Row] = from_first(lambda: self._open(out, watched, first_step, overwrite), device)
         self.judge = Judge(watched.planned, watched.constant)
         self.last: Row = earlier[-1] if earlier else {}
         self.tokens = int(self.last.get("tokens", 0))
-        self.watched, self.earlier = watched, earlier
+        self.watched = watched
         self.tracker: Tracker | None = None
         self.rows, self.judge_at = 0, 0
         self.verdict = self.judge.verdict()
@@ -69,10 +71,11 @@ class Log:
             return []
         with naming("watch: out", out):
             refuse_record(self.run, first_step, overwrite)
-        self.writer = self.stack.enter_context(self.run.hold("watch: out", BUSY))
+        writer = self.stack.enter_context(self.run.hold("watch: out", BUSY))
+        self.writer = Backlog(writer)
         if overwrite:
             erase(self.run)
-        earlier = self.writer.cut_from(first_step)
+        earlier = writer.cut_from(first_step)
         self.run.summary_file.unlink(missing_ok=True)  # of an earlier start: the run is not over
         self.run.write_watched(watched)
         return earlier
@@ -82,8 +85,7 @@ class Log:
         self.run.keep_environment(facts)
         self.writer.event("start", step=step, environment=self.run.environment())
         if settings.name != "none":
-            self.tracker = Tracker(settings, watched_identity(self.watched, settings, self.run), self.run, self.earlier)
-        self.earlier = []  # may be long, and is not needed any more
+            self.tracker = Tracker(settings, watched_identity(self.watched, settings, self.run), self.run)
 
     def _add(self, row: Row) -> None:
         self.judge.add(row)
@@ -96,8 +98,6 @@ class Log:
             self.writer.write(row)
             self._add(row)
             self.last = row
-            if self.tracker:
-                self.tracker.row(row)
         if self.rows >= self.judge_at or self.judge.over != over:
             self.judge_at = round(JUDGED_AGAIN * self.rows) + 1
             self._judge()
@@ -169,8 +169,11 @@ class Log:
         self.writer.event(status, step=steps)
         known["seconds"] = round(self.run.seconds_spent(), 3)
         summary: Summary = jsonable({name: known[name] for name in WRITTEN if name in known})
-        self.run.write_summary(summary)
-        self.writer.close()
+        try:
+            self.writer.close()
+            self.run.write_summary(summary)
+        except OSError as error:
+            warn(f"watch: {sentence(error)} The end of the record in {self.run.path} is missing.")
         if self.tracker:
             self.tracker.finish(summary, status == INTERRUPTED)
         return summary

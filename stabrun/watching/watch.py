@@ -520,10 +520,7 @@ class Watch:
 
     def _at_exit(self) -> None:
         """Close the record of a loop that has not done so."""
-        try:
-            self.close(INTERRUPTED)
-        except OSError as error:
-            warn(f"watch: the record in {self.log.run.path} could not be completed ({error.strerror or error}).")
+        self.close(INTERRUPTED)
 
     def __enter__(self) -> Self:
         return self
