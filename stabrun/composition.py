@@ -2,9 +2,10 @@
 
 import copy
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -17,7 +18,7 @@ from hydra import initialize_config_dir
 # Hydra's help is made from the parser of its own command line, which has no public name.
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.config_store import ConfigLoadError, ConfigStore
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -28,22 +29,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stabrun.config import Config, UserError, added_groups, check, conf_dir, groups, keys
+from stabrun.safety import BASIC_SWEEPER, CheckedFiles, guarded_environment, refuse_code, refuse_nesting, refuse_yaml
 
-TYPED_ONLY = (
-    "hydra.launcher.setup",
-    "hydra.launcher.srun_args",
-    "hydra.launcher.ray.init.runtime_env",
-    "hydra.sweeper.custom_search_space",
-    "hydra.sweeper.storage",
-)  # may name code to run
+MOST_RUNS = 100_000
 UNUSED: dict[str, Any] = {
     "hydra.run.dir": ".",
     "hydra.sweep.dir": ".",
     "hydra.sweep.subdir": ".",
     "hydra.job.chdir": False,
+    "hydra.output_subdir": None,
 }
-OWN_CODE = ("hydra._internal.", "hydra_plugins.")
-BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 EXTRAS = {
     "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray", "joblib": "plugins", "optuna": "plugins"
 }  # fmt: skip
@@ -66,9 +61,13 @@ SHIPPED = Sources()
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn exceptions of Hydra, OmegaConf and YAML into a UserError of one or two sentences."""
+    """Turn exceptions of Hydra, OmegaConf and YAML into a UserError of one or two sentences.
+
+    What looks like a secret is not read from the environment meanwhile.
+    """
     try:
-        yield
+        with guarded_environment():
+            yield
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(sentence(error)) from error
 
@@ -83,7 +82,9 @@ def sentence(error: BaseException) -> str:
             return message.format(*found.groups()) if isinstance(message, str) else message(*found.groups())
     lines = [line.strip() for line in text.splitlines()]
     details = ("full_key:", "object_type=", "reference_type=", "See ")
-    return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(details)))
+    words = " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(details)))
+    key = getattr(error, "full_key", None)
+    return words if not key or key in words else f"{key}: {words}"
 
 
 def no_such_choice(group: str, name: str, options: str) -> str:
@@ -99,6 +100,7 @@ def no_such_key(path: str) -> str:
 
 
 MESSAGES: tuple[tuple[str, str | Callable[..., str]], ...] = (
+    (r"UserError raised while resolving interpolation: (.*)", "{0}"),
     (r"Could not find '(\S+)/(\S+)'\s+Available options in '\S+':((?:\s+\S+)*?)\s+Config search", no_such_choice),
     (r"Could not load '(\S+)/(\S+)'", "{0}={1}: no such {0}."),
     (r"Could not override '(\w+)'. No match in the defaults", "{0}=NAME: has no default to replace; use +{0}=NAME."),
@@ -124,6 +126,8 @@ def hydra(sources: Sources = SHIPPED) -> Iterator[Any]:
             path = loader.get_search_path()
             path.prepend("command-line", f"file://{sources.config_dir.resolve()}", SearchPathQuery(provider="schema"))
             loader.repository.initialize_sources(path)
+        repository = application.config_loader.repository
+        repository.sources = [CheckedFiles.instead_of(source) for source in repository.sources]
         yield application
 
 
@@ -159,7 +163,7 @@ def composed(
         raise UserError(f"{sources.config_name}.yaml: hydra.searchpath can name code to run; use --config-dir DIR.")
     with as_user_error(overrides):
         whole: DictConfig = application.compose_config(sources.config_name, [*overrides, *own], mode, from_shell=True)
-    refuse_code(whole)
+    refuse_code(whole, [*overrides, *own])
     refuse_unused(whole, own)
     return whole
 
@@ -247,7 +251,11 @@ def parsed(overrides: list[str], globs: bool) -> list[Override]:
     """The overrides as Hydra parses them; it has no public function for this.
 
     Raises UserError at a sweep over an interval or, unless `globs`, over a pattern of names: neither lists its values.
+    Also at more than MOST_RUNS.
     """
+    runs = 1
+    for text in overrides:
+        refuse_nesting(text)
     words = OverridesParser.create().parse_overrides(overrides)
     for word in words:
         if word.is_interval_sweep() or (word.value_type == ValueType.GLOB_CHOICE_SWEEP and not globs):
@@ -255,6 +263,10 @@ def parsed(overrides: list[str], globs: bool) -> list[Override]:
                 f"{word.input_line}: list the values, separated by commas; to search for the highest "
                 "stable learning rate, use `stabrun sweep` with study.strategy=frontier."
             )
+        if word.is_discrete_sweep() and word.value_type != ValueType.GLOB_CHOICE_SWEEP:
+            runs *= sum(1 for _ in itertools.islice(word.sweep_string_iterator(), MOST_RUNS + 1))
+            if runs > MOST_RUNS:
+                raise UserError(f"{word.input_line}: asks for more than {MOST_RUNS:,} runs.")
     return words
 
 
@@ -263,8 +275,10 @@ def as_user_error(overrides: list[str]) -> Iterator[None]:
     """Hydra raises built-in exceptions at some invalid overrides: turn them into a UserError."""
     try:
         yield
-    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{' '.join(overrides)}: invalid combination of overrides ({error}).") from error
+    except RecursionError as error:  # values and overrides are never nested that deep: see safety.py
+        raise UserError(f"{' '.join(overrides)}: a defaults list names its own file, or one that names it.") from error
 
 
 def to_config(whole: DictConfig, facts: Any = None) -> Config:
@@ -289,6 +303,7 @@ def to_config(whole: DictConfig, facts: Any = None) -> Config:
 def refuse_words(overrides: list[str], sources: Sources) -> None:
     """UserError at an override that is not KEY=VALUE, names code to import, or chooses a file that Hydra misreads."""
     for word in overrides:
+        refuse_nesting(word)
         if "hydra.searchpath" in word:  # Hydra imports the package that a pkg:// path names
             raise UserError(f"{word}: a search path can name code to run; add a directory with --config-dir DIR.")
         if "=" not in word.lstrip("=~"):
@@ -308,37 +323,6 @@ def refuse_file(file: Path, whole: bool) -> None:
         raise UserError(f"{file}: starts with a byte-order mark; save it as UTF-8 without one.")
     if whole and not re.search(r"^#\s*@package\s+_global_", text, re.MULTILINE):
         raise UserError(f"{file}: the line `# @package _global_` is missing at its top.")
-
-
-def refuse_code(whole: DictConfig) -> None:
-    """UserError if a configuration names code to run: callbacks, targets, factories or shell commands.
-
-    Shell commands for a cluster, and a sweeper of an installed plugin, are allowed if given on the command line.
-    """
-    node = OmegaConf.to_container(whole.hydra, resolve=False)
-    assert isinstance(node, dict)
-    typed = [word.lstrip("+~").partition("=")[0] for word in node["overrides"]["hydra"]]
-    for path in TYPED_ONLY:
-        if OmegaConf.select(whole, path) and not any(word.startswith(path) for word in typed):
-            raise UserError(f"{path}: names code to run, which is allowed on the command line only.")
-    if node.get("callbacks"):
-        raise UserError("hydra.callbacks: names code to run, which is not allowed.")
-    for name in ("params", "search_space"):  # further overrides of each job, which is composed after this check
-        for key in node["sweeper"].get(name) or ():
-            if str(key).lstrip("+~").startswith("hydra"):
-                raise UserError(f"hydra.sweeper.{name}: {key} can name code to run; give it on the command line.")
-    own = set(_plugin_targets(node["runtime"]["choices"])) if "hydra/sweeper" in typed else set()
-    for path, value in _targets(node, "hydra"):
-        if not str(value).startswith(OWN_CODE) and (path, value) not in own:
-            raise UserError(f"{path}={value}: names code to run; only installed Hydra plugins are allowed.")
-
-
-def _plugin_targets(chosen: dict[str, str]) -> Iterator[tuple[str, Any]]:
-    """The targets that installed plugins declare for the chosen groups of Hydra."""
-    for group, name in chosen.items():
-        with suppress(ConfigLoadError):
-            node = ConfigStore.instance().load(f"{group}/{name}.yaml").node
-            yield from _targets(OmegaConf.to_container(node, resolve=False), group.replace("/", "."))
 
 
 def refuse_unused(whole: DictConfig, own: Sequence[str]) -> None:
@@ -361,18 +345,20 @@ def override(config: Config, words: Sequence[str]) -> Config:
     """
     known, node = {k.path for k in keys()}, OmegaConf.structured(config)
     for word in words:
-        path, assigned, _ = word.partition("=")
+        path, assigned, value = word.partition("=")
         if not assigned or path.lstrip("+~") in groups():
             raise UserError(f"{word}: a recorded configuration accepts single keys, such as optim.lr=3e-2, not groups.")
         if path not in known:
             raise UserError(no_such_key(path))
+        refuse_yaml(value.encode(errors="replace"), path)
         try:
             node.merge_with_dotlist([word])
         except OmegaConfBaseException as error:
             raise UserError(f"{word}: {sentence(error)}.") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"{word}: cannot be parsed; quote brackets, commas and spaces.") from error
-    changed: Any = OmegaConf.to_object(node)
+    with user_errors():
+        changed: Any = OmegaConf.to_object(node)
     check(changed)
     result: Config = changed
     return result
@@ -390,11 +376,3 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
-
-
-def _targets(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for name, value in items:
-        if name in ("_target_", "()", "class"):
-            yield f"{path}.{name}", value
-        yield from _targets(value, f"{path}.{name}")

@@ -8,6 +8,8 @@ import hashlib
 import json
 import math
 import re
+import types
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -56,10 +58,13 @@ class UserError(Exception):
 
 
 IN_EVERY_RECORD = "in every record"
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
 def key(default: Any, mark: str, doc: str, *, absent: Any = IN_EVERY_RECORD, **bounds: Any) -> Any:
-    """A config field. `bounds`: `above`, `at_least`, `at_most`, `below` (numbers) or `allowed` (a tuple).
+    """A config field. `bounds`: `above`, `at_least`, `at_most`, `below` (numbers), `allowed` (a tuple) or `named`.
+
+    `named`: the value is a part of a file name, at most so many bytes of it.
 
     A result key added after version 0.1.0 must give `absent`: the value that records without the key were made with.
     It keeps `run_id` and the directory of a study unchanged while the key has that value.
@@ -295,7 +300,7 @@ class TrackerConfig:
 
 @dataclass
 class StudyConfig:
-    name: str = key("study", VIEW, "name of the study, and prefix of its directory")
+    name: str = key("study", VIEW, "name of the study, and prefix of its directory", named=100)
     strategy: str = key(
         "grid", VIEW, "grid: every learning rate; frontier: adaptive search for lr50", allowed=("grid", "frontier")
     )
@@ -359,9 +364,13 @@ class Key:
             "below": (lambda v, b: v < b, "below {}"),
             "at_least": (lambda v, b: v >= b, "at least {}"),
             "at_most": (lambda v, b: v <= b, "at most {}"),
+            "named": (is_name, "at most {} bytes, for a directory's name: no / and no control characters"),
         }
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{self.path}={value}: must be a finite number."
+        if not is_of(value, self.type):
+            return f"{self.path}={value}: must be {kind_text(self.type)}."
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, float) and not math.isfinite(item):
+                return f"{self.path}={value}: must be a finite number."
         if value is None:
             return None
         if "allowed" in self.bounds:
@@ -371,6 +380,31 @@ class Key:
             return None
         wanted = " and ".join(rules[name][1].format(bound) for name, bound in self.bounds.items())
         return f"{self.path}={value}: must be {wanted}."
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value has the type of a key: a union, a list, or one of KINDS. Whole numbers are numbers, too."""
+    if isinstance(kind, types.UnionType):
+        return any(is_of(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(is_of(item, *typing.get_args(kind)) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def is_name(text: str, size: int) -> bool:
+    """Whether a text can begin the name of a directory, in so many bytes."""
+    return text.isprintable() and bool(text) and "/" not in text and len(text.encode()) <= size
+
+
+def kind_text(kind: Any) -> str:
+    """`a number or null`, `a list of text`."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(kind_text(one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return f"a list, each item {kind_text(*typing.get_args(kind))}"
+    return KINDS[kind]
 
 
 def keys(schema: type = Config, prefix: str = "") -> Iterator[Key]:

@@ -14,6 +14,11 @@ LEAST_SECRET = 8  # characters: the value of a shorter one may be any word
 PASSWORD = re.compile(r"://[^/\s@]+@")  # user and password in an address
 
 
+def shown(text: str) -> str:
+    """A text whose control characters are escapes, as `\\x1b` and `\\u202e`: a terminal does not obey it."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def rate_text(lr: float) -> str:
     """A learning rate to three digits: 3e-2 and 1.5e-3 below 0.1; 0.15, 0.4, 1 and 2.5 from there on."""
     mantissa, exponent = f"{lr:.2e}".split("e")
@@ -24,7 +29,7 @@ def rate_text(lr: float) -> str:
 
 def run_name(arm: str, lr: float | None, seed: int | None) -> str:
     """`qk_norm_cap lr=3e-2 s1`; without what is not known of a run."""
-    parts = [arm, None if lr is None else f"lr={rate_text(lr)}", None if seed is None else f"s{seed}"]
+    parts = [shown(arm), None if lr is None else f"lr={rate_text(lr)}", None if seed is None else f"s{seed}"]
     return " ".join(part for part in parts if part)
 
 
@@ -56,8 +61,8 @@ def hours_text(seconds: float) -> str:
 
 
 def aligned(rows: Iterable[list[str]]) -> Iterator[str]:
-    """Rows of cells, all of one number, as lines of columns."""
-    rows = list(rows)
+    """Rows of cells, all of one number, as lines of columns; control characters are shown as escapes."""
+    rows = [[shown(text) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield (" " * GAP).join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
@@ -79,8 +84,8 @@ def masked(text: str) -> str:
 
 
 def warn(text: str) -> None:
-    """A line on standard error, without secrets."""
-    print(f"stabrun: {masked(text)}", file=sys.stderr, flush=True)
+    """A line on standard error, without secrets; control characters are shown as escapes."""
+    print(f"stabrun: {shown(masked(text))}", file=sys.stderr, flush=True)
 
 
 def human(count: float) -> str:

@@ -58,8 +58,9 @@ def test_preset_composes(name):
 
 @pytest.mark.parametrize("key", [k for k in keys() if k.bounds], ids=lambda k: k.path)
 def test_values_at_and_beyond_each_bound(key):
-    below, above = -1e12, 1e12
+    below, above = (-(10**12), 10**12) if "int" in str(key.type) else (-1e12, 1e12)
     wrong = {
+        "named": lambda b: "a" * (b + 1),
         "above": lambda b: b,
         "below": lambda b: b,
         "at_least": lambda b: below,

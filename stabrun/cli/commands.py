@@ -13,7 +13,7 @@ import click
 from stabrun.cli import completion
 from stabrun.cli.overrides import COMMON, COMMON_OF_STUDY
 from stabrun.config import Config, UserError, added_groups, choices, config_yaml, groups, keys, run_dir
-from stabrun.text import warn
+from stabrun.text import shown, warn
 from stabrun.version import __version__
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def trained(config: Config) -> Any:
     print(verdict_line(summary))
     if summary["val_loss"] is not None:
         print(f"validation loss {summary['val_loss']:.4f}, perplexity {summary['val_perplexity']:.2f}")
-    print(f"record: {run_dir(config)}")
+    print(shown(f"record: {run_dir(config)}"))
     if summary["status"] == INTERRUPTED:
         print(f"interrupted after step {summary['steps']}; the same command resumes from there.")
     return summary
@@ -409,7 +409,7 @@ def variants(config_dir: Path | None) -> None:
         raise UserError(f"--config-dir {config_dir}: no such directory.")
     found = choices("variant", config_dir)
     for name in sorted(found, key=lambda name: (name != "baseline", name)):
-        print(f"{name:<15} {found[name]}".rstrip())
+        print(shown(f"{name:<15} {found[name]}".rstrip()))
 
 
 @cli.group(cls=Group, no_args_is_help=False)

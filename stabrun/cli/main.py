@@ -67,7 +67,10 @@ def dispatch(words: list[str]) -> int:
     except OSError as error:
         warn(advice(error))
         return 1
-    except (MemoryError, RuntimeError) as error:
+    except MemoryError:  # torch raises RuntimeError
+        warn("out of memory while a file was read or prepared; use smaller files or shorter documents.")
+        return 1
+    except RuntimeError as error:
         if "memory" not in str(error).lower() + type(error).__name__.lower():
             raise
         warn("out of memory; reduce train.micro_batch_size, or run `stabrun model` for an estimate.")

@@ -16,7 +16,7 @@ from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, OVER, RUNNING, 
 from stabrun.record.study_dir import StudyDir, find
 from stabrun.study.live_table import LEGEND, colored_table, counts_text, failure_messages, running_lines
 from stabrun.study.snapshot import Snapshot, SnapshotReader, seconds_left
-from stabrun.text import duration_text, run_name
+from stabrun.text import duration_text, run_name, shown
 from stabrun.verdict.judge import Judge, Verdict
 from stabrun.verdict.wording import healthy_line, short, verdict_line
 
@@ -43,7 +43,7 @@ def status(directory: Path, as_json: bool = False) -> None:
         return
     console = Console(markup=False, emoji=False, highlight=False)
     for line in lines:
-        console.print(line, soft_wrap=True)
+        console.print(shown(line) if isinstance(line, str) else line, soft_wrap=True)
 
 
 def study_facts(directory: Path, snapshot: Snapshot) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Parquet file are one document each. `.xz` and `.gz` files are decompressed while
 
 import codecs
 import gzip
+import itertools
 import json
 import lzma
 import zlib
@@ -17,7 +18,9 @@ from typing import Any
 from stabrun.config import UserError
 
 BLOCK_CHARS = 1 << 16  # whole blocks go to training or to validation
-ROWS = 1024  # rows of a Parquet file in memory at a time
+ROWS = 1024  # rows of a Parquet file in memory at a time, fewer if they are long
+ROW_BYTES = 16_000_000  # of the rows of a Parquet file in memory at a time, as far as its metadata tell
+LONGEST = 100_000_000  # bytes of a JSON line, which is in memory as a whole, several times
 PACKED: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 Document = Iterator[str]
@@ -29,6 +32,8 @@ def documents(file: Path, text_key: str) -> Iterator[Document]:
         raise UserError(
             f"data.path={file}: not one of {', '.join(FORMATS)}. Rename it to .txt to read it as plain text."
         )
+    if _ending(file) != ".parquet" and not file.stat().st_size:  # files of /proc are of size 0; some never end
+        raise UserError(f"data.path={file}: contains no text.")
     return FORMATS.get(_ending(file), _text)(file, text_key)
 
 
@@ -59,7 +64,15 @@ def _text(file: Path, text_key: str) -> Iterator[Document]:
 
 def _lines(file: Path, text_key: str) -> Iterator[Document]:
     with _whole(file), _opener(file)(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number in itertools.count(1):
+            line = lines.readline(LONGEST + 1)
+            if not line:
+                return
+            if len(line) > LONGEST:
+                raise UserError(
+                    f"data.path={file}: line {number} is longer than {LONGEST // 10**6} MB; "
+                    "a line is one document: split it into several."
+                )
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
@@ -101,7 +114,9 @@ def _table(file: Path, text_key: str) -> Iterator[Document]:
     from pyarrow import parquet, types
 
     try:
-        with parquet.ParquetFile(file) as table:
+        # A dictionary stays one in memory: its values may be long and repeat in all rows.
+        repeated = [text_key] if text_key in parquet.read_schema(file).names else []
+        with parquet.ParquetFile(file, read_dictionary=repeated) as table:
             schema = table.schema_arrow
             if text_key not in schema.names:
                 raise UserError(
@@ -113,13 +128,20 @@ def _table(file: Path, text_key: str) -> Iterator[Document]:
             kind = kind.value_type if types.is_dictionary(kind) else kind
             if not any(check(kind) for check in (types.is_string, types.is_large_string, types.is_string_view)):
                 raise UserError(f"data.text_key={text_key}: this column of {file} must be text, not {kind}.")
-            for batch in table.iter_batches(batch_size=ROWS, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    yield cut(text or "")
+            for batch in table.iter_batches(batch_size=_rows(table.metadata), columns=[text_key]):
+                for text in batch.column(0):
+                    yield cut(text.as_py() or "")
     except UnicodeDecodeError as error:
         raise UserError(f"data.path={file}: column {text_key} is not UTF-8 ({error.reason}).") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"data.path={file}: not a complete Parquet file.") from error
+
+
+def _rows(metadata: Any) -> int:
+    """Rows to read at a time: fewer if those of a group are long on average."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    longest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0.0)
+    return max(1, min(ROWS, int(ROW_BYTES / max(1.0, longest))))
 
 
 FORMATS = {".txt": _text, ".jsonl": _lines, ".parquet": _table}
@@ -127,8 +149,9 @@ TABLES = (".json", ".csv", ".tsv")  # not read as plain text, unlike other files
 
 
 def listed(kind: str, names: Any) -> str:
-    """`Columns: id, text`."""
-    return f"{kind}: {', '.join(map(str, names)) or 'none'}"
+    """`Columns: id, text`, 20 names at most."""
+    few = [str(name)[:40] for name in itertools.islice(names, 21)]
+    return f"{kind}: {', '.join(few[:20]) or 'none'}{', …' * (len(few) > 20)}"
 
 
 def _ending(file: Path) -> str:

@@ -1,7 +1,9 @@
 """Tokenizers: bytes, a byte-level BPE trained on the training text, or a tokenizer file."""
 
+import base64
 import itertools
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +18,8 @@ from stabrun.data import hub
 FILE = "tokenizer.json"
 # Characters of text that a BPE is trained on: more hardly change the merges, and would need more memory.
 TRAINING_TEXT = 64_000_000
+LARGEST = 200_000_000  # bytes of a tokenizer.json
+GROWTH = 100  # of a text by a tokenizer, at most: Unicode's own normalization forms reach 18
 CACHED_WORDS = 1 << 20  # about 200 MB per process
 
 
@@ -52,12 +56,19 @@ class Vocabulary:
 
         self.definition = definition
         self.inner = Tokenizer.from_str(definition)
+        steps = json.loads(self.inner.to_str())
+        if (
+            factor := math.prod(map(growth, (steps["normalizer"], steps["pre_tokenizer"], steps["post_processor"])))
+        ) > GROWTH:
+            raise UserError(
+                f"data.tokenizer: makes text up to {factor:.3g} times as long; at most {GROWTH} is accepted."
+            )
         self.inner.no_truncation()
         self.inner.no_padding()
         self.size = max(self.inner.get_vocab().values()) + 1
         added = [token.content for token in self.inner.get_added_tokens_decoder().values()]
         self.added = re.compile("|".join(map(re.escape, added))) if added else None
-        self.words = _Words(self.inner) if _splits_as_gpt2(json.loads(self.inner.to_str())) else None
+        self.words = _Words(self.inner) if _splits_as_gpt2(steps) else None
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of the text, `[count]`. Special tokens in the text are recognized; none are added."""
@@ -109,6 +120,28 @@ def _stretches(text: str) -> Iterator[tuple[bool, str]]:
         yield False, text[cut:end]
         start = end
     yield True, text[start:]
+
+
+def growth(step: dict[str, Any] | None) -> float:
+    """How many times as long a step of a tokenizer may make a text, at most: from its definition."""
+    if not step:
+        return 1.0
+    parts = [part for name in ("normalizers", "pretokenizers", "processors") for part in step.get(name) or ()]
+    kind, factor = step["type"], math.prod(map(growth, parts))
+    if kind == "Replace":
+        pattern, length = step["pattern"].get("String"), len(step["content"])
+        factor *= max(1.0, length / len(pattern)) if pattern else length + 1.0  # a regular expression may match nothing
+    elif kind == "Prepend":
+        factor *= 1 + len(step["prepend"]) / 1000  # once per block
+    elif kind == "ByteLevel":
+        factor *= 2
+    elif kind == "Precompiled":  # size of a trie, the trie, and the replacements, each ended by NUL
+        packed = base64.b64decode(step["precompiled_charsmap"] or "")
+        replacements = packed[4 + int.from_bytes(packed[:4], "little") :].split(b"\0")
+        factor *= max(len(text.decode(errors="replace")) for text in replacements)
+    elif kind == "TemplateProcessing":
+        factor *= max(1, sum("Sequence" in piece for piece in step["single"]))
+    return factor
 
 
 def _splits_as_gpt2(definition: dict[str, Any]) -> bool:
@@ -168,6 +201,8 @@ def file_of(data: DataConfig) -> Path | None:
         return None
     if not file.is_file():
         raise UserError(f"data.tokenizer={file}: no such file.")
+    if not 0 < file.stat().st_size <= LARGEST:  # empty, as are those of /proc, some of which never end
+        raise UserError(f"data.tokenizer={file}: empty, or larger than {LARGEST // 10**6} MB; not a tokenizer.json.")
     return file
 
 
@@ -191,5 +226,7 @@ def load(file: Path) -> Tokenizer:
 def _of_file(file: Path) -> Vocabulary:
     try:
         return Vocabulary(file.read_bytes().decode())
+    except UserError as error:
+        raise UserError(str(error).replace("data.tokenizer", f"data.tokenizer={file}", 1)) from error
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"data.tokenizer={file}: not a tokenizer.json of the tokenizers library.") from error

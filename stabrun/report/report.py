@@ -16,6 +16,7 @@ from stabrun.report.paper import paper_comparison
 from stabrun.report.run_curves import read_curves
 from stabrun.report.selection import selected, sides
 from stabrun.report.study_data import RUN, StudyData, read
+from stabrun.text import shown
 
 PACKAGES = "jinja2", "matplotlib", "plotly"
 MAX_NOTES = 5  # printed; the page has all
@@ -39,13 +40,13 @@ def write_report(directory: Path, other: Path | None = None) -> None:
 
 def print_results(study: StudyData, named: bool) -> None:
     if named:
-        print(f"{study.plan.name} ({study.directory})")
+        print(shown(f"{study.plan.name} ({study.directory})"))
     for line in sentences.state(study):
         print(line)
     for arm, line in sentences.results(study):
-        print(f"{arm}: {line}")
+        print(shown(f"{arm}: {line}"))
     for note in study.notes[:MAX_NOTES]:
-        print(f"note: {note}")
+        print(shown(f"note: {note}"))
     if len(study.notes) > MAX_NOTES:
         print(f"note: {len(study.notes) - MAX_NOTES} more, listed in the report.")
 

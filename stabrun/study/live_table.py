@@ -12,7 +12,7 @@ from stabrun.record.schema import Summary
 from stabrun.study.ledger import DONE, FAILED, LEASE, PLANNED, RUNNING
 from stabrun.study.plan import GRID, Cell, Plan
 from stabrun.study.snapshot import Attempt, Snapshot, SnapshotReader, seconds_left
-from stabrun.text import GAP, aligned, duration_text, rate_text
+from stabrun.text import GAP, aligned, duration_text, rate_text, shown
 
 MARKS = {"converged": "c", "recovered": "r", "diverged": "D", "undecided": "?", RUNNING: ">", PLANNED: ".", FAILED: "!"}
 COLORS = {"c": "green", "r": "yellow", "D": "red", "?": "magenta", ">": "cyan", "!": "bold red", ".": "dim", "-": "dim"}
@@ -144,7 +144,7 @@ def table(snapshot: Snapshot, width: int) -> list[str]:
 
 
 def margin_of(plan: Plan) -> int:
-    return max(map(len, ["lr", *plan.arms])) + GAP
+    return max(map(len, ["lr", *map(shown, plan.arms)])) + GAP
 
 
 def marks_by_arm(snapshot: Snapshot) -> dict[str, dict[float, str]]:
@@ -180,7 +180,7 @@ def along_axis(snapshot: Snapshot, width: int) -> Iterator[str]:
             stacks[column(rate)] += marks[rate]
         for level in range(max(map(len, stacks.values()), default=1)):
             line = [stacks[at][level : level + 1] or " " if at in stacks else " " for at in range(last + 1)]
-            yield f"{arm if level == 0 else '':<{margin}}{''.join(line)}".rstrip()
+            yield f"{shown(arm) if level == 0 else '':<{margin}}{''.join(line)}".rstrip()
 
 
 def _ticks(low: float, high: float, last: int, column: Callable[[float], int]) -> str:

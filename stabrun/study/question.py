@@ -3,13 +3,14 @@
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stabrun.composition import SHIPPED, Sources, compose_each, parsed, user_errors
+from stabrun.composition import MOST_RUNS, SHIPPED, Sources, compose_each, parsed, user_errors
 from stabrun.config import RESULT, Config, StudyConfig, UserError, check, hashed, keys, value_of
 from stabrun.study.plan import CELL_KEYS, FRONTIER, GRID, Plan, at
 
@@ -33,6 +34,9 @@ def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Pat
     seeds = seeds or list(range(common.seed, common.seed + study.seeds))
     _refuse_duplicates({"study.variants": variants, "study.lrs": rates, "seed": seeds, **axes})
     _refuse_rates(study, rates)
+    runs = len(variants) * (len(rates) or 1) * len(seeds) * math.prod(map(len, axes.values()))
+    if runs > MOST_RUNS:
+        raise UserError(f"the study would have {runs:,} runs; at most {MOST_RUNS:,} are possible.")
     arm_overrides = dict(_arms(fixed, variants, axes))
     arms = dict(zip(arm_overrides, compose_each(arm_overrides.values(), sources), strict=True))
     if sources.config_dir or any("${" in word for word in overrides):  # stabrun's own files have no interpolations

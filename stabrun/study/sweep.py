@@ -18,7 +18,7 @@ from stabrun.study.rejudge import rejudge
 from stabrun.study.search import next_run
 from stabrun.study.snapshot import SnapshotReader
 from stabrun.study.tracking import track_study
-from stabrun.text import warn
+from stabrun.text import shown, warn
 from stabrun.verdict.wording import too_short
 
 POLL = 0.3  # seconds between two readings of the ledger
@@ -35,7 +35,7 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
     if dry_run:
         plan = _with_existing(asked, study)
         _warn_if_short(plan)
-        print("\n".join(dry_run_lines(plan, reader.read(plan).rows, directory, config.study)))
+        print("\n".join(map(shown, dry_run_lines(plan, reader.read(plan).rows, directory, config.study))))
         return 0
     with naming("study_dir", directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -46,14 +46,14 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
     _warn_if_short(plan)
     reader.ledger.retry_failed(plan.cells)
     cells = f"{len(plan.cells)} cells" if plan.strategy == GRID else f"up to {plan.max_runs} runs per arm"
-    print(f"{plan.name}: {cells}, {config.study.workers} workers → {directory}", flush=True)
+    print(shown(f"{plan.name}: {cells}, {config.study.workers} workers → {directory}"), flush=True)
     status = _supervise(reader, pool)
     snapshot = reader.read()
     summary = results.write(snapshot.plan, snapshot.rows, study)
     if config.tracker.name == "wandb" and status != 130:
         track_study(config.tracker, directory, list(map(results.result, snapshot.rows)), summary)
-    shown = table(snapshot, shutil.get_terminal_size().columns)
-    print("\n".join([*shown, LEGEND, "", *summary_lines(summary), "", f"records: {directory}"]))
+    marks = table(snapshot, shutil.get_terminal_size().columns)
+    print("\n".join(map(shown, [*marks, LEGEND, "", *summary_lines(summary), "", f"records: {directory}"])))
     for message in failure_messages(snapshot):
         warn(message)
         status = status or 1

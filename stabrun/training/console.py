@@ -13,6 +13,7 @@ from rich.table import Table
 
 from stabrun.record.jsonl import number
 from stabrun.record.schema import Row
+from stabrun.text import shown
 from stabrun.verdict.growth import Growth
 from stabrun.verdict.judge import Verdict
 
@@ -30,9 +31,14 @@ class Console:
         self.growth = Growth()
         self.verdict, self.judge_at = judge(), 0
         self.live: Live | None = None
-        rich = RichConsole()
+        title, rich = shown(title), RichConsole()
         if rich.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             self.progress = Progress(*columns)
             self.task = self.progress.add_task(title, total=steps, completed=done)
             self.live = Live(self.progress, console=rich, auto_refresh=False, transient=True)
