@@ -411,7 +411,7 @@ def read_config(file: Path, to_train: bool = False) -> Config:
         values = as_known(recorded, file, to_train)
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: not the configuration of a run.") from error
+        raise UserError(f"{file} is damaged: not the configuration of a run.") from error
     if to_train:
         check(config)
     return config

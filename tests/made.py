@@ -101,7 +101,7 @@ def summaries(directory, arms=("baseline", "qk_norm"), seeds=2, missing=(), rate
             "run_id": cell.id, "variant": cell.arm, "lr": cell.lr, "seed": cell.seed, "status": "complete",
             "verdict": "diverged" if lost else "converged", "final_loss": final, "init_loss": 6.0, "reason": "",
             "by_strictness": dict.fromkeys(STRICTNESS, "diverged" if lost else "converged") | strictly(cell),
-            "first_bad_step": None, "spikes": {"count": 1}, "tokens": 100,
+            "first_bad_step": None, "spikes": {"count": 1, "list": []}, "tokens": 100,
         }  # fmt: skip
         (directory / "runs" / cell.id).mkdir(parents=True)
         (directory / "runs" / cell.id / "summary.json").write_text(json.dumps(facts))

@@ -199,7 +199,7 @@ def records_in(folder: Path) -> Iterator[Path]:
 
 def of_directory(directory: Path) -> Saved:
     run = RunDir(directory)
-    return Saved(str(directory), run.rows, run)
+    return Saved(str(directory), run.rows, run, run.faults())
 
 
 def show(record: Saved, request: Request) -> dict[str, Any]:

@@ -157,6 +157,8 @@ def upload_run(files: RunDir, target: Destination) -> bool:
         print(f"{name}: is being trained with W&B tracking; skipped.")
         return False
     plan = upload_plan(files, SyncState.at(files.path, target.mode, tracker))
+    for sentence in files.faults():
+        warn(f"{files.path}: {sentence}")
     for sentence in plan.extent.damaged:
         warn(f"{files.metrics}: {sentence}")
     if plan.rewritten:

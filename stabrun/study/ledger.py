@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.config import UserError
-from stabrun.record.jsonl import read_json, write_atomic
+from stabrun.record.jsonl import checked, read_checked, write_atomic
 from stabrun.record.study_dir import StudyDir
 
 PLANNED, RUNNING, DONE, FAILED = "planned", "running", "done", "failed"
@@ -94,7 +94,7 @@ def _names(directory: Path) -> list[str]:
 def _object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is missing or damaged."""
     try:
-        return read_json(path)
+        return read_checked(path)
     except (OSError, UserError):
         return {}
 
@@ -142,7 +142,7 @@ class Ledger:
         self.make()
         scratch = self.study.ledger / f".{self.owner['id']}"
         with open(scratch, "w") as file:
-            file.write(json.dumps(self.owner) + "\n")
+            file.write(json.dumps(checked(self.owner)) + "\n")
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -178,7 +178,7 @@ class Ledger:
 
     def end(self, cell: str, attempt: int, kind: str, reason: str) -> None:
         """Record that an attempt ended: `kind` is `failed` or `left`."""
-        write_atomic(self.path(cell, attempt, kind), json.dumps({"reason": reason}) + "\n")
+        write_atomic(self.path(cell, attempt, kind), json.dumps(checked({"reason": reason})) + "\n")
 
     def retry_failed(self, cells: Iterable[str]) -> None:
         """Plan the cells again that were given up."""
@@ -187,7 +187,14 @@ class Ledger:
                 self.path(cell, entry.attempt, "failed").rename(self.path(cell, entry.attempt, "left"))
 
     def reopen(self, cell: str, attempt: int) -> None:
-        """Turn a finished run back into an attempt that was left, from which the next attempt resumes."""
+        """Turn a finished run back into an attempt that was left, from which the next attempt resumes.
+
+        One that no attempt is known of, as in a copy without its ledger, becomes the first.
+        """
+        if not attempt:
+            attempt = 1
+            self.make()
+            write_atomic(self.path(cell, attempt, "claim"), json.dumps(checked(self.owner)) + "\n")
         self.end(cell, attempt, "left", "its end is no longer valid")
         os.rename(self.study.run(cell).path, self.study.attempt(cell, attempt).path)
 
@@ -216,7 +223,7 @@ class Claim:
     def heartbeat(self, step: int) -> bool:
         """Record that this attempt is alive and has done `step` updates. False if the cell has been taken over."""
         facts = {"step": step, "beat": time.time()}
-        write_atomic(self.ledger.path(self.cell, self.attempt, "beat"), json.dumps(facts))
+        write_atomic(self.ledger.path(self.cell, self.attempt, "beat"), json.dumps(checked(facts)))
         return not self.is_lost()
 
     def is_lost(self) -> bool:

@@ -14,7 +14,7 @@ from stabrun.study.live_table import LEGEND, LiveTable, failure_messages, result
 from stabrun.study.plan import GRID, Plan, extended, load
 from stabrun.study.pool import WorkerPool
 from stabrun.study.question import planned
-from stabrun.study.rejudge import rejudge
+from stabrun.study.rejudge import rejudge, reopen_damaged
 from stabrun.study.search import next_run
 from stabrun.study.snapshot import SnapshotReader
 from stabrun.study.tracking import track_study
@@ -42,6 +42,7 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
     with study.lock():
         plan = _with_existing(asked, study)
         plan.save(directory)
+        reopen_damaged(plan, reader.ledger)
         rejudge(plan, reader.ledger)
     _warn_if_short(plan)
     reader.ledger.retry_failed(plan.cells)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stabrun.config import UserError
-from stabrun.record.jsonl import write_atomic
+from stabrun.record.jsonl import checked, write_atomic
 from stabrun.record.schema import INTERRUPTED, Row
 from stabrun.study.ledger import LEASE, PLANNED, RUNNING, Claim, Ledger
 from stabrun.study.plan import Plan, load
@@ -129,7 +129,7 @@ def registered(ledger: Ledger, pool: str, number: int) -> Iterator[Stop]:
     """Register as a worker of a launched pool while the block runs. Yields a stop that follows the pool's stop file."""
     claim, file, stop = Claim(ledger, pool, number), stop_file(ledger.study.path, pool), Stop()
     ledger.make()
-    write_atomic(ledger.path(pool, number, "claim"), json.dumps(ledger.owner) + "\n")
+    write_atomic(ledger.path(pool, number, "claim"), json.dumps(checked(ledger.owner)) + "\n")
     stop.asked = file.exists()
 
     def follow() -> None:

@@ -10,6 +10,7 @@ from stabrun.config import Config, UserError, check, run_dir, run_id
 from stabrun.data.degenerate import Finding
 from stabrun.data.shards import Prepared, prepare
 from stabrun.observe.initial import findings
+from stabrun.record import checkpoints
 from stabrun.record.jsonl import jsonable
 from stabrun.record.nowhere import NoRunDir
 from stabrun.record.run_dir import RunDir, RunWriter
@@ -56,6 +57,9 @@ def train(
     run.refuse_other_data(data.manifest["hash"])
     if (summary := run.final_summary()) and not place.started:
         print(f"{run.path}: this run is already finished; nothing is trained.")
+        newest = next(iter(checkpoints.steps(run.checkpoints).values()), None)
+        if why := newest and checkpoint.damage(newest):
+            warn(f"{newest}: {why}; delete {run.summary_file}, and the same command writes it again.")
         return summary
     if place.count < config.train.ranks:
         return launched(config, run, watch, stop)
