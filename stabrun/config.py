@@ -34,7 +34,7 @@ def groups() -> list[str]:
 
 def added_groups() -> list[str]:
     """The config groups without a default, chosen by `+GROUP=NAME`."""
-    defaults = re.findall(r"^  - (\w+):", (conf_dir() / "config.yaml").read_text(), re.MULTILINE)
+    defaults = re.findall(r"^  - (\w+):", (conf_dir() / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
     return [name for name in groups() if name not in defaults]
 
 

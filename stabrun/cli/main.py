@@ -10,7 +10,7 @@ from click.exceptions import Exit, NoArgsIsHelpError
 from stabrun.cli.commands import cli
 from stabrun.cli.completion import COMPLETE_VARIABLE
 from stabrun.config import UserError
-from stabrun.text import warn
+from stabrun.text import warn, write_any_text
 from stabrun.training.place import Place
 
 RESUMABLE = ("train", "rerun", "sweep")
@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if not Place.here().first:
         sys.stdout = open(os.devnull, "w")  # the first rank prints
+    for stream in (sys.stdout, sys.stderr):
+        write_any_text(stream)
     if COMPLETE_VARIABLE in os.environ:
         cli.main(prog_name="stabrun", complete_var=COMPLETE_VARIABLE)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -334,6 +334,7 @@ class RunDir:
         """
         with naming(key, self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            refuse_links(key, self.path, "*", f"{self.checkpoints.name}/*")
             lock = open(self.lock_file, "w")  # its errors are of the directory; those of the caller are not
         with lock:
             try:
@@ -412,7 +413,7 @@ class RunWriter:
 
     def write(self, row: Row) -> None:
         if self.file is None:
-            self.file = open(self.run.metrics, "a", buffering=1)
+            self.file = open(self.run.metrics, "a", buffering=1, encoding="utf-8")
         self.file.write(sealed(dumps(row)) + "\n")
 
     def sync(self) -> None:
@@ -456,6 +457,20 @@ def refuse_newer(file: Path, written: Any) -> None:
     """Raise UserError if the format of a record is not one that this version writes."""
     if written != FORMAT:
         raise UserError(f"{file}: format {written} was written by a newer version of stabrun; use that version.")
+
+
+def refuse_links(key: str, directory: Path, *patterns: str) -> None:
+    """Raise UserError if a path in a directory is a link out of it: nothing is written elsewhere.
+
+    The directory itself may be a link.
+    """
+    here = os.path.realpath(directory)
+    for item in sorted(path for pattern in patterns for path in directory.glob(pattern)):
+        if item.is_symlink() and not Path(os.path.realpath(item)).is_relative_to(here):
+            raise UserError(
+                f"{key}={directory}: {item.relative_to(directory)} is a link to a place outside, where nothing is "
+                "written. Remove the link; the directory as a whole may be a link."
+            )
 
 
 @contextmanager
