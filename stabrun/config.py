@@ -410,7 +410,7 @@ def read_config(file: Path, to_train: bool = False) -> Config:
         recorded: Any = OmegaConf.to_container(OmegaConf.load(file))
         values = as_known(recorded, file, to_train)
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: not the configuration of a run.") from error
     if to_train:
         check(config)
