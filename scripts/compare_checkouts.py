@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-TIMINGS = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes")
+TIMINGS = ("check", "seconds", "tokens_per_second", "mfu", "peak_memory_bytes")
 SHORT = "train.threads=1 train.val_every=20 train.val_sequences=8 train.checkpoint_every=25 tracker=none"
 TINY = (
     "model.n_layer=2 model.d_model=16 data.seq_len=16 train.batch_size=4 train.threads=1 train.steps=60 "

@@ -36,7 +36,7 @@ def groups() -> list[str]:
 
 def added_groups() -> list[str]:
     """The config groups without a default, chosen by `+GROUP=NAME`."""
-    defaults = re.findall(r"^  - (\w+):", (conf_dir() / "config.yaml").read_text(), re.MULTILINE)
+    defaults = re.findall(r"^  - (\w+):", (conf_dir() / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
     return [name for name in groups() if name not in defaults]
 
 
@@ -470,8 +470,8 @@ def read_config(file: Path, to_train: bool = False) -> Config:
         recorded: Any = OmegaConf.to_container(OmegaConf.load(file))
         values = as_known(recorded, file, to_train)
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: not the configuration of a run.") from error
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: not the configuration of a run.") from error
     if to_train:
         check(config)
     return config

@@ -1,12 +1,13 @@
 """Numbers and tables as people read them, and tables as CSV."""
 
+import codecs
 import csv
 import io
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 GAP = 2  # spaces between columns
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # in the name of an environment variable
@@ -17,6 +18,28 @@ PASSWORD = re.compile(r"://[^/\s@]+@")  # user and password in an address
 def shown(text: str) -> str:
     """A text whose control characters are escapes, as `\\x1b` and `\\u202e`: a terminal does not obey it."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+SPELLED = {
+    "→": "->", "–": "-", "—": "-", "×": "x", "…": "...", "≤": "<=", "≥": ">=", "±": "+-", "−": "-", "━": "=", "─": "-",
+    **dict(zip("▁▂▃▄▅▆▇█", "_.,-~=+#", strict=True)),
+}  # fmt: skip
+"""Characters of the output → how they are written in an encoding without them."""
+
+
+def spell(error: UnicodeError) -> tuple[str, int]:
+    """What is written for characters that the encoding of a stream lacks: see SPELLED, else an escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(SPELLED.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
+
+
+def write_any_text(stream: TextIO) -> None:
+    """Let a stream of any encoding take any text."""
+    codecs.register_error("stabrun", spell)
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="stabrun")
 
 
 def rate_text(lr: float) -> str:

@@ -59,6 +59,7 @@ def a_run(folder, config, cell, lost):
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
     (folder / "environment.json").write_text(json.dumps({"stabrun": "0.1.0", "packages": {"torch": "2.13.0"}}))
     event = [{"event": "start", "time": 1.0, "step": 0}, {"event": "start", "time": 2.0, "step": steps // 2}]
+    event += [{"event": "complete", "time": 3.0, "step": steps}]
     (folder / "events.jsonl").write_text("".join(dumps(line) + "\n" for line in event))
 
 
@@ -101,7 +102,7 @@ def summaries(directory, arms=("baseline", "qk_norm"), seeds=2, missing=(), rate
             "run_id": cell.id, "variant": cell.arm, "lr": cell.lr, "seed": cell.seed, "status": "complete",
             "verdict": "diverged" if lost else "converged", "final_loss": final, "init_loss": 6.0, "reason": "",
             "by_strictness": dict.fromkeys(STRICTNESS, "diverged" if lost else "converged") | strictly(cell),
-            "first_bad_step": None, "spikes": {"count": 1}, "tokens": 100,
+            "first_bad_step": None, "spikes": {"count": 1, "list": []}, "tokens": 100,
         }  # fmt: skip
         (directory / "runs" / cell.id).mkdir(parents=True)
         (directory / "runs" / cell.id / "summary.json").write_text(json.dumps(facts))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from studies import trained_alone
 
 import stabrun
+from stabrun.record.jsonl import read_checked
 from stabrun.study.plan import load as load_plan
 
 DOCS = Path(__file__).parent.parent / "docs" / "api.md"
@@ -55,7 +56,7 @@ def test_compose_refuses_what_the_command_line_refuses():
 
 
 def test_a_run_holds_its_files(run):
-    on_disk = json.loads((run.directory / "summary.json").read_text())
+    on_disk = read_checked(run.directory / "summary.json")
     assert run.summary == on_disk
     assert run.verdict == on_disk["verdict"]
     assert run.config == tiny("+variant=qk_norm", f"run_dir={run.directory}")
@@ -122,7 +123,7 @@ def test_a_study_holds_its_files(tmp_path):
     assert frame.index.tolist() == [row["run_id"] for row in rows]
     assert frame["final_loss"].tolist() == [float(row["final_loss"]) for row in rows]
     assert frame["verdict"].tolist() == [row["verdict"] for row in rows]
-    assert study.summary == json.loads((tmp_path / "study" / "study.json").read_text())
+    assert study.summary == read_checked(tmp_path / "study" / "study.json")
     assert [run.summary["run_id"] for run in study.runs] == list(load_plan(tmp_path / "study").cells)
 
 

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from stabrun.record.jsonl import read_checked
+
 pytestmark = [
     pytest.mark.trainers,
     pytest.mark.skipif(
@@ -207,7 +209,7 @@ def compare(name, directory, steps, every=EVERY, slow_every=SLOW, **options):
                     assert x is None, (key, step)
                 else:
                     assert x == pytest.approx(value, rel=1e-5, abs=1e-7), (key, step)
-    summary = json.loads((directory / "run" / "summary.json").read_text())
+    summary = read_checked(directory / "run" / "summary.json")
     assert (summary["status"], summary["steps"]) == ("complete", steps)
 
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from stabrun.record.jsonl import append_line, dumps, number, read_last, read_lines, write_atomic
+from stabrun.record.jsonl import append_line, dumps, number, read_last, read_lines, sealed, write_atomic
 
 
 def test_numbers_that_are_not_finite_become_strings():
@@ -30,7 +30,7 @@ def test_a_line_is_appended_after_an_incomplete_one(tmp_path):
     for incomplete in ("", '{"a": 1}\n', '{"a'):
         file.write_text(incomplete)
         append_line(file, {"b": math.nan})
-        assert file.read_text() == incomplete + "\n" * (incomplete == '{"a') + '{"b": "nan"}\n'
+        assert file.read_text() == incomplete + "\n" * (incomplete == '{"a') + sealed('{"b": "nan"}') + "\n"
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path):

@@ -16,6 +16,7 @@ from studies import write_results
 
 from stabrun.composition import compose
 from stabrun.config import IN_EVERY_RECORD, RESULT, Config, ModelConfig, UserError, key, keys, run_id
+from stabrun.record.jsonl import read_checked
 from stabrun.record.run_dir import RunDir
 from stabrun.record.study_dir import StudyDir
 from stabrun.report import sentences
@@ -132,7 +133,7 @@ def test_a_study_is_read(version, capsys):
     assert [row["run_id"] for row in source.rows] == list(FINISHED)
     assert [*sentences.state(source), *sentences.results(source)]
     before = {file.name: file.read_bytes() for file in Path("study").glob("*.*")}
-    before["study.json"] = before["study.json"].replace(b'"rule": 3', b'"rule": %d' % RULE)
+    summary = json.loads(before.pop("study.json")) | {"rule": RULE}
     head, *lines = before["results.csv"].splitlines()
     later = [
         head + b",mfu,peak_memory_bytes,outliers_skipped,rewinds",
@@ -140,7 +141,10 @@ def test_a_study_is_read(version, capsys):
     ]  # columns that are empty
     before["results.csv"] = b"".join(line + b"\n" for line in later)
     write_results(load(Path("study")), Path("study"))
-    assert before == {file.name: file.read_bytes() for file in Path("study").glob("*.*")}
+    after = {file.name: file.read_bytes() for file in Path("study").glob("*.*")}
+    assert read_checked(Path("study/study.json")) == summary
+    assert after.pop("study.json")
+    assert after == before
 
 
 def test_a_run_is_resumed(version, capsys):

@@ -1,10 +1,9 @@
 """A changed rule: runs judged by another one are judged again, and early stops that are no longer valid are undone."""
 
-import json
-
 import pytest
 from studies import a_plan
 
+from stabrun.record.jsonl import read_checked, write_checked
 from stabrun.study.ledger import DONE, PLANNED, Ledger
 from stabrun.study.rejudge import rejudge
 from stabrun.study.worker import work
@@ -20,8 +19,8 @@ def study(tmp_path):
 
 def changed(directory, cell, **facts):
     file = directory / "runs" / cell / "summary.json"
-    summary = json.loads(file.read_text())
-    file.write_text(json.dumps(summary | facts))
+    summary = read_checked(file)
+    write_checked(file, summary | facts)
     return summary
 
 
@@ -35,7 +34,7 @@ def test_a_verdict_by_another_rule_is_replaced(study):
     before = changed(directory, one, rule=RULE - 1, verdict="diverged", by_strictness={}, scar=7.0)
     changed(directory, other, verdict="diverged")
     rejudge(plan, Ledger(directory))
-    now, same = (json.loads((directory / "runs" / cell / "summary.json").read_text()) for cell in (one, other))
+    now, same = (read_checked(directory / "runs" / cell / "summary.json") for cell in (one, other))
     assert now == before
     assert same["verdict"] == "diverged", "a verdict by this rule is not touched"
     assert statuses(plan, directory) == [DONE, DONE]
@@ -46,20 +45,22 @@ def test_a_run_that_should_not_have_been_stopped_is_resumed_to_the_same_record(s
     one, _ = plan.cells
     run = directory / "runs" / one
     whole = (run / "metrics.jsonl").read_bytes()
-    summary = json.loads((run / "summary.json").read_text())
+    summary = read_checked(run / "summary.json")
     for folder in (run / "checkpoints").glob("step_*"):
         if folder.name > "step_00000010":
             for file in folder.iterdir():
                 file.unlink()
             folder.rmdir()
     (run / "metrics.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:13]))
-    changed(directory, one, rule=RULE - 1, status="stopped", verdict="diverged")
+    lines = [line for line in (run / "events.jsonl").read_text().splitlines() if '"complete"' not in line]
+    (run / "events.jsonl").write_text("".join(f"{line}\n" for line in lines[:2]))
+    changed(directory, one, rule=RULE - 1, status="stopped", verdict="diverged", steps=13)
     rejudge(plan, Ledger(directory))
     assert statuses(plan, directory) == [PLANNED, DONE]
     work(directory)
     assert statuses(plan, directory) == [DONE, DONE]
     assert (run / "metrics.jsonl").read_bytes() == whole
-    now = json.loads((run / "summary.json").read_text())
+    now = read_checked(run / "summary.json")
     assert {key: now[key] for key in ("status", "verdict", "rule", "steps", "final_loss")} == {
         key: summary[key] for key in ("status", "verdict", "rule", "steps", "final_loss")
     }

@@ -48,7 +48,7 @@ def test_rows_are_read_up_to_the_incomplete_line_and_no_damage_is_passed_over(ru
     if tail in INCOMPLETE:
         assert list(rows) == []
     else:
-        with pytest.raises(UserError, match="the line at byte 93 is not a JSON object"):
+        with pytest.raises(UserError, match="the line at byte 93 is not as it was written"):
             list(rows)
     readable = [row for row, _ in run.readable_rows()]
     assert [row["step"] for row in readable[:3]] == [0, 1, 2]
@@ -129,8 +129,8 @@ def test_the_name_of_each_file_is_in_one_module(owner):
 def test_the_speed_is_unknown_until_a_start_has_said_where_it_goes_on(tmp_path):
     """A resumed run has a record at once, whose rows this start did not train."""
     run = RunDir(tmp_path)
-    for name, text in (("metrics.jsonl", '{"step": 99}\n'), ("events.jsonl", '{"event": "start", "step": 0}\n')):
-        (tmp_path / name).write_text(text)
+    run.metrics.write_text('{"step": 99, "train/loss": 2.5}\n')
+    run.events_file.write_text('{"event": "start", "step": 0}\n')
     run.lock_file.touch()
     times = {run.events_file: 10, run.lock_file: 500, run.metrics: 501}
     for file, at in times.items():

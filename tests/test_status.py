@@ -18,6 +18,7 @@ from made import a_study
 from studies import ENDLESS, a_plan, sweep_here, wait_for
 
 from stabrun.cli.status import status
+from stabrun.record.jsonl import append_line, read_checked
 from stabrun.report.study_data import read as read_study_data
 from stabrun.study.ledger import Ledger
 
@@ -164,7 +165,7 @@ def test_a_run_from_its_start_to_its_end(tmp_path, monkeypatch, capsys):
     assert run(capsys, "train", *TINY, "train.checkpoint_every=20", "run_dir=whole")[0] == 0
     before = everything(tmp_path)
     state, text = facts(tmp_path / "whole"), output(tmp_path / "whole")
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    summary = read_checked(tmp_path / "whole" / "summary.json")
     assert (state["status"], state["step"], state["checkpoint"], state["verdict"]) == ("complete", 30, 30, summary)
     assert "baseline lr=1e-2 s0 is complete: step 30 of 30, loss " in text
     assert summary["verdict"] in text
@@ -175,8 +176,8 @@ def test_a_run_that_failed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(capsys, "train", *TINY, "run_dir=run")[0] == 0
     (tmp_path / "run" / "summary.json").unlink()
-    with open(tmp_path / "run" / "events.jsonl", "a") as file:
-        file.write('{"event": "failed", "time": 1.0, "step": 30, "error": "OSError: no space"}\n')
+    failed = {"event": "failed", "time": 1.0, "step": 30, "error": "OSError: no space"}
+    append_line(tmp_path / "run" / "events.jsonl", failed)
     assert facts(tmp_path / "run")["status"] == "failed"
     assert "failed: step 30 of 30" in output(tmp_path / "run")
     assert "OSError: no space" in output(tmp_path / "run")

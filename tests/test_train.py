@@ -21,6 +21,7 @@ from stabrun.config import UserError
 from stabrun.data import tokenizer
 from stabrun.data.shards import prepare
 from stabrun.model.gpt import GPT
+from stabrun.record.jsonl import read_checked, sealed
 from stabrun.record.run_dir import RunDir
 from stabrun.training import checkpoint, memory, run
 from stabrun.training.optimizer import make_optimizer
@@ -34,7 +35,7 @@ def test_a_run_leaves_all_its_files(tmp_path):
     files = {"config.yaml", "environment.json", "metrics.jsonl", "events.jsonl", "summary.json", "checkpoints"}
     files |= {"tokenizer.json"}
     assert names - {".lock"} == files
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert read_checked(tmp_path / "run" / "summary.json") == summary
     assert summary["status"] == "complete"
     assert summary["steps"] == 30
     assert summary["tokens"] == 30 * 4 * 16
@@ -335,7 +336,7 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(tmp_
     monkeypatch.setattr(run, "Trainer", slow)
     summary = train(config)
     assert len(events(tmp_path / "run", "start")) == 1
-    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary == read_checked(tmp_path / "run" / "summary.json")
 
 
 def test_steps_without_a_checkpoint_are_reported_and_trained_again(tmp_path, interrupted, whole, capsys):
@@ -360,7 +361,7 @@ def test_a_damaged_file_is_named_and_kept(tmp_path, interrupted, file, content):
 
 def test_damaged_events_are_skipped_and_the_next_event_begins_a_line(tmp_path, interrupted):
     with open(tmp_path / "run" / "events.jsonl", "a") as file:
-        file.write('{"event": "checkpoint", "time": "noon"}\n{"event": "che')
+        file.write(sealed('{"event": "checkpoint", "time": "noon"}') + '\n{"event": "che')
     assert train(interrupted)["seconds"] >= 0
     kinds = [event["event"] for event in RunDir(tmp_path / "run").events()]
     assert kinds.count("start") == 2
@@ -408,7 +409,7 @@ def test_a_run_outlives_the_reader_of_its_output(tmp_path):
     shell = f"{sys.executable} -m stabrun train {' '.join(TINY)} run_dir=run"
     done = subprocess.run(["bash", "-c", f"{shell} | head -1; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path)
     assert done.returncode == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "complete"
+    assert read_checked(tmp_path / "run" / "summary.json")["status"] == "complete"
 
 
 def test_stop_early_ends_a_run_when_its_divergence_is_certain(tmp_path, monkeypatch):

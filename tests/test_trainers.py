@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import stabrun
+from stabrun.record.jsonl import read_checked
 from stabrun.report.report import write_report
 
 NEEDED = "transformers", "accelerate", "lightning"
@@ -38,7 +39,7 @@ def record(directory):
 
 
 def summary(directory):
-    return json.loads((directory / "summary.json").read_text())
+    return read_checked(directory / "summary.json")
 
 
 def events(directory, kind):

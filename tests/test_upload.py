@@ -17,7 +17,7 @@ from wandb_files import Inspected, assert_holds
 from stabrun.config import UserError
 from stabrun.publish import upload as module
 from stabrun.publish.upload import upload
-from stabrun.record.jsonl import jsonable
+from stabrun.record.jsonl import jsonable, read_checked
 from stabrun.record.run_dir import RunDir
 from stabrun.study import results
 from stabrun.study.plan import extended, load
@@ -83,7 +83,7 @@ def records(directory):
 
 def assert_holds_summary(found, directory):
     """`found`, an offline run, has what the run's summary says."""
-    for key, value in json.loads((directory / "summary.json").read_text()).items():
+    for key, value in read_checked(directory / "summary.json").items():
         if value is not None and not isinstance(value, dict):
             assert found.summary[key] == (pytest.approx(value) if isinstance(value, float) else value), key
 

@@ -25,7 +25,7 @@ SCRIPTS = Path(__file__).parent
 class Bash(BashComplete):
     """Bash splits words at the characters of COMP_WORDBREAKS, `=` among them, and replaces only the last part."""
 
-    source_template = (SCRIPTS / "completion.bash").read_text()
+    source_template = (SCRIPTS / "completion.bash").read_text(encoding="utf-8")
 
     def get_completion_args(self) -> tuple[list[str], str]:
         line = os.environ["COMP_LINE"].encode()[: int(os.environ["COMP_POINT"])].decode(errors="ignore")
@@ -43,7 +43,7 @@ class Bash(BashComplete):
 class Zsh(ZshComplete):
     """click's class with a script that adds no space after `KEY=` and `SECTION.`."""
 
-    source_template = (SCRIPTS / "completion.zsh").read_text()
+    source_template = (SCRIPTS / "completion.zsh").read_text(encoding="utf-8")
 
 
 def complete_override(context: click.Context, parameter: click.Parameter, word: str) -> list[CompletionItem[str]]:
@@ -64,7 +64,7 @@ def install(cli: click.Command, shell: str) -> str:
     script.write_text(completion(cli, {}, "stabrun", COMPLETE_VARIABLE).source())
     if startup is None:
         return f"{shell} completion written to {script}; open a new terminal to use it."
-    if lines not in (startup.read_text() if startup.is_file() else ""):
+    if lines not in (startup.read_text(encoding="utf-8") if startup.is_file() else ""):
         with open(startup, "a") as file:
             file.write(f"\n{lines}\n")
     return f"{shell} completion written to {script} and loaded from {startup}; open a new terminal to use it."

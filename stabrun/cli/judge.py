@@ -16,11 +16,12 @@ from stabrun.config import UserError
 from stabrun.foreign.follow import POLL, followed, replaced
 from stabrun.foreign.read import read_foreign_runs
 from stabrun.foreign.runs import ForeignRun
-from stabrun.record.jsonl import jsonable, parse_line, read_lines
+from stabrun.record.jsonl import LONGEST, jsonable, parse_line, read_lines
 from stabrun.record.run_dir import RunDir, check_row
 from stabrun.record.schema import Row
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.plan import planned_runs
+from stabrun.text import shown
 from stabrun.verdict.compare import compare, sameness
 from stabrun.verdict.judge import Judge, Verdict
 from stabrun.verdict.rule import CONVERGED, DIVERGED, RECOVERED, UNDECIDED
@@ -158,7 +159,7 @@ def judge_folder(request: Request) -> int:
             verdicts["not read"] += 1
         waiting += lines
         if not request.as_json and count > verdicts["not read"]:
-            print("\n".join(waiting), flush=True)
+            print("\n".join(map(shown, waiting)), flush=True)
             waiting = []
     files = len({fact["path"] for fact in facts})
     if verdicts["not read"] == files:
@@ -199,7 +200,7 @@ def records_in(folder: Path) -> Iterator[Path]:
 
 def of_directory(directory: Path) -> Saved:
     run = RunDir(directory)
-    return Saved(str(directory), run.rows, run)
+    return Saved(str(directory), run.rows, run, run.faults())
 
 
 def show(record: Saved, request: Request) -> dict[str, Any]:
@@ -218,9 +219,9 @@ def show(record: Saved, request: Request) -> dict[str, Any]:
             facts["against"] |= jsonable(sameness(this, other, request.tolerance, one_diverged))
     if not request.as_json:
         name = "" if request.path == Path(record.name) else f"{record.name}: "
-        print(name + verdict_line(facts))
+        print(shown(name + verdict_line(facts)))
         for line in details(facts):
-            print(f"  {line}")
+            print(shown(f"  {line}"))
     return facts
 
 
@@ -267,14 +268,18 @@ def follow(request: Request) -> int:
             if follower.due:
                 for what, line in alarm_lines(follower.conclude()):
                     if what not in printed and not request.as_json:
-                        print(line, flush=True)
+                        print(shown(line), flush=True)
                     printed.add(what)
     except KeyboardInterrupt:
         status = 130
     record = run if request.path.is_dir() else None
     verdict = with_checkpoint(jsonable(asdict(follower.judge.conclude())), record)
     facts = {"path": str(request.path), **verdict, "notes": []}
-    print(json.dumps(facts, indent=1) if request.as_json else "\n  ".join([verdict_line(facts), *details(facts)]))
+    print(
+        json.dumps(facts, indent=1)
+        if request.as_json
+        else "\n  ".join(map(shown, [verdict_line(facts), *details(facts)]))
+    )
     return status
 
 
@@ -305,8 +310,10 @@ def grown(file: Path, enough: Callable[[], bool]) -> Iterator[Row | None]:
     while True:
         if handle is None and file.is_file():
             handle = open(file, "rb")
-        piece = handle.readline() if handle else b""
+        piece = handle.readline(LONGEST) if handle else b""
         half += piece
+        if len(half) > LONGEST:
+            raise UserError(f"{file} is damaged: a line is longer than {LONGEST >> 20} MiB.")
         if half.endswith(b"\n"):
             row, half = parse_line(half), b""
             if row is None:

@@ -11,7 +11,7 @@ from stabrun.cli.commands import cli
 from stabrun.cli.completion import COMPLETE_VARIABLE
 from stabrun.config import UserError
 from stabrun.record.disk import advice
-from stabrun.text import warn
+from stabrun.text import warn, write_any_text
 from stabrun.training.place import Place
 from stabrun.training.stop import BOTH, be_interruptible
 
@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if not Place.here().first:
         sys.stdout = open(os.devnull, "w")  # the first rank prints
+    for stream in (sys.stdout, sys.stderr):
+        write_any_text(stream)
     if COMPLETE_VARIABLE in os.environ:
         cli.main(prog_name="stabrun", complete_var=COMPLETE_VARIABLE)
     be_interruptible()

@@ -9,14 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from stabrun.config import run_id
+from stabrun.config import UserError, run_id
 from stabrun.record.jsonl import jsonable, number
-from stabrun.record.run_dir import RunDir
+from stabrun.record.run_dir import RunDir, too_few
 from stabrun.record.schema import COMPLETE, FAILED, INTERRUPTED, OVER, RUNNING, STOPPED
 from stabrun.record.study_dir import StudyDir, find
-from stabrun.study.live_table import LEGEND, colored_table, counts_text, failure_messages, running_lines
+from stabrun.study.live_table import LEGEND, NO_SUMMARY, colored_table, counts_text, failure_messages, running_lines
+from stabrun.study.plan import Cell
 from stabrun.study.snapshot import Snapshot, SnapshotReader, seconds_left
-from stabrun.text import duration_text, run_name, shown
+from stabrun.text import duration_text, run_name, shown, warn
 from stabrun.verdict.judge import Judge, Verdict
 from stabrun.verdict.wording import healthy_line, short, verdict_line
 
@@ -36,6 +37,8 @@ def status(directory: Path, as_json: bool = False) -> None:
         snapshot = SnapshotReader(found.path).read()
         facts, lines = study_facts(found.path, snapshot), study_lines(snapshot)
     else:
+        for sentence in found.faults():
+            warn(f"{found.path}: {sentence}")
         facts = run_facts(found)
         lines = run_lines(found, facts)
     if as_json:
@@ -60,7 +63,7 @@ def study_facts(directory: Path, snapshot: Snapshot) -> dict[str, Any]:
                 "status": snapshot.entries[cell.id].status,
                 "attempts": len(snapshot.entries[cell.id].claim),
                 "verdict": snapshot.summaries.get(cell.id, {}).get("verdict"),
-                "error": snapshot.failed.get(cell.id),
+                "error": snapshot.failed.get(cell.id) or (NO_SUMMARY if lacks_summary(snapshot, cell) else None),
             }
             for cell in snapshot.plan.cells.values()
         ],
@@ -69,6 +72,10 @@ def study_facts(directory: Path, snapshot: Snapshot) -> dict[str, Any]:
             for attempt in snapshot.running
         ],
     }
+
+
+def lacks_summary(snapshot: Snapshot, cell: Cell) -> bool:
+    return snapshot.entries[cell.id].done and cell.id not in snapshot.summaries
 
 
 def study_lines(snapshot: Snapshot) -> Iterator[str | Text]:
@@ -89,7 +96,10 @@ def run_facts(run: RunDir, so_far: Verdict | None = None) -> dict[str, Any]:
     """
     facts, state, summary = identity(run), run.state(), run.final_summary()
     verdict: Any = summary
-    steps = summary["steps"] if summary else run.steps_done()
+    last = run.last_row()
+    steps = summary["steps"] if summary else last["step"] + 1 if last else 0
+    if summary and steps and (last is None or last["step"] + 1 < steps):
+        raise UserError(f"{run.metrics} is damaged: {too_few(last['step'] + 1 if last else 0, steps)}.")
     if verdict is None and steps:
         verdict = with_checkpoint(asdict(so_far or judged(run, state == RUNNING)), run)
     speed, planned = run.steps_per_second() if state == RUNNING else None, facts.pop("planned")
@@ -102,7 +112,7 @@ def run_facts(run: RunDir, so_far: Verdict | None = None) -> dict[str, Any]:
         "steps": planned,
         "steps_per_second": speed,
         "seconds_left": max(0, planned - steps) / speed if speed and planned else None,
-        "last_loss": (run.last_row() or {}).get("train/loss"),
+        "last_loss": last["train/loss"] if last else None,
         "checkpoint": run.checkpoint_step(),
         "verdict": verdict,
     }

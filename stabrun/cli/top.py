@@ -20,7 +20,7 @@ from stabrun.record.study_dir import StudyDir, find
 from stabrun.study.live_table import COLORS, MARKS, LiveTable, bar, percent
 from stabrun.study.search import next_run
 from stabrun.study.snapshot import Snapshot, SnapshotReader
-from stabrun.text import aligned
+from stabrun.text import aligned, shown
 from stabrun.verdict.growth import Growth
 from stabrun.verdict.judge import Verdict
 from stabrun.verdict.wording import short, signal_lines, spikes_line
@@ -79,7 +79,7 @@ class RunView:
         """The view in `width` columns."""
         facts, losses = self.facts(), self.follower.judge.losses
         head, *state = run_lines(self.run, facts)
-        yield Text(head, style="bold")
+        yield Text(shown(head), style="bold")
         if facts["steps"]:
             share = min(1.0, facts["step"] / facts["steps"])
             yield Text(f"{bar(share, max(1, min(width, CURVE) - 5))} {percent(share)}", no_wrap=True)
@@ -87,14 +87,14 @@ class RunView:
             yield Text(sparkline(losses, min(width, CURVE)), style="cyan", no_wrap=True)
         verdict = facts["verdict"]
         color = COLORS[MARKS.get(verdict["verdict"], "?")] if verdict else ""
-        yield from (Text(line, style=color if "loss init" in line else "") for line in state)
+        yield from (Text(shown(line), style=color if "loss init" in line else "") for line in state)
         if grown_most := self.growth.most(SITES):
             yield Text("output norms that grew most", style="dim")
             rows = [[site.site, f"{site.first:.3g} → {site.now:.3g}", f"×{site.factor:.3g}"] for site in grown_most]
-            yield from (Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in aligned(rows))
+            yield from (Text(shown(f"  {line}"), no_wrap=True, overflow="ellipsis") for line in aligned(rows))
         if verdict and (verdict["signals"] or verdict["spikes"]):
             alarms = [line for _, line in islice(signal_lines(verdict["signals"]), ALARMS)]
-            yield from (Text(line, style="yellow") for line in (*spikes_line(verdict), *alarms))
+            yield from (Text(shown(line), style="yellow") for line in (*spikes_line(verdict), *alarms))
 
 
 def watch_run(run: RunDir, console: Console) -> None:

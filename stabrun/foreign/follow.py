@@ -16,9 +16,10 @@ from stabrun.foreign.formats import HEAD, Format, file_format, text_format
 from stabrun.foreign.points import points
 from stabrun.foreign.runs import Runs
 from stabrun.foreign.shapes import Shape, shape_of
-from stabrun.foreign.source import PROBE, Source, encoding_of, plain_text
+from stabrun.foreign.source import LONGEST, PROBE, TOO_LONG, Source, encoding_of, plain_text
 
 POLL = 0.2  # seconds between two reads of a growing file
+PIECE = 1 << 24  # bytes read at a time
 LEAST = 5  # rows from which the columns are chosen
 BREAK = re.compile(r"\r\n|\n|\r")
 
@@ -42,7 +43,7 @@ class Lines:
             if not self.path.is_file():
                 return []
             self.handle = open(self.path, "rb")
-        data = self.handle.read()
+        data = self.handle.read(PIECE)
         if not data:
             if replaced(self.handle, self.path):
                 self.handle.close()
@@ -52,6 +53,8 @@ class Lines:
             self.decoder = codecs.getincrementaldecoder(encoding_of(self.path, data[:PROBE]))("replace")
         lines = BREAK.split(self.half + self.decoder.decode(data))
         self.half = lines.pop()
+        if len(self.half) > LONGEST:
+            raise UserError(f"{self.path}: {TOO_LONG}.")
         return [plain_text(line) for line in lines]
 
     def wait(self) -> bool:

@@ -13,6 +13,8 @@ from typing import IO, cast
 
 from stabrun.config import UserError
 
+LONGEST = 1 << 26  # characters of a line
+TOO_LONG = f"one of its lines is longer than {LONGEST >> 20} MiB; it is no record of losses"
 PROBE = 1 << 16  # bytes that decide about the encoding
 TERMINAL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|[\x00\x08]")  # colors, titles, backspaces
 TERMINAL_SIGN = re.compile("[\x00\x08\x1b]").search
@@ -74,7 +76,9 @@ class Source:
         with io.TextIOWrapper(self._open(), encoding, errors="replace") as text:
             self.unterminated = False
             try:
-                for line in text:
+                while line := text.readline(LONGEST):
+                    if len(line) == LONGEST:
+                        raise UserError(f"{self.path}: {TOO_LONG}.")
                     if line[-1] == "\n":
                         yield plain_text(line[:-1]) if TERMINAL_SIGN(line) else line[:-1]
                     elif line.rstrip().endswith(tuple(CLOSERS)):

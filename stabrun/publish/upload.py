@@ -14,7 +14,7 @@ from pathlib import Path
 from stabrun.composition import override
 from stabrun.config import Config, TrackerConfig, UserError
 from stabrun.record.jsonl import jsonable, number
-from stabrun.record.run_dir import RunDir
+from stabrun.record.run_dir import RunDir, refuse_links
 from stabrun.record.schema import OVER, Summary
 from stabrun.record.study_dir import StudyDir, find
 from stabrun.record.synced import OFFLINE, ONLINE, SyncState, digest, file_digest, file_digests
@@ -157,6 +157,8 @@ def upload_run(files: RunDir, target: Destination) -> bool:
         print(f"{name}: is being trained with W&B tracking; skipped.")
         return False
     plan = upload_plan(files, SyncState.at(files.path, target.mode, tracker))
+    for sentence in files.faults():
+        warn(f"{files.path}: {sentence}")
     for sentence in plan.extent.damaged:
         warn(f"{files.metrics}: {sentence}")
     if plan.rewritten:
@@ -168,6 +170,7 @@ def upload_run(files: RunDir, target: Destination) -> bool:
         return False
     print(f"{name}: {', '.join(plan.parts)} → {target.mode}, {files.path.resolve().name}", flush=True)
     if not target.dry_run:
+        refuse_links("upload", files.path, "*")
         send(files, tracker, sent, plan, target.mode)
     return True
 

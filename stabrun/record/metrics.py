@@ -6,9 +6,10 @@ The probe, the signals, the check at initialization, the figures, the report pag
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from stabrun.record.jsonl import number
+from stabrun.record.jsonl import is_number, number
 from stabrun.record.schema import Row
 
 SITES = ("qkv", "proj", "fc1", "fc2", "head")
@@ -165,6 +166,19 @@ def find(key: str) -> Metric | None:
     )  # fmt: skip
 
 
+shape_of = lru_cache(4096)(lambda key: (metric := find(key)) and metric.shape)
+
+
+def is_value(key: str, value: Any) -> bool:
+    """Whether a row may have this value: anything if the key is none of the table."""
+    shape = shape_of(key)
+    if shape is None or is_number(value):
+        return True
+    if shape == SCALAR or not isinstance(value, list) or not value:
+        return False
+    return set(map(type, value)) == {float} or all(item is None or is_number(item) for item in value)
+
+
 def signals() -> dict[str, Metric]:
     """Name of a signal → the metric that feeds it."""
     return {metric.signal.name: metric for metric in METRICS.values() if metric.signal}
@@ -214,16 +228,19 @@ def by_site(row: Row, prefix: str) -> dict[str, float]:
 
 
 def flatten(row: Row, lists: bool = True) -> dict[str, float]:
-    """A row as numbers. Lists over layers become `key/layer_03`, or `key` for the head; `lists=False` omits them."""
+    """A row as numbers. Lists over layers become `key/layer_03`, or `key` for the head; `lists=False` omits them.
+
+    What is no number, as another version may write it, is left out.
+    """
     flat: dict[str, float] = {}
     for key, value in row.items():
-        if not isinstance(value, list):
+        if is_number(value):
             flat[key] = value if isinstance(value, int) else float(value)
-        elif lists:
+        elif isinstance(value, list) and lists:
             flat |= {
                 key if layer is None else f"{key}/layer_{layer:02d}": float(item)
                 for layer, item in items(key, value)
-                if item is not None
+                if is_number(item)
             }
     return flat
 
@@ -240,6 +257,8 @@ def table() -> str:
         "",
         "Each line is a JSON object. `{site}` is one of " + ", ".join(f"`{site}`" for site in SITES) + ". Values by "
         'layer are lists, from layer 0. Numbers that are not finite are the strings `"nan"`, `"inf"` and `"-inf"`.',
+        "Each line ends with `crc`, which is no metric but the checksum (CRC-32) of the bytes before its comma. A line "
+        "that does not fit it is damaged, and is not read.",
         "",
         "In the record of a run that `stabrun.watch` watches, `{site}` is the last part of a module's path, such as "
         "`q_proj`, or more of it where that is needed to tell sites apart, such as `mlp.c_proj`. A site outside the "

@@ -15,27 +15,38 @@ from stabrun.record import checkpoints
 from stabrun.record.disk import REMEDIES, writing
 from stabrun.record.jsonl import (
     append_line,
+    check_text,
+    checked_text,
     dumps,
     is_number,
-    read_json,
+    read_checked,
     read_last,
     read_lines,
+    sealed,
     write_atomic,
-    write_json,
+    write_checked,
 )
+from stabrun.record.metrics import is_value
 from stabrun.record.schema import (
+    COMPLETE,
     EMPTY,
     FAILED,
     FORMAT,
     INTERRUPTED,
     OVER,
     RUNNING,
+    STOPPED,
     CheckpointFacts,
     Event,
     Row,
     Summary,
 )
+from stabrun.record.types import wrong_field
 from stabrun.record.watched import Watched
+
+ENDS = COMPLETE, STOPPED, INTERRUPTED  # events whose step is the number of rows, as is that of a start
+GOES_BACK = "damaged", "rewind"  # events after which there may be fewer rows than before
+WRITTEN_AGAIN = "Delete it: the command that trains the run writes it again."
 
 
 class RunDir:
@@ -56,18 +67,25 @@ class RunDir:
     def rows(self) -> Iterator[Row]:
         """The rows of `metrics.jsonl`; a last line that is still being written is left out.
 
-        Raises UserError at a damaged line, or a row without step or training loss.
+        Raises UserError at a damaged line, at a row without step or training loss, or if later rows were lost.
         """
-        end = 0
+        end, done, least = 0, 0, self.least_steps()
         for line in read_lines(self.metrics):
             if line.value is not None:
-                yield check_row(line.value, self.metrics)
+                done = check_row(line.value, self.metrics)["step"] + 1
+                yield line.value
             elif line.terminated:
-                raise UserError(f"{self.metrics} is damaged: the line at byte {end} is not a JSON object.")
+                raise UserError(f"{self.metrics} is damaged: the line at byte {end} is not as it was written.")
             end = line.end
+        if done < least:
+            raise UserError(f"{self.metrics} is damaged: {too_few(done, least)}.")
 
     def readable_rows(self) -> Iterator[tuple[Row | str, int]]:
-        """Each row of `metrics.jsonl`, or a sentence about a line that holds none, and the byte after it."""
+        """Each row of `metrics.jsonl`, or a sentence about a line that holds none, and the byte after it.
+
+        At last a sentence if later rows were lost.
+        """
+        end, done, least = 0, 0, self.least_steps()
         for count, line in enumerate(read_lines(self.metrics), 1):
             if not line.terminated:
                 yield f"line {count} is incomplete; it was left out.", line.end
@@ -75,20 +93,57 @@ class RunDir:
                 yield f"line {count} is not a row of a record; it was left out.", line.end
             else:
                 yield line.value, line.end
+                done = line.value["step"] + 1
+            end = line.end
+        if done < least:
+            yield f"{too_few(done, least)}.", end
+
+    def least_steps(self) -> int:
+        """Updates that the record has had, and still has unless it is damaged: of the summary, or else of the events.
+
+        A run that goes back to an older checkpoint may have fewer.
+        """
+        try:
+            if summary := self.final_summary():
+                return int(summary.get("steps") or 0)
+        except UserError:
+            pass  # the events tell, too
+        least = 0
+        for event in self.events():
+            kind, step = event.get("event"), event.get("step")
+            if kind in GOES_BACK:
+                least = 0
+            elif kind in ENDS or (kind in ("start", "checkpoint") and not self.watched_file.is_file()):
+                least = step if type(step) is int else 0
+        return least
 
     def last_row(self) -> Row | None:
-        return read_last(self.metrics)
+        """The last complete row; None if there is none. Raises UserError if it is damaged."""
+        return check_row(row, self.metrics) if (row := read_last(self.metrics)) else None
 
     def steps_done(self) -> int:
         """Updates recorded so far; 0 if none can be read."""
         try:
             return int((self.last_row() or {})["step"]) + 1
-        except (OSError, KeyError, TypeError, ValueError):
+        except (OSError, UserError, KeyError):
             return 0
 
     def events(self) -> list[Event]:
         """The events of `events.jsonl`; lines that a kill cut short are skipped."""
         return [cast(Event, line.value) for line in read_lines(self.events_file) if line.value is not None]
+
+    def faults(self) -> list[str]:
+        """Sentences about what cannot be read of the events and the summary, and what is missing at their end."""
+        name, events = self.events_file.name, self.events()
+        lines = [count for count, line in enumerate(read_lines(self.events_file), 1) if line.value is None]
+        found = [f"{name}: line {count} is damaged or incomplete; it was left out." for count in lines]
+        try:
+            summary = self.final_summary()
+        except UserError as error:
+            return [*found, str(error)]
+        if summary and events and not lines and events[-1].get("event") not in OVER:
+            found.append(f"{name}: its end is missing: it does not tell that the run is {summary['status']}.")
+        return found
 
     def starts(self) -> list[int]:
         """The step of each start of the run."""
@@ -137,10 +192,17 @@ class RunDir:
 
         Fields that another version did not write are added empty.
         """
-        return cast(Summary, EMPTY | read_json(self.summary_file)) if self.summary_file.is_file() else None
+        if not self.summary_file.is_file():
+            return None
+        facts = read_checked(self.summary_file, WRITTEN_AGAIN)
+        known = {name: value for name, value in facts.items() if value is not None}
+        if wrong := wrong_field(known, Summary):
+            what = f"{wrong} is {str(known[wrong])[:40]!r}"
+            raise UserError(f"{self.summary_file} is damaged: {what}. {WRITTEN_AGAIN}")
+        return cast(Summary, EMPTY | known)
 
     def write_summary(self, summary: Summary) -> None:
-        write_json(self.summary_file, summary)
+        write_checked(self.summary_file, cast(dict[str, Any], summary))
 
     def final_summary(self) -> Summary | None:
         """The summary of a run that is over; None for any other."""
@@ -165,6 +227,7 @@ class RunDir:
             )
         if to_train:
             refuse_newer(self.environment_file, self.environment().get("format", FORMAT))
+        check_text(self.config_file, "Restore it, or train again in another run_dir.")
         return read_config(self.config_file, to_train)
 
     def watched(self) -> Watched | None:
@@ -220,12 +283,12 @@ class RunDir:
 
     def environment(self) -> dict[str, Any]:
         """What `environment.json` holds; empty if there is none. UserError if it is damaged."""
-        return read_json(self.environment_file) if self.environment_file.exists() else {}
+        return read_checked(self.environment_file, WRITTEN_AGAIN) if self.environment_file.exists() else {}
 
     def keep_environment(self, facts: dict[str, Any]) -> None:
         """Write the environment of the first start; later ones do not change it."""
         if not self.environment_file.exists():
-            write_json(self.environment_file, {"format": FORMAT, **facts})
+            write_checked(self.environment_file, {"format": FORMAT, **facts})
 
     def keep_tokenizer(self, definition: str) -> None:
         """Write the tokenizer at the first start, so that the directory alone suffices to encode and decode text."""
@@ -282,6 +345,7 @@ class RunDir:
         """
         with naming(key, self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            refuse_links(key, self.path, "*", f"{self.checkpoints.name}/*")
             lock = open(self.lock_file, "w")  # its errors are of the directory; those of the caller are not
         with lock:
             try:
@@ -302,7 +366,7 @@ class RunDir:
         with self.hold() as writer:
             self.refuse_other_run(config)
             if not self.config_file.exists():
-                write_atomic(self.config_file, config_yaml(config))
+                write_atomic(self.config_file, checked_text(config_yaml(config)))
             yield writer
 
 
@@ -368,9 +432,9 @@ class RunWriter:
 
     def write(self, row: Row) -> None:
         if self.file is None:
-            self.file = open(self.run.metrics, "a", buffering=1)
+            self.file = open(self.run.metrics, "a", buffering=1, encoding="utf-8")
         with writing(self.run.metrics):
-            self.file.write(dumps(row) + "\n")
+            self.file.write(sealed(dumps(row)) + "\n")
 
     def sync(self) -> None:
         """Wait until the rows are on disk: a checkpoint must never be ahead of its record."""
@@ -392,12 +456,16 @@ class RunWriter:
 
 def row_fault(row: dict[str, Any]) -> str | None:
     """What keeps an object from being a row of `metrics.jsonl`, or None."""
-    if not isinstance(row.get("step"), int) or abs(row["step"]) >= 2**53 or not is_number(row.get("train/loss")):
+    if type(row.get("step")) is not int or abs(row["step"]) >= 2**53 or not is_number(row.get("train/loss")):
         return f"step or train/loss is missing in the row {json.dumps(row)[:60]}"
-    for key in ("grad/norm", "train/lr"):
-        if not is_number(row.get(key, 0.0)):
+    for key, value in row.items():
+        if type(value) is not float and not is_value(key, value):
             return f"{key} is not a number at step {row['step']}"
     return None
+
+
+def too_few(done: int, least: int) -> str:
+    return f"it ends after {done} steps, and {least} were recorded"
 
 
 def check_row(row: dict[str, Any], path: Path) -> Row:
@@ -411,6 +479,20 @@ def refuse_newer(file: Path, written: Any) -> None:
     """Raise UserError if the format of a record is not one that this version writes."""
     if written != FORMAT:
         raise UserError(f"{file}: format {written} was written by a newer version of stabrun; use that version.")
+
+
+def refuse_links(key: str, directory: Path, *patterns: str) -> None:
+    """Raise UserError if a path in a directory is a link out of it: nothing is written elsewhere.
+
+    The directory itself may be a link.
+    """
+    here = os.path.realpath(directory)
+    for item in sorted(path for pattern in patterns for path in directory.glob(pattern)):
+        if item.is_symlink() and not Path(os.path.realpath(item)).is_relative_to(here):
+            raise UserError(
+                f"{key}={directory}: {item.relative_to(directory)} is a link to a place outside, where nothing is "
+                "written. Remove the link; the directory as a whole may be a link."
+            )
 
 
 @contextmanager

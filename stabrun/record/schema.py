@@ -29,6 +29,32 @@ class CheckpointFacts(TypedDict):
     path: str
 
 
+class SignalFacts(TypedDict):
+    """The first alarm of a signal: its step, its site, and its lead over the loss in steps."""
+
+    step: float
+    site: str | None
+    lead: float | None
+
+
+class SpikeFacts(TypedDict):
+    count: int
+    list: list[tuple[float, Number]]
+    score: NotRequired[float | None]
+    rate: NotRequired[Any]
+
+
+"""See `stabrun.verdict.spikes`; the list holds (step, height)."""
+
+
+class OverfitFacts(TypedDict):
+    """The fields of `stabrun.verdict.overfit.Overfit`."""
+
+    step: float
+    best_step: float
+    rise: float
+
+
 class Summary(TypedDict, total=False):
     """`summary.json`, its fields in order. `arm` is not among them, but added by a study."""
 
@@ -52,11 +78,11 @@ class Summary(TypedDict, total=False):
     init_loss: Number | None
     best_loss: Number | None
     final_loss: Number | None
-    signals: dict[str, Any]
-    spikes: dict[str, Any] | None
+    signals: dict[str, SignalFacts]
+    spikes: SpikeFacts | None
     best_val_loss: Number | None
     val_gap: Number | None
-    overfit: Any
+    overfit: OverfitFacts | None
     outliers_skipped: int | None
     rewinds: int | None
     by_strictness: dict[str, str]
@@ -144,10 +170,19 @@ class ArmFrontier(TypedDict):
     over: dict[str, Interval]
 
 
+class Point(TypedDict):
+    """The runs of an arm at one learning rate."""
+
+    lr: float
+    runs: int
+    diverged: int
+    undecided: int
+
+
 class ArmSummary(TypedDict):
     """What the runs of one arm show."""
 
-    runs: list[dict[str, Any]]
+    runs: list[Point]
     max_stable_lr: float | None
     min_diverged_lr: float | None
     separated: bool

@@ -4,12 +4,13 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from stabrun.config import UserError
-from stabrun.record.jsonl import read_json, write_json
+from stabrun.record.jsonl import read_checked, write_checked
 from stabrun.record.run_dir import RunDir
-from stabrun.record.schema import ArmSummary, StudySummary
+from stabrun.record.schema import StudySummary
+from stabrun.record.types import wrong_field
 
 
 class StudyDir:
@@ -47,16 +48,11 @@ class StudyDir:
 
         Raises UserError if it is damaged.
         """
-        facts = read_json(self.summary_file) if self.summary_file.is_file() else {}
-        variants = facts.get("variants")
-        arms = list(variants.values()) if isinstance(variants, dict) else []
-        whole = StudySummary.__required_keys__ <= facts.keys() and all(
-            isinstance(arm, dict) and ArmSummary.__required_keys__ <= arm.keys() for arm in arms
-        )
-        return cast(StudySummary, facts) if whole else None
+        facts = read_checked(self.summary_file) if self.summary_file.is_file() else {}
+        return cast(StudySummary, facts) if wrong_field(facts, StudySummary) is None else None
 
     def write_summary(self, summary: StudySummary) -> None:
-        write_json(self.summary_file, summary)
+        write_checked(self.summary_file, cast(dict[str, Any], summary))
 
     @contextmanager
     def lock(self) -> Iterator[None]:

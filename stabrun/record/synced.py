@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.config import TrackerConfig, UserError
-from stabrun.record.jsonl import read_json, write_json
+from stabrun.record.jsonl import read_checked, write_checked
+from stabrun.record.types import wrong_field
 
 ONLINE, OFFLINE = "online", "offline"
 FILE = "wandb/sent.json"  # not copied to the next attempt at a cell, whose offline run starts at the first row
+SEND_AGAIN = "Delete it to send everything again."
 BUFFER = 1 << 20
 
 
@@ -37,11 +39,12 @@ class SyncState:
         file = directory / FILE
         if not file.is_file():
             return None
-        facts = read_json(file)
-        try:  # of this version or another
-            return SyncState(**{item.name: facts[item.name] for item in fields(SyncState) if item.name in facts})
-        except TypeError as error:
-            raise UserError(f"{file} is damaged. Remove it to send everything again.") from error
+        facts = read_checked(file, SEND_AGAIN)
+        known = {item.name: facts[item.name] for item in fields(SyncState) if item.name in facts}  # of any version
+        missing = [name for name in ("mode", "entity", "project") if name not in known]
+        if wrong := missing[0] if missing else wrong_field(known, SyncState):
+            raise UserError(f"{file} is damaged: {wrong} is {str(known.get(wrong))[:40]!r}. {SEND_AGAIN}")
+        return SyncState(**known)
 
     @staticmethod
     def at(directory: Path, mode: str, tracker: TrackerConfig) -> "SyncState":
@@ -55,7 +58,7 @@ class SyncState:
         """Write the state. A mode that sends nothing, such as `disabled`, leaves no file."""
         if self.mode in (ONLINE, OFFLINE):
             (directory / FILE).parent.mkdir(exist_ok=True)
-            write_json(directory / FILE, asdict(self))
+            write_checked(directory / FILE, asdict(self))
 
 
 def forget(directory: Path) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.config import UserError
-from stabrun.record.jsonl import read_json, write_json
+from stabrun.record.jsonl import read_checked, write_checked
 from stabrun.record.schema import FORMAT
+from stabrun.record.types import wrong_field
 
 
 @dataclass(frozen=True)
@@ -54,31 +55,11 @@ class Watched:
 
         Raises UserError if it is damaged.
         """
-        facts = read_json(file)
+        facts = read_checked(file, "Restore it.")
         known = {item.name: facts[item.name] for item in fields(Watched) if item.name in facts}
-        for name, value in known.items():
-            if not of_its_type(name, value):
-                raise UserError(f"{file} is damaged: {name} is {str(value)[:40]!r}.")
+        if wrong := wrong_field(known, Watched):
+            raise UserError(f"{file} is damaged: {wrong} is {str(known[wrong])[:40]!r}.")
         return Watched(**known)
 
     def write(self, file: Path) -> None:
-        write_json(file, asdict(self))
-
-
-def of_its_type(name: str, value: Any) -> bool:
-    """Whether a value may be that of the field `name`."""
-    if name in ("sites", "stacks"):
-        return isinstance(value, dict) and all(map(is_paths, value.values()))
-    if name == "single":
-        return is_paths(value)
-    if name == "settings":
-        return isinstance(value, dict)
-    if name == "model":
-        return isinstance(value, str)
-    if name == "constant":
-        return isinstance(value, bool)
-    return (isinstance(value, int) and not isinstance(value, bool)) or (name == "planned" and value is None)
-
-
-def is_paths(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        write_checked(file, asdict(self))

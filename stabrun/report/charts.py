@@ -308,15 +308,17 @@ EVENTS = (
 def training_curve(study: StudyData, row: Result, curves: RunCurves, opacity: float) -> Iterator[Marks]:
     """The loss of a run, dashed if it diverged, and its events."""
     base = Marks(arm=row["arm"], run=row["run_id"])
-    scar = f", scar {row['scar']:.2f}" if row["scar"] else ""
+    scar = f", scar {number(row['scar']):.2f}" if row["scar"] else ""
     name = run_name("", row["lr"], row["seed"]).removeprefix("lr=")
     label = f"{name} {row['verdict']}{scar}".lstrip()
     dash = "dash" if row["verdict"] == DIVERGED else "solid"
     yield base.at(curves.loss, color=style.color(base.arm), label=label, opacity=opacity, width=0.9, dash=dash)
-    spikes = (study.run_summary(base.run).get("spikes") or {}).get("list", [])
+    found = study.run_summary(base.run).get("spikes")
+    spikes = found["list"] if found else []
     bad = [] if row["first_bad_step"] is None else [row["first_bad_step"]]
-    high, skipped = [step for step, _ in spikes[:MAX_SPIKES]], curves.skipped[:MAX_SPIKES]
-    for event, steps in zip(EVENTS, (bad, high, curves.restarts, skipped, curves.rewinds), strict=True):
+    high, skipped = [step for step, _ in spikes[:MAX_SPIKES]], [*curves.skipped[:MAX_SPIKES]]
+    marked: list[list[float]] = [[*bad], high, [*curves.restarts], [*skipped], [*curves.rewinds]]
+    for event, steps in zip(EVENTS, marked, strict=True):
         if steps:
             nearest = [min(curves.loss, key=lambda point: abs(point[0] - step))[1] for step in steps]
             hover = [f"{run_title(row)}\n{event.label}, step {step}" for step in steps]

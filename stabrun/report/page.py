@@ -45,7 +45,7 @@ def page(parts: list[Part], comparisons: list[Table]) -> str:
     from plotly.offline import get_plotlyjs
 
     package, plotly = files("stabrun.report"), get_plotlyjs()
-    script = package.joinpath("page.js").read_text()
+    script = package.joinpath("page.js").read_text(encoding="utf-8")
     data = {
         "studies": [study_json(part) for part in parts],
         "statistics": {
@@ -64,7 +64,7 @@ def page(parts: list[Part], comparisons: list[Table]) -> str:
         tabs=TABS,
         # Only these two scripts run, whatever a record contains.
         hashes=" ".join(f"'sha256-{sha256(text)}'" for text in (plotly, script)),
-        style=package.joinpath("page.css").read_text(),
+        style=package.joinpath("page.css").read_text(encoding="utf-8"),
         script=script,
         plotly=packed(plotly),
         data=packed(json.dumps(data, separators=(",", ":"), allow_nan=False)),

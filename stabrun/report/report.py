@@ -61,7 +61,7 @@ def write_files(studies: list[StudyData], directory: Path) -> None:
     titles = {f"{letter.upper()}: {study.plan.name}": study for letter, study in zip("ab", studies, strict=False)}
     comparisons = [tables.comparison(titles)] if len(studies) > 1 else []
     write_tables(comparisons, directory / "tables")
-    (directory / "index.html").write_text(page(parts, comparisons))
+    (directory / "index.html").write_text(page(parts, comparisons), encoding="utf-8")
 
 
 def part_of(study: StudyData) -> Part:
@@ -79,7 +79,7 @@ def part_of(study: StudyData) -> Part:
 def write_tables(written: list[tables.Table], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in tables.files(written):
-        (directory / name).write_text(text)
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 def write_figures(drawn: list[charts.Chart], directory: Path) -> None:

@@ -15,6 +15,7 @@ from stabrun.record.schema import RUNNING as STILL_RUNNING
 from stabrun.record.study_dir import StudyDir, find
 from stabrun.record.watched import Watched
 from stabrun.study.ledger import DONE, FAILED, PLANNED, RUNNING
+from stabrun.study.live_table import NO_SUMMARY
 from stabrun.study.plan import FRONTIER, Plan
 from stabrun.study.results import result
 from stabrun.study.snapshot import SnapshotReader
@@ -77,9 +78,7 @@ def read_study(study: StudyDir) -> StudyData:
     snapshot, notes = SnapshotReader(study.path).read(attempts=False), list[str]()
     for cell in snapshot.cells(DONE):
         if cell.id not in snapshot.summaries:
-            notes.append(
-                f"runs/{cell.id}/summary.json is missing or damaged; the run's signals and spikes are left out."
-            )
+            notes.append(f"runs/{cell.id}: the run is left out: {NO_SUMMARY}")
     try:
         summary = study.summary()
     except UserError:
@@ -88,7 +87,7 @@ def read_study(study: StudyDir) -> StudyData:
         if snapshot.summaries:
             notes.append("study.json is missing or damaged; its content was computed again from the runs' summaries.")
         summary = jsonable(study_summary(snapshot.plan, snapshot.rows))
-    rows = list(read_results(study.results_file, notes))
+    rows = list(map(result, snapshot.rows))
     return StudyData(study.path, snapshot.plan, summary, rows, snapshot.counts, snapshot.summaries, notes)
 
 
@@ -104,10 +103,11 @@ def read_run(run: RunDir) -> StudyData:
         facts = {"run_id": name, "variant": watched.name, "lr": watched.lr, "seed": watched.seed}
     try:
         summary = run.summary()
+        notes += run.faults()
     except UserError:
         summary = None
     if summary is None:
-        notes.append("summary.json is missing: the run is not finished, and is judged on the rows recorded so far.")
+        notes.append("summary.json is missing or damaged: the run is judged on the rows recorded so far.")
         judge = Judge.of_record(run)
         for row in read_rows(run, notes):
             judge.add(row)

@@ -159,10 +159,10 @@ def leads(study: StudyData) -> Table:
     return Table("leads", "Lead of each signal over the loss", columns, rows, note)
 
 
-def lead(summary: Summary, signal: str) -> int | None:
+def lead(summary: Summary, signal: str) -> float | None:
     """Steps from the first alarm of a signal to that of the loss; None if there was no alarm."""
     found = summary.get("signals", {}).get(signal)
-    return found.get("lead") if isinstance(found, dict) else None
+    return found and found["lead"]
 
 
 def comparison(studies: dict[str, StudyData]) -> Table:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from stabrun.record.schema import ArmSummary, StudySummary
 from stabrun.study.plan import FRONTIER, GRID
@@ -67,7 +67,7 @@ class Fact:
 
 
 def total(name: str) -> Callable[[ArmSummary], int]:
-    return lambda arm: sum(point[name] for point in arm["runs"])
+    return lambda arm: sum(cast(dict[str, Any], point)[name] for point in arm["runs"])
 
 
 def frontier_of(arm: ArmSummary, strictness: str) -> Mapping[str, Any]:

@@ -27,6 +27,7 @@ from stabrun.config import UserError
 from stabrun.study.ledger import Ledger
 from stabrun.study.pool import LauncherPool, LocalPool, WorkerPool, job_numbers, stop_file, threads_per_worker
 from stabrun.study.question import split_axes
+from stabrun.text import write_any_text
 from stabrun.training.place import Place
 
 POLL = 0.5  # seconds between two checks whether the sweep is over
@@ -108,6 +109,8 @@ def run_job(directory: str, pool: str, working_directory: str, jobs: int, config
     limit) or `scancel`.
     """
     os.chdir(working_directory)
+    for stream in (sys.stdout, sys.stderr):
+        write_any_text(stream)
     allocated = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
     os.environ.setdefault("OMP_NUM_THREADS", allocated or str(threads_per_worker(jobs)))
     from stabrun.study.worker import registered, work

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from stabrun.config import UserError
-from stabrun.record.jsonl import read_json, write_atomic
+from stabrun.record.jsonl import checked, read_checked, write_atomic
 from stabrun.record.study_dir import StudyDir
 
 PLANNED, RUNNING, DONE, FAILED = "planned", "running", "done", "failed"
 ATTEMPTS = 2  # consecutive failures, or deaths without progress, after which a cell is given up
+DISK = "the disk failed: "  # begins the reason of an attempt that was left because of it
 LEASE = 60.0  # seconds without a heartbeat
 NAME = re.compile(r"([0-9a-f]+)\.(\d+)\.(claim|failed|left)")
 
@@ -94,7 +95,7 @@ def _names(directory: Path) -> list[str]:
 def _object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is missing or damaged."""
     try:
-        return read_json(path)
+        return read_checked(path)
     except (OSError, UserError):
         return {}
 
@@ -141,8 +142,8 @@ class Ledger:
         attempt = entry.attempt + 1
         self.make()
         scratch = self.study.ledger / f".{self.owner['id']}"
-        with open(scratch, "w") as file:
-            file.write(json.dumps(self.owner) + "\n")
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(json.dumps(checked(self.owner)) + "\n")
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -172,22 +173,29 @@ class Ledger:
         """The last heartbeat of an attempt, with its `step`; empty if there is none."""
         return _object(self.path(cell, attempt, "beat"))
 
-    def reason(self, cell: str, attempt: int) -> str:
-        """Why an attempt failed."""
-        return str(_object(self.path(cell, attempt, "failed")).get("reason", "unknown reason"))
+    def reason(self, cell: str, attempt: int, kind: str = "failed") -> str:
+        """Why an attempt failed, or was left."""
+        return str(_object(self.path(cell, attempt, kind)).get("reason", "unknown reason"))
 
     def end(self, cell: str, attempt: int, kind: str, reason: str) -> None:
         """Record that an attempt ended: `kind` is `failed` or `left`."""
-        write_atomic(self.path(cell, attempt, kind), json.dumps({"reason": reason}) + "\n")
+        write_atomic(self.path(cell, attempt, kind), json.dumps(checked({"reason": reason})) + "\n")
 
     def retry_failed(self, cells: Iterable[str]) -> None:
-        """Plan the cells again that were given up."""
+        """Forget the failures of the cells that are not done: they may be tried as often as new ones."""
         for cell, entry in self.entries(cells).items():
-            if entry.status == FAILED:
-                self.path(cell, entry.attempt, "failed").rename(self.path(cell, entry.attempt, "left"))
+            for attempt in () if entry.done else entry.failed:
+                self.path(cell, attempt, "failed").rename(self.path(cell, attempt, "left"))
 
     def reopen(self, cell: str, attempt: int) -> None:
-        """Turn a finished run back into an attempt that was left, from which the next attempt resumes."""
+        """Turn a finished run back into an attempt that was left, from which the next attempt resumes.
+
+        One that no attempt is known of, as in a copy without its ledger, becomes the first.
+        """
+        if not attempt:
+            attempt = 1
+            self.make()
+            write_atomic(self.path(cell, attempt, "claim"), json.dumps(checked(self.owner)) + "\n")
         self.end(cell, attempt, "left", "its end is no longer valid")
         os.rename(self.study.run(cell).path, self.study.attempt(cell, attempt).path)
 
@@ -216,7 +224,7 @@ class Claim:
     def heartbeat(self, step: int) -> bool:
         """Record that this attempt is alive and has done `step` updates. False if the cell has been taken over."""
         facts = {"step": step, "beat": time.time()}
-        write_atomic(self.ledger.path(self.cell, self.attempt, "beat"), json.dumps(facts))
+        write_atomic(self.ledger.path(self.cell, self.attempt, "beat"), json.dumps(checked(facts)))
         return not self.is_lost()
 
     def is_lost(self) -> bool:

@@ -17,6 +17,9 @@ from stabrun.text import GAP, aligned, duration_text, rate_text, shown
 MARKS = {"converged": "c", "recovered": "r", "diverged": "D", "undecided": "?", RUNNING: ">", PLANNED: ".", FAILED: "!"}
 COLORS = {"c": "green", "r": "yellow", "D": "red", "?": "magenta", ">": "cyan", "!": "bold red", ".": "dim", "-": "dim"}
 LEGEND = ", ".join(f"{mark} {state}" for state, mark in MARKS.items()) + "; one mark per seed"
+NO_SUMMARY = (
+    "its summary.json is missing or damaged. The same `stabrun sweep` command goes on with it from its last checkpoint."
+)
 BAR = 8  # characters of a progress bar
 TICKS = (1, 3, 2, 5)  # of each decade, the most useful ones first
 
@@ -121,7 +124,7 @@ def failure_messages(snapshot: Snapshot) -> Iterator[str]:
         yield f"{cell.name} ({cell.id}) was given up after {attempts} attempt{'s' * (attempts != 1)}: {reason}"
     for cell in snapshot.cells(DONE):
         if cell.id not in snapshot.summaries:
-            yield f"{cell.name} ({cell.id}) does not count: its summary.json is missing or damaged."
+            yield f"{cell.name} ({cell.id}) does not count: {NO_SUMMARY}"
 
 
 def result_line(cell: Cell, summary: Summary, number: int, cells: int) -> str:

@@ -8,13 +8,15 @@ from typing import Any
 import yaml
 
 from stabrun.config import RESULT, Config, UserError, as_known, config_of, differences, marked, run_id
-from stabrun.record.jsonl import write_atomic
+from stabrun.record.jsonl import check_text, checked_text, write_atomic
 from stabrun.record.run_dir import RunDir, refuse_newer
 from stabrun.record.schema import FORMAT
 from stabrun.record.study_dir import StudyDir
+from stabrun.record.types import wrong_field
 from stabrun.text import run_name
 
 GRID, FRONTIER = "grid", "frontier"
+PLAN_LOST = "Restore it, or choose another study_dir."
 CELL_KEYS = ("optim.lr", "seed")  # differ between the cells of an arm; any other swept key makes further arms
 
 
@@ -64,7 +66,8 @@ class Plan:
         arms = {arm: asdict(config) for arm, config in self.arms.items()}
         text = yaml.dump({"format": FORMAT, **facts, "arms": arms}, Dumper=yaml.CSafeDumper, sort_keys=False)
         rows = [f"\n- {json.dumps(astuple(cell))}" for cell in self.cells.values()]  # JSON is YAML, and fast to write
-        write_atomic(StudyDir(directory).plan_file, f"{text}cells:{''.join(rows) or ' []'}\n")
+        whole = checked_text(f"{text}cells:{''.join(rows) or ' []'}\n")
+        write_atomic(StudyDir(directory).plan_file, whole)
 
 
 def at(config: Config, lr: float, seed: int) -> Config:
@@ -79,16 +82,26 @@ def load(directory: Path, to_train: bool = False) -> Plan:
     """
     file = StudyDir(directory).plan_file
     try:
+        check_text(file, PLAN_LOST)
         facts = yaml.load(file.read_bytes(), Loader=yaml.CSafeLoader)
         if to_train:
             refuse_newer(file, facts["format"])
         facts["arms"] = {arm: config_of(as_known(values, file, to_train)) for arm, values in facts["arms"].items()}
-        facts["cells"] = {row[0]: Cell(*row[:4]) for row in facts["cells"]}
-        return Plan(**{item.name: facts[item.name] for item in fields(Plan) if item.name in facts})
+        cells = [dict(zip(Cell.__dataclass_fields__, row[:4], strict=True)) for row in facts["cells"]]
+        known = {item.name: facts[item.name] for item in fields(Plan) if item.name in facts}
+        if wrong_field({**known, "arms": {}, "cells": {}}, Plan) or not all(map(is_cell, cells)):
+            raise ValueError
+        if known["strategy"] not in (GRID, FRONTIER) or not {cell["arm"] for cell in cells} <= known["arms"].keys():
+            raise ValueError
+        return Plan(**known | {"cells": {cell["id"]: Cell(**cell) for cell in cells}})
     except FileNotFoundError as error:
         raise UserError(f"{directory}: not a study directory: {file.name} is missing.") from error
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is damaged: not the plan of a study.") from error
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: not the plan of a study. {PLAN_LOST}") from error
+
+
+def is_cell(cell: dict[str, Any]) -> bool:
+    return wrong_field(cell, Cell) is None and cell["lr"] > 0
 
 
 def planned_runs(study: StudyDir) -> list[RunDir]:

@@ -8,16 +8,21 @@ import subprocess
 import sys
 import uuid
 from abc import ABC, abstractmethod
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from stabrun import interpreter
+from stabrun.record.disk import REMEDIES
+from stabrun.record.jsonl import write_atomic
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.ledger import Ledger
 
 GRACE = 60.0  # seconds that workers have to stop after Ctrl-C
 TAIL = 4096  # bytes of a log in which its last line is looked for
+PROBE = 1 << 20  # bytes that must fit on the disk before a worker is started again
+SAME_COMMAND = "the same command goes on, and no attempt is counted"
 SPARE = 3  # extra worker restarts allowed before any cell starts
 
 Process = subprocess.Popen[bytes]
@@ -28,18 +33,21 @@ class WorkerPool(ABC):
 
     def __init__(self, directory: Path, count: int) -> None:
         self.directory, self.count = directory, count
-        self.attempts, self.starts_left = -1, 0
+        self.attempts, self.starts_left, self.begun = -1, 0, False
 
     def keep(self, attempts: int) -> None:
         """Start the workers that are missing. `attempts`: those of the whole study so far.
 
-        Raises OSError if workers repeatedly end without beginning an attempt.
+        Raises OSError if workers repeatedly end without beginning an attempt, or have ended and the disk is full.
         """
         if attempts > self.attempts:
             self.attempts, self.starts_left = attempts, self.count + SPARE
         alive = self.alive()
         missing = min(self.count - alive, self.starts_left)
         if missing > 0:
+            if self.begun:
+                probe_disk(self.directory)
+            self.begun = True
             self.starts_left -= missing
             self.start(missing)
         elif alive == 0:
@@ -66,6 +74,24 @@ class WorkerPool(ABC):
         with open(StudyDir(self.directory).worker_log, "ab") as log:
             whole = os.environ | interpreter.environment() | environment
             return subprocess.Popen(command, stdout=log, stderr=log, env=whole)
+
+
+def probe_disk(directory: Path) -> None:
+    """Write a file and remove it. Raises OSError if that is not possible."""
+    with naming_disk(directory):
+        write_atomic(directory / ".probe", bytes(PROBE))
+        (directory / ".probe").unlink()
+
+
+@contextmanager
+def naming_disk(directory: Path) -> Iterator[None]:
+    """Name the directory, and the way on, in the error of a disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; once there is space, {SAME_COMMAND}", str(directory)) from error
 
 
 def last_line(log: Path) -> str:

@@ -2,11 +2,31 @@
 
 from dataclasses import asdict
 
+from stabrun.config import UserError
 from stabrun.record.jsonl import jsonable
-from stabrun.record.schema import COMPLETE, INTERRUPTED, STOPPED
+from stabrun.record.run_dir import RunDir
+from stabrun.record.schema import COMPLETE, INTERRUPTED, STOPPED, Summary
 from stabrun.study.ledger import DONE, Ledger
 from stabrun.study.plan import Plan
+from stabrun.text import warn
 from stabrun.verdict.judge import RULE, Judge
+
+
+def reopen_damaged(plan: Plan, ledger: Ledger) -> None:
+    """Go on with each finished run whose `summary.json` is missing or damaged: from its last checkpoint, if any."""
+    for cell, entry in ledger.entries(plan.cells).items():
+        run = ledger.study.run(cell)
+        if entry.status == DONE and readable_summary(run) is None:
+            warn(f"{run.summary_file} is missing or damaged; the run goes on from its last checkpoint.")
+            ledger.reopen(cell, entry.attempt)
+
+
+def readable_summary(run: RunDir) -> Summary | None:
+    """The summary of a run; None if it is missing or damaged."""
+    try:
+        return run.summary()
+    except UserError:
+        return None
 
 
 def rejudge(plan: Plan, ledger: Ledger) -> None:

@@ -8,6 +8,7 @@ from stabrun.record.study_dir import StudyDir
 from stabrun.study.plan import Plan
 from stabrun.study.summary import study_summary
 from stabrun.text import csv_text
+from stabrun.verdict.rule import STRICTNESS
 
 COLUMNS = tuple(Result.__annotations__)
 
@@ -25,5 +26,5 @@ def write(plan: Plan, rows: list[Summary], study: StudyDir) -> StudySummary:
 
 def result(row: Summary) -> Result:
     """A run's summary, with its `arm`, as a row of `results.csv`."""
-    flat: dict[str, Any] = {**row, **row["by_strictness"]}
+    flat: dict[str, Any] = {**row, **{level: row["by_strictness"].get(level) for level in STRICTNESS}}
     return cast(Result, {column: flat.get(column) for column in COLUMNS})

@@ -1,22 +1,25 @@
 """`stabrun sweep`: plan a study, keep workers at work on it, show the results as they come, and print a summary."""
 
+import errno
 import shutil
 import time
+from contextlib import suppress
 
 from stabrun.composition import Sources
-from stabrun.record.run_dir import naming
+from stabrun.record.run_dir import naming, refuse_links
 from stabrun.record.study_dir import StudyDir
 from stabrun.study import results
 from stabrun.study.dry_run import dry_run_lines
 from stabrun.study.facts import summary_lines
 from stabrun.study.launch import worker_pool
+from stabrun.study.ledger import DISK
 from stabrun.study.live_table import LEGEND, LiveTable, failure_messages, result_line, table
 from stabrun.study.plan import GRID, Plan, extended, load
-from stabrun.study.pool import WorkerPool
+from stabrun.study.pool import SAME_COMMAND, WorkerPool, naming_disk
 from stabrun.study.question import planned
-from stabrun.study.rejudge import rejudge
+from stabrun.study.rejudge import rejudge, reopen_damaged
 from stabrun.study.search import next_run
-from stabrun.study.snapshot import SnapshotReader
+from stabrun.study.snapshot import Snapshot, SnapshotReader
 from stabrun.study.tracking import track_study
 from stabrun.text import shown, warn
 from stabrun.verdict.wording import too_short
@@ -39,9 +42,11 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
         return 0
     with naming("study_dir", directory):
         directory.mkdir(parents=True, exist_ok=True)
+        refuse_links("study_dir", directory, "*", "runs/*", "attempts/*", "ledger/*")
     with study.lock():
         plan = _with_existing(asked, study)
         plan.save(directory)
+        reopen_damaged(plan, reader.ledger)
         rejudge(plan, reader.ledger)
     _warn_if_short(plan)
     reader.ledger.retry_failed(plan.cells)
@@ -75,15 +80,22 @@ def _warn_if_short(plan: Plan) -> None:
         warn(warning)
 
 
+def left_attempts(snapshot: Snapshot) -> set[tuple[str, int]]:
+    """The cells whose last attempt was left, and its number."""
+    return {(cell, entry.attempt) for cell, entry in snapshot.entries.items() if entry.attempt in entry.left}
+
+
 def _supervise(reader: SnapshotReader, pool: WorkerPool) -> int:
-    """Keep the pool at work until no cell is left. Returns 130 after Ctrl-C."""
-    done, live_table = set(reader.read(attempts=False).summaries), LiveTable(reader)
+    """Keep the pool at work until no cell is left. Returns 130 after Ctrl-C. Raises OSError if the disk is full."""
+    first = reader.read(attempts=False)
+    done, left, live_table = set(first.summaries), left_attempts(first), LiveTable(reader)
     try:
         while True:
             snapshot = live_table.update()
             plan = snapshot.plan
             if new := [cell for cell in snapshot.summaries if cell not in done]:
-                results.write(plan, snapshot.rows, reader.study)
+                with naming_disk(reader.study.path):
+                    results.write(plan, snapshot.rows, reader.study)
                 for cell in new:
                     done.add(cell)
                     line = result_line(plan.cells[cell], snapshot.summaries[cell], len(done), len(plan.cells))
@@ -91,11 +103,23 @@ def _supervise(reader: SnapshotReader, pool: WorkerPool) -> int:
             if len(snapshot.ended) == len(plan.cells) and next_run(plan, snapshot.rows, plan.cells) is None:
                 pool.end(interrupt=False)
                 return 0
+            for attempt in left_attempts(snapshot) - left:
+                left.add(attempt)
+                reason = reader.ledger.reason(*attempt, "left")
+                if reason.startswith(DISK):
+                    raise OSError(
+                        errno.ENOSPC, f"{reason}; once there is space, {SAME_COMMAND}", str(reader.study.path)
+                    )
             pool.keep(sum(entry.attempt for entry in snapshot.entries.values()))
             time.sleep(POLL)
     except KeyboardInterrupt:
         live_table.close()
         pool.end(interrupt=True)
         return 130
+    except OSError:
+        live_table.close()
+        with suppress(OSError):
+            pool.end(interrupt=True)
+        raise
     finally:
         live_table.close()

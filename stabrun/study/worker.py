@@ -6,18 +6,19 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stabrun.config import UserError
-from stabrun.record.jsonl import write_atomic
+from stabrun.record.disk import REMEDIES
+from stabrun.record.jsonl import checked, write_atomic
 from stabrun.record.schema import INTERRUPTED, Row
-from stabrun.study.ledger import LEASE, PLANNED, RUNNING, Claim, Ledger
+from stabrun.study.ledger import DISK, LEASE, PLANNED, RUNNING, Claim, Ledger
 from stabrun.study.plan import Plan, load
 from stabrun.study.pool import stop_file
 from stabrun.study.search import next_run
 from stabrun.study.snapshot import SnapshotReader
-from stabrun.text import masked
+from stabrun.text import masked, write_any_text
 from stabrun.training.run import Watch, train
 from stabrun.training.stop import WARNINGS, Stop, interrupt
 
@@ -77,7 +78,8 @@ def plan_next(reader: SnapshotReader) -> bool:
 def train_cell(plan: Plan, claim: Claim, stop: Stop) -> None:
     """Train one cell, from the checkpoint of an earlier attempt if there is one.
 
-    An error is recorded in the ledger, and the worker continues, as it does if the cell was lost.
+    An error is recorded in the ledger, and the worker continues, as it does if the cell was lost. Raises OSError if
+    the disk is full or broken, which is no fault of the cell.
     """
     config = plan.config(plan.cells[claim.cell])
     try:
@@ -90,9 +92,13 @@ def train_cell(plan: Plan, claim: Claim, stop: Stop) -> None:
         claim.end("left", "interrupted")
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in REMEDIES:
+            with suppress(OSError):
+                claim.end("left", f"{DISK}{error.filename or claim.directory}: {error.strerror}")
+            raise
         claim.directory.mkdir(exist_ok=True)
         if not isinstance(error, UserError):
-            (claim.directory / "error.txt").write_text(masked(traceback.format_exc()))
+            (claim.directory / "error.txt").write_text(masked(traceback.format_exc()), encoding="utf-8")
         claim.end("failed", masked(f"{type(error).__name__}: {error}"))
         return
     if summary["status"] == INTERRUPTED:
@@ -109,8 +115,9 @@ def heartbeats(claim: Claim) -> Iterator[Watch]:
     step, lost = 0, threading.Event()
 
     def heartbeat() -> None:
-        if not claim.heartbeat(step):
-            lost.set()
+        with suppress(OSError):  # of a full disk: the run itself fails, or goes on once there is space
+            if not claim.heartbeat(step):
+                lost.set()
 
     def watch(row: Row) -> None:
         nonlocal step
@@ -122,7 +129,7 @@ def heartbeats(claim: Claim) -> Iterator[Watch]:
         with repeatedly(heartbeat, claim.ledger.lease / HEARTBEATS):
             yield watch
     finally:
-        claim.heartbeat(step)
+        heartbeat()
 
 
 @contextmanager
@@ -130,7 +137,7 @@ def registered(ledger: Ledger, pool: str, number: int) -> Iterator[Stop]:
     """Register as a worker of a launched pool while the block runs. Yields a stop that follows the pool's stop file."""
     claim, file, stop = Claim(ledger, pool, number), stop_file(ledger.study.path, pool), Stop()
     ledger.make()
-    write_atomic(ledger.path(pool, number, "claim"), json.dumps(ledger.owner) + "\n")
+    write_atomic(ledger.path(pool, number, "claim"), json.dumps(checked(ledger.owner)) + "\n")
     stop.asked = file.exists()
 
     def follow() -> None:
@@ -183,7 +190,13 @@ if __name__ == "__main__":
     # Ctrl-C would stop them at once, without a checkpoint.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *WARNINGS})
     signal.signal(signal.SIGTERM, interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        write_any_text(stream)
     try:
         work(Path(sys.argv[1]))
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        sys.exit(f"{error.filename}: {error.strerror}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stabrun.config import RESULT, Config, UserError, differences, marked, run_id
 from stabrun.record import checkpoints
-from stabrun.record.jsonl import dumps, write_atomic
+from stabrun.record.jsonl import dumps, sealed, write_atomic
 from stabrun.record.run_dir import RunDir, RunWriter
 from stabrun.training.checkpoint import INCOMPLETE, damage
 from stabrun.training.schedule import learning_rate
@@ -34,7 +34,7 @@ def extend(config: Config, record: RunWriter, data_hash: str) -> None:
     every = config.train.val_every
     if step == shorter.train.steps and not (every and step % every == 0):
         rows[-1].pop("val/loss", None)  # this validation was the one after its last step
-    write_atomic(target.metrics, "".join(dumps(row) + "\n" for row in rows))
+    write_atomic(target.metrics, "".join(sealed(dumps(row)) + "\n" for row in rows))
     shutil.rmtree(target.checkpoints, ignore_errors=True)
     shutil.copytree(path, target.checkpoints / INCOMPLETE)
     (target.checkpoints / INCOMPLETE).rename(target.checkpoints / path.name)

@@ -62,6 +62,9 @@ def train(
     run.refuse_other_data(data.manifest["hash"])
     if (summary := run.final_summary()) and not place.started:
         print(f"{run.path}: this run is already finished; nothing is trained.")
+        newest = next(iter(checkpoints.steps(run.checkpoints).values()), None)
+        if why := newest and checkpoint.damage(newest):
+            warn(f"{newest}: {why}; delete {run.summary_file}, and the same command writes it again.")
         return summary
     if place.count < config.train.ranks:
         return launched(config, run, watch, stop)
