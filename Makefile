@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
+RUNS ?= /tmp/stabrun-recovery
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
 export WANDB_MODE ?= offline
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-cuda gpu-check disasters lint bench docs clean
+.PHONY: install demo test test-cuda gpu-check disasters kills full-disk damage hostile soak recovery lint bench docs clean
 
 install: $(STAMP)
 
@@ -39,6 +40,26 @@ gpu-check:
 disasters:
 	$(MAKE) install EXTRAS=dev,slurm,ray,huggingface,lightning
 	$(BIN)/pytest -n 1 -m slow -v
+
+# Killed runs, full disks, damaged files, hostile command lines, a long run: see docs/recovery.md.
+kills: $(STAMP)
+	$(BIN)/pytest -m "slow or not slow" tests/test_kills.py -s -v
+
+full-disk: $(STAMP)
+	$(BIN)/pytest -m "slow or not slow" tests/test_disk.py -v
+
+damage: $(STAMP)
+	$(BIN)/pytest -m "slow or not slow" tests/test_damage.py -s -v
+
+hostile: $(STAMP)
+	$(BIN)/python tests/hostile.py 5000
+
+soak: $(STAMP)
+	$(BIN)/python scripts/soak.py
+
+recovery: $(STAMP)
+	$(BIN)/python scripts/recovery.py poison --runs $(RUNS)
+	$(BIN)/python scripts/recovery.py edge --runs $(RUNS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -25,7 +25,8 @@ def test_the_verdict_names_the_step_and_the_site(tmp_path, monkeypatch, precisio
 
     def step(self, number):
         if number == STEP:
-            layer_of(self.model, layer, site).register_forward_hook(lambda module, inputs, output: output * math.nan)
+            chosen = layer_of(self.model, layer, site)
+            chosen.register_forward_hook(lambda module, inputs, output: output * math.nan, prepend=True)
         return own(self, number)
 
     monkeypatch.setattr(Trainer, "step", step)
