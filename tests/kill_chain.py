@@ -43,6 +43,8 @@ def killed(config: Config, directory: Path, kills: int, seconds: float, seed: in
             break
         process.kill()
         process.join()
+        if process.exitcode == 0:  # complete just before
+            break
         assert process.exitcode == -signal.SIGKILL
         in_checkpoint += (directory / "checkpoints" / "incomplete").exists()
         done += 1

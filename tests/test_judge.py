@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import TINY, run, stabrun, tiny
 
+from stabrun.record.run_dir import RunDir
 from stabrun.training.run import train
 
 FOREIGN = Path(__file__).parent / "data" / "foreign"
@@ -163,10 +164,22 @@ def test_a_gradient_norm_that_is_not_finite_before_finite_losses_decides_nothing
     assert len(facts["notes"]) == 1
 
 
-def test_statistics_that_are_none_harm_nothing(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value"), [("norm/out/fc2", ["x", 1.0]), ("attn/entropy", {"a": 1}), ("grad/norm", "large")]
+)
+def test_a_statistic_that_is_no_number_is_refused(capsys, tmp_path, key, value):
     train(tiny(f"run_dir={tmp_path / 'run'}", "train.steps=50"))
-    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
-    rows[3]["norm/out/fc2"], rows[4]["norm/out/qkv"], rows[5]["attn/entropy"] = ["x", 1.0], [1.0], {"a": 1}
+    rows = list(RunDir(tmp_path / "run").rows())
+    rows[3][key] = value
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    assert f"{key} is not a number at step 3" in refused(capsys, tmp_path / "run")
+
+
+def test_a_statistic_of_fewer_layers_harms_nothing(capsys, tmp_path):
+    train(tiny(f"run_dir={tmp_path / 'run'}", "train.steps=50"))
+    rows = list(RunDir(tmp_path / "run").rows())
+    rows[4]["norm/out/qkv"] = [1.0]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     capsys.readouterr()
     assert judged(capsys, tmp_path / "run")["horizon"] == 49
@@ -233,6 +246,8 @@ def test_a_study_has_a_verdict_for_each_run(capsys, tmp_path):
     assert status == 0
     assert sum("converged (fell)" in line or "undecided" in line for line in out.splitlines()) == 2
     assert "runs/0: " in out
+    for name in ("summary.json", "events.jsonl"):
+        (tmp_path / "study" / "runs" / "0" / name).unlink()
     (tmp_path / "study" / "runs" / "0" / "metrics.jsonl").write_text("")  # planned, and not begun
     facts = judged(capsys, tmp_path / "study")
     assert [(fact["reason"] == "too_short", fact["horizon"]) for fact in facts] == [(True, -1), (False, 49)]
@@ -280,7 +295,7 @@ def test_against_another_run(capsys, tmp_path):
 
 def test_the_same_within_a_tolerance(capsys, tmp_path):
     train(tiny(f"run_dir={tmp_path / 'run'}", "train.steps=120"))
-    own = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    own = list(RunDir(tmp_path / "run").rows())
     copies = {"near": 0.005, "far": 0.5}
     for name, offset in copies.items():
         values = [row["train/loss"] + offset for row in own]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import stabrun
-from stabrun.record.jsonl import read_checked
+from stabrun.record.jsonl import read_checked, read_lines
 from stabrun.report.report import write_report
 
 NEEDED = "transformers", "accelerate", "lightning"
@@ -35,7 +35,7 @@ if all(map(find_spec, NEEDED)):
 
 
 def record(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+    return [line.value for line in read_lines(directory / "metrics.jsonl")]
 
 
 def summary(directory):
@@ -43,7 +43,7 @@ def summary(directory):
 
 
 def events(directory, kind):
-    lines = [json.loads(line) for line in (directory / "events.jsonl").open()]
+    lines = [line.value for line in read_lines(directory / "events.jsonl")]
     return [event for event in lines if event["event"] == kind]
 
 

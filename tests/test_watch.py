@@ -1,7 +1,6 @@
 """`stabrun.watch` on models that are not stabrun's, against plain hooks and formulas."""
 
 import io
-import json
 import math
 import pickle
 import re
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from waiting import waits
 
 import stabrun
-from stabrun.record.jsonl import number
+from stabrun.record.jsonl import number, read_lines
 
 WIDTH, VOCAB = 8, 11
 NEEDS_CUDA = pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -108,7 +107,7 @@ def trained(model, watch=None, steps=6, clip=None, accumulate=1, optimizer=None,
 
 
 def rows_of(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line.value for line in read_lines(directory / "metrics.jsonl")]
 
 
 def watched(directory, model=None, every=1, slow_every=1, sites=None, **options):

@@ -1,6 +1,5 @@
 """Every block of Python code of docs/watch.md runs, in their order, and leaves the records that the page speaks of."""
 
-import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import stabrun
+from stabrun.record.jsonl import read_lines
 
 PAGE = Path(__file__).parent.parent / "docs" / "watch.md"
 STEPS = {"plain": 20, "resumed": 20, "nan": 1, "llama": 20, "lightning": 20, "accelerate": 20}
@@ -28,7 +28,7 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
         exec(compile(block, str(PAGE), "exec"), scope)
     found = {}
     for run in sorted(Path("runs").iterdir()):
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        rows = [line.value for line in read_lines(run / "metrics.jsonl")]
         assert [row["step"] for row in rows] == list(range(len(rows)))
         assert all(any(key.startswith("norm/out/") for key in row) for row in rows[::10])
         assert stabrun.load_run(run).summary["status"] == "complete"

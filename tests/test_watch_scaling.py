@@ -1,12 +1,11 @@
 """The loss scale of fp16 in a watched run: no statistic contains it."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
 import stabrun
+from stabrun.record.jsonl import read_lines
 
 
 class Model(nn.Module):
@@ -42,7 +41,7 @@ def rows(directory, scale=None, clip=False, fused=False, accumulate=1):
         watch.step(loss=sum(losses), scaler=scaler if scale else None)
         optimizer.zero_grad()
     watch.close()
-    return [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+    return [line.value for line in read_lines(directory / "metrics.jsonl")]
 
 
 def known(value):

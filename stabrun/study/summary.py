@@ -122,10 +122,11 @@ def lr_curve_facts(plan: Plan, arm: str, rows_of: dict[str, list[Summary]]) -> d
 
 
 def lr_curve(plan: Plan, arm: str, rows_of: dict[str, list[Summary]]) -> LrCurve | None:
-    """Loss by learning rate of an arm. None unless each of its rates has each of its seeds."""
+    """Loss by learning rate of an arm. None unless each of its rates has each of its seeds with known losses."""
     cells = plan.cells_of(arm) if arm in plan.arms else []
     rates, seeds = sorted({cell.lr for cell in cells}), sorted({cell.seed for cell in cells})
-    ends = {(row["lr"], row["seed"]): row for row in rows_of.get(arm, ())}
+    known = (row for row in rows_of.get(arm, ()) if row["init_loss"] is not None and row["final_loss"] is not None)
+    ends = {(row["lr"], row["seed"]): row for row in known}
     if not cells or any((rate, seed) not in ends for rate in rates for seed in seeds):
         return None
     losses = [[number(ends[rate, seed]["final_loss"]) for seed in seeds] for rate in rates]
