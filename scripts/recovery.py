@@ -31,9 +31,12 @@ HOW = {
     "rewind": ("train.recovery=rewind", "train.recovery_every=50"),
     "rewind, half the rate": ("train.recovery=rewind", "train.recovery_every=50", "train.recovery_lr=0.5"),
 }
-STRETCH, SINGLE = range(100, 140), 100  # of batches
+STRETCH, SINGLE = range(100, 160), 100  # of batches
 EDGE = ("train.steps=300", "schedule=constant", "schedule.warmup_steps=50")
-FRAGILE = (*EDGE, "optim.clip=null", "optim.lr=0.06")  # diverges after a long disturbance, and not without
+FRAGILE = (  # a model that a long disturbance throws off its course at a rate at which it converges without
+    "model.n_layer=2", "train.batch_size=8", "train.steps=320", "schedule=constant", "schedule.warmup_steps=30",
+    "optim.clip=null", "optim.lr=0.06",
+)  # fmt: skip
 
 
 class Poisoned(Trainer):
