@@ -80,7 +80,7 @@ def dispatch(words: list[str]) -> int:
 
 
 def usage_text(error: click.UsageError) -> str:
-    """click's message as one or two advice: what was given, and what is allowed."""
+    """click's message as one or two sentences: what was given, and what is allowed."""
     text = error.format_message().rstrip(".").partition(". ")[0]
     text = text[0].lower() + text[1:]
     if error.ctx is None:
