@@ -293,7 +293,7 @@ class Run:
     def report_outlier(self, row: Row) -> None:
         """Write an update that was left out to the events, and the first few to the console."""
         loss, norm, count = row["train/loss"], row["grad/norm"], (self.judge.outliers or 0) + 1
-        self.record.event("skipped", step=row["step"], loss=jsonable(loss), grad_norm=jsonable(norm))
+        self.record.event("skipped", step=row["step"], loss=loss, grad_norm=norm)
         if count <= FINDINGS_SHOWN:
             more = "; further ones are in events.jsonl only" if count == FINDINGS_SHOWN else ""
             self.console.say(
