@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from stabrun.config import UserError
+from stabrun.text import PASSWORD, SECRET
 
 DEPTH = 32  # of brackets in an override, and of a configuration file
 LONGEST = 100_000  # characters of an override, and bytes of a configuration file
@@ -33,11 +34,6 @@ USUAL_PLACES = (None, "${hydra.sweep.dir}/.submitit/%j")
 TARGETS = ("_target_", "()", "class")  # of Hydra, and of the standard library's logging
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 OF_HYDRA = re.compile(r"\$\{(?:hydra[.:]|now:)[\w.:%/-]*\}")  # interpolations of Hydra's own part, which is checked
-SECRET = re.compile(
-    r"KEY|TOKEN|SECRET|PASS|CRED|AUTH|COOKIE|BEARER|WEBHOOK|PRIVATE|SIGNATURE|(?:^|_)(?:PAT|JWT|SAS|DSN)(?:_|$)|_PWD$",
-    re.IGNORECASE,
-)
-WITH_PASSWORD = re.compile(r"://[^/\s]*@")  # a URL with credentials
 
 
 def refuse_nesting(word: str) -> None:
@@ -121,7 +117,7 @@ def guarded_environment() -> Iterator[None]:
 
 def not_secret(name: str, *default: Any) -> Any:
     """The value of an environment variable, as `oc.env` gives it. UserError if it looks like a secret."""
-    if SECRET.search(str(name)) or WITH_PASSWORD.search(os.environ.get(str(name), "")):
+    if SECRET.search(str(name)) or PASSWORD.search(os.environ.get(str(name), "")):
         raise UserError(f"oc.env:{name}: looks like a secret, which no configuration may contain.")
     return oc.env(name, *default)
 

@@ -10,9 +10,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 GAP = 2  # spaces between columns
-SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # in the name of an environment variable
+SECRET = re.compile(
+    r"KEY|TOKEN|SECRET|PASS|CRED|AUTH|COOKIE|BEARER|WEBHOOK|PRIVATE|SIGNATURE|(?:^|_)(?:PAT|JWT|SAS|DSN)(?:_|$)|_PWD$",
+    re.IGNORECASE,
+)  # in the name of an environment variable
 LEAST_SECRET = 8  # characters: the value of a shorter one may be any word
-PASSWORD = re.compile(r"://[^/\s@]+@")  # user and password in an address
+PASSWORD = re.compile(r"://[^/\s]*@")  # user and password in an address
 
 
 def shown(text: str) -> str:
