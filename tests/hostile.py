@@ -1,7 +1,7 @@
 """Generated configurations and overrides: each key at its bounds, beyond them, of a wrong type, and nonsense.
 
-`python tests/hostile.py COUNT [SEED]` tries so many in this process and prints how many trained, were refused, or
-did anything else.
+`python tests/hostile.py COUNT [SEED]` tries so many in this process. It prints a line every 100, each command that did
+anything else than train or be refused, and at the end how many did each.
 """
 
 import io
@@ -80,34 +80,44 @@ def at_bounds(key):
             yield from (bound, math.nextafter(bound, -math.inf), math.nextafter(bound, math.inf), -bound, bound / 2)
 
 
-def values(key):
-    """Values of a key, as they are typed: a good many valid ones, and others that are not."""
-    good = ["true", "false"] if "bool" in str(key.type) else ["1", "0.5", "2"]
-    some = [st.sampled_from(WRONG), st.sampled_from(INTERPOLATIONS), st.text(max_size=12), st.floats().map(str)]
+def plain(key):
+    """Values of a key's type, and at its bounds and beyond."""
     if key.path in SIZES:
-        beyond = ("0", "-1", "999999999999", "9" * 30)
-        valid = st.sampled_from([*map(str, SIZES[key.path])])
-        return st.one_of(valid, valid, valid, st.sampled_from(beyond), *some[:2])
-    near = [str(value) for value in at_bounds(key)]
-    valid = st.sampled_from(near or good)
-    return st.one_of(valid, valid, st.sampled_from(good), valid, st.integers().map(str), *some)
+        return SIZES[key.path]
+    return [*at_bounds(key), *([True, False] if "bool" in str(key.type) else [1, 0.5, 2])]
 
 
-def words():
-    """One override: a key and a value, a choice from a group, or one that is no key's."""
-    by_key = [values(key).map(f"{key.path}={{}}".format) for key in keys() if key.path not in KINDLESS]
+def used_keys():
+    return [key for key in keys() if key.path not in KINDLESS]
+
+
+def values(key):
+    """Values of a key, as they are typed, most of them wrong."""
+    beyond = ["0", "-1", "999999999999", "9" * 30]
+    some = [st.sampled_from(beyond)] if key.path in SIZES else [st.integers().map(str), st.floats().map(str)]
+    return st.one_of(
+        st.sampled_from(plain(key)).map(str), st.sampled_from(WRONG), st.sampled_from(INTERPOLATIONS), *some
+    )
+
+
+def overrides():
+    """The words of a command: of a half, each is valid by itself; of the others, one is a hostile word."""
     # A model of a preset is too large for two steps each, and the Hub is not asked.
     skipped = {"model", "data", "tracker", "experiment"}
     chosen = [
         f"{'+' * (group in added_groups())}{group}={name}"
         for group in groups() if group not in skipped for name in choices(group)
     ]  # fmt: skip
-    prefixed = st.tuples(st.sampled_from(["+", "++", "~"]), st.one_of(by_key)).map("".join)
-    return st.one_of(st.one_of(by_key), st.one_of(by_key), st.sampled_from(chosen), st.sampled_from(OTHERS), prefixed)
-
-
-def overrides():
-    return st.lists(words(), min_size=1, max_size=3)
+    inside = [f"{key.path}={value}" for key in used_keys() for value in plain(key) if not key.problem(value)]
+    valid = st.one_of(*[st.sampled_from(inside)] * 4, st.sampled_from(chosen))
+    by_key = st.sampled_from(used_keys()).flatmap(lambda key: values(key).map(f"{key.path}={{}}".format))
+    text = st.tuples(st.sampled_from([key.path for key in used_keys()]), st.text(max_size=12)).map("=".join)
+    prefixed = st.tuples(st.sampled_from(["+", "++", "~"]), by_key).map("".join)
+    hostile = st.one_of(by_key, by_key, by_key, st.sampled_from(OTHERS), prefixed, text)
+    return st.one_of(
+        st.lists(valid, min_size=1, max_size=4),
+        st.tuples(hostile, st.lists(valid, max_size=2)).map(lambda both: [both[0], *both[1]]),
+    )
 
 
 def tried(words):
@@ -152,9 +162,13 @@ def all_tried(count, seed=0):
             Path("conf").mkdir()
             Path("conf/small.yaml").write_text(SMALL)
             found = tried(words)
-        counts[found if found in ("trained", "refused") else "wrong"] += 1
         if found not in ("trained", "refused"):
             wrong.append((words, found))
+            print(words, found, sep="\n", end="\n\n", flush=True)
+            found = "wrong"
+        counts[found] += 1
+        if counts.total() % 100 == 0:
+            print(dict(counts), flush=True)
 
     os.environ["STABRUN_TEST_KEY"] = SECRET
     each()
@@ -168,7 +182,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     began = time.monotonic()
     counts, wrong = all_tried(*map(int, sys.argv[1:]))
-    for words, found in wrong:
-        print(words, found, sep="\n", end="\n\n")
     print(f"{dict(counts)} in {time.monotonic() - began:.0f} s")
     sys.exit(bool(wrong))

@@ -139,6 +139,12 @@ def test_damage(tmp_path, monkeypatch, capsys, originals, count):
         assert command(capsys, *training(name))[0] == 0
         after[name] = results(name)
     found = []
+
+    def told(problem):
+        found.append(problem)
+        with capsys.disabled():
+            print(problem, end="\n\n")
+
     counts = dict.fromkeys(("refused", "named", "the same"), 0)
     first, step = int(os.environ.get("FIRST", 0)), int(os.environ.get("STEP", 1))
     for seed in range(first, count, step):
@@ -157,7 +163,7 @@ def test_damage(tmp_path, monkeypatch, capsys, originals, count):
             try:
                 status, out, err = answer(capsys, words)
             except Exception:
-                found.append(f"{case}: {traceback.format_exc()[-900:]}")
+                told(f"{case}: {traceback.format_exc()[-900:]}")
                 continue
             last = words == training(name)
             same = (
@@ -175,7 +181,9 @@ def test_damage(tmp_path, monkeypatch, capsys, originals, count):
                 problem = "written"
             if problem:
                 apart = difference(out, whole.get(tuple(words), (0, ""))[1])
-                found.append(f"{case}: {problem}: status {status}, stderr: {err[-700:]}, differing lines: {apart}")
+                told(f"{case}: {problem}: status {status}, stderr: {err[-700:]}, differing lines: {apart}")
             counts["the same" if same and not err else "named" if status == 0 else "refused"] += 1
-    assert not found, "\n\n".join(found) + f"\n{counts}"
-    print(counts)
+        if seed % 50 == 49:
+            with capsys.disabled():
+                print(f"{seed + 1} files damaged, commands: {counts}, problems: {len(found)}")
+    assert not found, "\n\n".join(found)

@@ -22,9 +22,9 @@ def assert_same(one, other):
     assert all((newest[0] / name).read_bytes() == (newest[1] / name).read_bytes() for name in names)
 
 
-def chained(tmp_path, config, kills, seconds, seed):
+def chained(tmp_path, config, kills, rows, seed):
     train(config, tmp_path / "whole")
-    done, in_checkpoint = killed(config, tmp_path / "run", kills, seconds, seed)
+    done, in_checkpoint = killed(config, tmp_path / "run", kills, rows, seed)
     assert_same(tmp_path / "run", tmp_path / "whole")
     starts = len(events(tmp_path / "run", "start"))
     print(f"\n{done} kills, {in_checkpoint} of them while a checkpoint was written; {starts} starts reached training")
@@ -32,7 +32,7 @@ def chained(tmp_path, config, kills, seconds, seed):
 
 
 def test_killed_at_random_moments(tmp_path):
-    assert chained(tmp_path, tiny(*OFTEN, "train.steps=60"), kills=8, seconds=0.4, seed=0) > 3
+    assert chained(tmp_path, tiny(*OFTEN, "train.steps=120"), kills=8, rows=8, seed=0) > 3
 
 
 @pytest.mark.slow
@@ -42,4 +42,4 @@ def test_killed_at_random_moments(tmp_path):
 )
 def test_killed_in_long_runs(tmp_path, precision, seed, kills):
     config = configured(*OFTEN, f"train.steps={LONG[precision][0]}", f"train.precision={precision}", f"seed={seed}")
-    assert chained(tmp_path, config, kills, seconds=1.2, seed=seed) == kills
+    assert chained(tmp_path, config, kills, rows=8, seed=seed) == kills
