@@ -30,6 +30,7 @@ data: {seq_len: 8}
 train: {batch_size: 2, threads: 1, steps: 2, val_sequences: 2}
 schedule: {warmup_steps: 1}
 """
+OVER = ["complete"], ["diverged"]
 SECRET = "marker-of-a-secret"
 # Of the size of a run, or the number of its processes: larger values than these would train for long, or be W&B's.
 SIZES = {
@@ -141,7 +142,7 @@ def tried(words):
         return "a secret is told"
     if status == 0 and not said:
         summaries = [json.loads(file.read_text()) for file in Path().glob("runs/*/summary.json")]
-        return "trained" if [summary["status"] for summary in summaries] == ["complete"] else "trained nothing"
+        return "trained" if [summary["status"] for summary in summaries] in OVER else "trained nothing"
     if status == 2 and len(said) == 1 and said[0].startswith("stabrun: ") and not out.getvalue() and not left:
         return "refused"
     return f"status {status}, {said}, {out.getvalue()!r}, {left}"

@@ -56,6 +56,7 @@ def test_what_cannot_be_extended_is_refused(tmp_path, case):
         train(tiny(*COMMON, *words, f"train.extends={tmp_path / 'short'}", f"run_dir={tmp_path / 'long'}"))
     with pytest.raises(UserError, match="not a run directory"):
         train(tiny(*COMMON, *words, f"train.extends={tmp_path}", f"run_dir={tmp_path / 'other'}"))
+    assert [item.name for item in tmp_path.iterdir()] == ["short"]
 
 
 def test_the_way_to_more_steps_is_told(tmp_path):

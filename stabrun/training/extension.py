@@ -5,6 +5,7 @@ bit, the one that would have been trained from the start.
 """
 
 import shutil
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -12,18 +13,37 @@ from stabrun.config import RESULT, Config, UserError, differences, marked, run_i
 from stabrun.record import checkpoints
 from stabrun.record.jsonl import dumps, sealed, write_atomic
 from stabrun.record.run_dir import RunDir, RunWriter
+from stabrun.record.schema import Row
 from stabrun.training.checkpoint import INCOMPLETE, damage
 from stabrun.training.schedule import learning_rate
 
 
-def extend(config: Config, record: RunWriter, data_hash: str) -> None:
-    """Take over the newest checkpoint of the run `train.extends`, and its rows, unless this run has its own.
+@dataclass(frozen=True)
+class Beginning:
+    """What a longer run takes over: rows and a checkpoint of the run `run_id` in `source`."""
+
+    source: Path
+    run_id: str
+    checkpoint: Path
+    rows: list[Row]
+
+    def write(self, record: RunWriter) -> None:
+        """Begin the record of the longer run with it."""
+        target, incomplete = record.run, record.run.checkpoints / INCOMPLETE
+        write_atomic(target.metrics, "".join(sealed(dumps(row)) + "\n" for row in self.rows))
+        shutil.rmtree(target.checkpoints, ignore_errors=True)
+        shutil.copytree(self.checkpoint, incomplete)
+        incomplete.rename(target.checkpoints / self.checkpoint.name)
+        record.event("extended", run=self.run_id, path=str(self.source), step=len(self.rows))
+
+
+def beginning(config: Config, target: RunDir, data_hash: str) -> Beginning | None:
+    """What this run takes over from the run `train.extends`; None if it has a checkpoint of its own.
 
     Raises UserError if that run is another experiment, is being trained, or has no checkpoint that can be used.
     """
-    target = record.run
     if config.train.extends is None or checkpoints.steps(target.checkpoints):
-        return
+        return None
     source = RunDir(Path(config.train.extends))
     shorter = shorter_config(config, source)
     source.refuse_other_data(data_hash)
@@ -34,11 +54,7 @@ def extend(config: Config, record: RunWriter, data_hash: str) -> None:
     every = config.train.val_every
     if step == shorter.train.steps and not (every and step % every == 0):
         rows[-1].pop("val/loss", None)  # this validation was the one after its last step
-    write_atomic(target.metrics, "".join(sealed(dumps(row)) + "\n" for row in rows))
-    shutil.rmtree(target.checkpoints, ignore_errors=True)
-    shutil.copytree(path, target.checkpoints / INCOMPLETE)
-    (target.checkpoints / INCOMPLETE).rename(target.checkpoints / path.name)
-    record.event("extended", run=run_id(shorter), path=str(source.path), step=step)
+    return Beginning(source.path, run_id(shorter), path, rows)
 
 
 def shorter_config(config: Config, source: RunDir) -> Config:

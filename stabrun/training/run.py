@@ -22,7 +22,7 @@ from stabrun.training import checkpoint
 from stabrun.training.compilation import graphs
 from stabrun.training.console import Console
 from stabrun.training.environment import environment
-from stabrun.training.extension import extend
+from stabrun.training.extension import beginning
 from stabrun.training.launcher import launch
 from stabrun.training.memory import refuse_too_large
 from stabrun.training.place import Place
@@ -66,6 +66,7 @@ def train(
         if why := newest and checkpoint.damage(newest):
             warn(f"{newest}: {why}; delete {run.summary_file}, and the same command writes it again.")
         return summary
+    first_part = beginning(config, run, data.manifest["hash"]) if place.first else None
     if place.count < config.train.ranks:
         return launched(config, run, watch, stop)
     with joined(place, pick_device(config.train, place)) as ranks:
@@ -74,8 +75,8 @@ def train(
         with run.lock(config) as record:  # another process may have started or finished it meanwhile
             run.refuse_other_data(data.manifest["hash"])
             summary = ranks.from_first(run.final_summary())
-            if ranks.first and not summary:
-                extend(config, record, data.manifest["hash"])
+            if first_part and not summary:
+                first_part.write(record)
             return summary or Run(trainer, record, watch).start(stop or Stop(patient=place.started))
 
 
