@@ -30,7 +30,7 @@ data: {seq_len: 8}
 train: {batch_size: 2, threads: 1, steps: 2, val_sequences: 2}
 schedule: {warmup_steps: 1}
 """
-OVER = ["complete"], ["diverged"]
+OVER = ["complete"], ["stopped"]  # the latter at a divergence
 SECRET = "marker-of-a-secret"
 # Of the size of a run, or the number of its processes: larger values than these would train for long, or be W&B's.
 SIZES = {

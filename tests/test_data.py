@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from helpers import configured, tiny
+from helpers import a_trainer, configured, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from preparing import prepare_at_barrier
@@ -25,8 +25,8 @@ from stabrun.data.corpus import EMBEDDED, split_blocks
 from stabrun.data.degenerate import digest, findings
 from stabrun.data.shards import Tokens, prepare
 from stabrun.record.run_dir import RunDir
+from stabrun.training import trainer
 from stabrun.training.run import train
-from stabrun.training.trainer import Trainer
 
 
 def test_shipped_text_is_the_one_described():
@@ -553,19 +553,29 @@ def test_a_run_names_its_degenerate_batches(capsys, tmp_path):
     assert lines[-1].endswith("further findings are in events.jsonl only")
 
 
+def test_the_trainer_remembers_the_newest_batches_only(monkeypatch):
+    monkeypatch.setattr(trainer, "REMEMBERED", 3)
+    ours = a_trainer(tiny())
+    for step in (*range(5), 4):
+        ours.batch(step)
+    assert sorted(ours.seen.values()) == [2, 3, 4]
+    ours.batch(1)
+    assert ours.findings == []
+
+
 def test_a_token_out_of_range_is_a_user_error(tmp_path):
     (tmp_path / "text.txt").write_text("Some text, and more of it. " * 200)
     words = "data=local", f"data.path={tmp_path / 'text.txt'}", f"data.cache_dir={tmp_path / 'cache'}"
     config = tiny(*words, f"run_dir={tmp_path / 'run'}")
     data = prepare(config.data, config.model)
     shards = [np.where(np.arange(len(data.train)) == 1000, 300, data.train.shards[0].astype(np.int64))]
-    trainer = Trainer(config, replace(data, train=Tokens(shards, data.train.starts)))
+    ours = trainer.Trainer(config, replace(data, train=Tokens(shards, data.train.starts)))
     places = ((step, starts(data.train, 0, step, 4, 16)) for step in range(1000))
     steps = (step for step, starting in places if ((starting >= 984) & (starting <= 1000)).any())
     with pytest.raises(
         UserError, match=r"token 1000: sequence \d contains token 300, but the vocabulary has 256 tokens"
     ):
-        trainer.batch(next(steps))
+        ours.batch(next(steps))
 
 
 @pytest.mark.parametrize(("given", "put"), [(r"\n\n", "\n\n"), (r"a\tb", "a\tb"), (r"\\n", r"\n"), ("<|e|>", "<|e|>")])

@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 from watched_records import MODELS, rows, statistics
 
 from stabrun.record.metrics import METRICS, by_site, flatten
+from stabrun.verdict import signals
 from stabrun.verdict.feeds import feeds, role
 from stabrun.verdict.judge import Judge
 from stabrun.verdict.signals import History, first_nonfinite
@@ -101,9 +103,21 @@ def test_a_layer_that_is_not_called_keeps_its_value():
     history = History("norm/out/q", OUTPUT)
     for index, value in enumerate([[None, 1.0, None], [2.0, None, None], [None, 4.0, None], [8.0, "nan", None]]):
         history.add(index, value)
-    assert history.values == [[2.0, 1.0, None], [2.0, 1.0, None], [2.0, 4.0, None], [8.0, "nan", None]]
+    expected = [[2.0, 1.0, math.nan], [2.0, 1.0, math.nan], [2.0, 4.0, math.nan], [8.0, math.nan, math.nan]]
+    np.testing.assert_equal(history.table(), expected)
     assert history.growth(2)[:2] == pytest.approx([0.0, math.log(4)])
     assert history.growth(3)[[0, 2]] == pytest.approx([math.log(4), 0.0])
+
+
+def test_a_long_history_is_thinned(monkeypatch):
+    monkeypatch.setattr(signals, "KEPT", 20)
+    history, values = History("norm/out/q", OUTPUT), np.exp(np.arange(2000).reshape(1000, 2) / 100)
+    for row, value in enumerate(values.tolist()):
+        history.add(row, value)
+    kept = list(history.rows)
+    assert 10 <= len(kept) <= 20
+    assert kept == list(range(0, 1000, kept[1]))
+    np.testing.assert_equal(history.table(), values[kept])
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ from stabrun.training.rewinds import Rewinds
 from stabrun.training.scaling import LossScale
 from stabrun.training.schedule import learning_rate
 
+REMEMBERED = 10_000  # batches among which a repeated one is found; each takes 133 bytes
+
 
 class Trainer:
     """Model, data, optimizer and probe of one configuration; its state depends on (config, steps done) only."""
@@ -54,7 +56,7 @@ class Trainer:
         )  # fmt: skip
         self.rate = 0.0  # learning rate of the last update
         self.rewinds = Rewinds()  # before this step
-        self.seen: dict[str, int] = {}  # digest of a batch → the step that used it, since this start
+        self.seen: dict[str, int] = {}  # digest of a batch → the step that used it, of the last REMEMBERED batches
         self.findings: list[Finding] = []  # about the last batch
         self.model.recompute = config.train.recompute == "blocks"
         context = partial(autocast, config.train, self.device)
@@ -134,6 +136,8 @@ class Trainer:
         places = starts(tokens, config.seed, index, config.train.batch_size, config.data.seq_len)
         batch = windows(tokens, places, config.data.seq_len)
         first = self.seen.setdefault(digest(batch), step)
+        if len(self.seen) > REMEMBERED:
+            del self.seen[next(iter(self.seen))]
         self.findings = list(findings(batch, places, config.model.vocab_size, first if first < step else None))
         if wrong := next((finding for finding in self.findings if finding.out_of_range), None):
             raise UserError(

@@ -5,7 +5,8 @@ The signals are declared in the table of metrics (`stabrun.record.metrics`).
 
 import bisect
 import math
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,41 +24,48 @@ KEPT = 4096  # observations kept of a key; longer records are thinned to every s
 
 
 class History:
-    """The observations of one key: rows of the record, and values `[observations, layers]`; at most KEPT of them."""
+    """The observations of one key: their rows in the record, and their values; at most KEPT of them."""
 
     def __init__(self, key: str, signal: Signal) -> None:
         self.key, self.signal = key, signal
         self.places: list[str | None] = []  # of each layer
-        self.rows, self.values, self.seen, self.stride = list[int](), list[list[Any]](), 0, 1
+        self.rows, self.values = array("q"), array("d")  # of each observation the values of its layers
+        self.uncalled: set[int] = set()  # layers without a value in any observation
+        self.last: list[float] = []
+        self.seen, self.stride = 0, 1
 
     def add(self, row: int, value: Any) -> None:
-        """Add an observation. A layer that was not called has the value of its observation before."""
+        """Add an observation. A layer that was not called has the value of its observation before.
+
+        Raises TypeError, ValueError or OverflowError if a value is not a number.
+        """
         layers = value if isinstance(value, list) else [value]
-        if not self.values:
+        if not self.places:
             self.places = [place(self.key, layer) for layer, _ in items(self.key, value)]
-        elif len(layers) != len(self.values[0]):
+            self.uncalled = {layer for layer, item in enumerate(layers) if item is None}
+            self.last = [math.nan] * len(layers)
+        elif len(layers) != len(self.places):
             return  # not a record of one model
-        if None in layers or (self.values and None in self.values[-1]):
-            layers = self._completed(layers)
+        self.last = [old if item is None else float(item) for old, item in zip(self.last, layers, strict=True)]
+        for layer in [layer for layer in self.uncalled if layers[layer] is not None]:
+            self.uncalled.remove(layer)  # its first value also takes the place of those before
+            for at in range(layer, len(self.values), len(layers)):
+                self.values[at] = self.last[layer]
         if self.seen % self.stride == 0:
             self.rows.append(row)
-            self.values.append(layers)
+            self.values.extend(self.last)
             if len(self.rows) > KEPT:
-                self.rows, self.values, self.stride = self.rows[::2], self.values[::2], 2 * self.stride
+                kept = array("d", self.table()[::2].ravel())
+                self.rows, self.values, self.stride = self.rows[::2], kept, 2 * self.stride
         self.seen += 1
 
-    def _completed(self, layers: list[Any]) -> list[Any]:
-        """The values with those of layers that were not called; a first value also takes the place of those before."""
-        before = self.values[-1] if self.values else [None] * len(layers)
-        for layer, (old, new) in enumerate(zip(before, layers, strict=True)):
-            if old is None and new is not None:
-                self.values = [[*values[:layer], new, *values[layer + 1 :]] for values in self.values]
-        return [old if new is None else new for old, new in zip(before, layers, strict=True)]
+    def table(self) -> Floats:
+        """The values, `[observations, layers]`."""
+        return np.array(self.values).reshape(len(self.rows), -1)
 
     def logs(self) -> Floats:
         """Natural logarithms `[observations, layers]`; values that are not finite count as 1e30."""
-        table = np.abs(np.array(self.values, dtype=float))
-        return np.log(np.clip(np.nan_to_num(table, nan=np.inf), 1e-30, 1e30))
+        return np.log(np.clip(np.nan_to_num(np.abs(self.table()), nan=np.inf), 1e-30, 1e30))
 
     def growth(self, row: int) -> Floats:
         """Growth of each layer, `[layers]`, from the first observation to the last one up to `row`, as a logarithm."""
@@ -83,7 +91,7 @@ class History:
 class Deviation:
     """How far each layer of a key deviates from its own trend, and where that raises an alarm."""
 
-    rows: list[int]
+    rows: Sequence[int]
     places: list[str | None]  # of each layer
     size: Floats  # [observations, layers], in natural logarithms
     alarm: np.ndarray  # [observations, layers], bool
@@ -105,27 +113,23 @@ class Signals:
     """Collects the statistics of rows that feed a signal."""
 
     def __init__(self) -> None:
-        self.histories: dict[str, History | None] = {}  # None for a key that feeds no signal
+        self.histories: dict[str, History | None] = {}  # None for a key that feeds no signal or was dropped
 
     def add(self, row: int, values: dict[str, Any]) -> None:
-        """Add the statistics of `row`, counted from 0."""
+        """Add the statistics of `row`, counted from 0. A key with a value that is not a number is dropped."""
         for key, value in values.items():
             if key not in self.histories:
                 metric = find(key)
                 self.histories[key] = History(key, metric.signal) if metric and metric.signal else None
-            if history := self.histories[key]:
-                history.add(row, value)
+            try:
+                if history := self.histories[key]:
+                    history.add(row, value)
+            except (TypeError, ValueError, OverflowError):
+                self.histories[key] = None
 
     def deviations(self) -> dict[str, Deviation]:
-        """The deviations of each key; a key whose values are not numbers is dropped."""
-        deviations = dict[str, Deviation]()
-        for key, history in self.histories.items():
-            try:
-                if history:
-                    deviations[key] = history.deviation()
-            except (TypeError, ValueError):
-                self.histories[key] = None
-        return deviations
+        """The deviations of each key."""
+        return {key: history.deviation() for key, history in self.histories.items() if history}
 
     def first_site(self, deviations: dict[str, Deviation], low: int, bad: int) -> str | None:
         """The site at fault in a run whose loss rose too far at row `bad`, after its lowest level at row `low`.
