@@ -84,6 +84,29 @@ def test_interrupted_at_any_step_and_resumed(tmp_path, whole, monkeypatch, at):
     assert metrics(tmp_path / "run") == whole
 
 
+def test_the_last_update_breaks_the_model(tmp_path, monkeypatch, capsys):
+    """Its weights are not finite, which only the validation after it shows."""
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "train",
+        *TINY,
+        "train.steps=1",
+        "schedule.warmup_steps=0",
+        "schedule.kind=constant",
+        "optim.lr=1e38",
+        "optim.weight_decay=0",
+    )
+    status, out, err = stabrun(capsys, *words, "run_dir=run")
+    summary = RunDir(tmp_path / "run").summary()
+    assert (status, summary["verdict"], summary["reason"], summary["val_loss"]) == (
+        0,
+        "diverged",
+        "nonfinite_val",
+        "nan",
+    )
+    assert "validation loss nan, perplexity nan" in out, err
+
+
 def test_ctrl_c_in_the_terminal_and_resumed(tmp_path, whole):
     command = [sys.executable, "-m", "stabrun", "train", *TINY, *RICH, "run_dir=run"]
     codes = []

@@ -63,6 +63,20 @@ def test_a_gradient_that_is_not_finite_has_diverged():
     assert judge.over
 
 
+@pytest.mark.parametrize("bad", ["nan", math.inf])
+def test_a_validation_loss_that_is_not_finite_has_diverged(bad):
+    """As of a run whose last update was too large: no training loss tells."""
+    losses, one, other = falling(50), Judge(), Judge()
+    for step, loss in enumerate(losses):
+        one.add({"step": step, "train/loss": loss} | {30: {"val/loss": 2.0}, 49: {"val/loss": bad}}.get(step, {}))
+    columns = np.arange(50.0), np.array(losses), np.full(50, np.nan), np.full(50, -1.0)
+    other.add_columns(*columns, validations=[(30, 2.0), (49, float(bad))])
+    verdict = one.conclude()
+    assert (verdict.verdict, verdict.reason, verdict.first_bad_step) == ("diverged", "nonfinite_val", 49)
+    assert verdict.best_val_loss == 2.0
+    assert repr(other.conclude()) == repr(verdict)
+
+
 def test_not_learning_is_not_diverging():
     verdict = judged([5.5 + random.Random(i).gauss(0, 0.01) for i in range(300)])
     assert (verdict.verdict, verdict.reason) == ("undecided", "no_learning")

@@ -193,6 +193,7 @@ def objective(config: Config) -> float:
 
 def trained(config: Config) -> Any:
     """The summary of a run, trained now and printed."""
+    from stabrun.record.jsonl import number
     from stabrun.record.schema import INTERRUPTED
     from stabrun.training.run import train as train_run
     from stabrun.verdict.wording import too_short, verdict_line
@@ -202,7 +203,8 @@ def trained(config: Config) -> Any:
     summary = train_run(config)
     print(verdict_line(summary))
     if summary["val_loss"] is not None:
-        print(f"validation loss {summary['val_loss']:.4f}, perplexity {summary['val_perplexity']:.2f}")
+        loss, perplexity = number(summary["val_loss"]), number(summary["val_perplexity"])
+        print(f"validation loss {loss:.4f}, perplexity {perplexity:.2f}")
     print(shown(f"record: {run_dir(config)}"))
     if summary["status"] == INTERRUPTED:
         print(f"interrupted after step {summary['steps']}; the same command resumes from there.")

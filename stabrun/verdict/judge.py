@@ -34,7 +34,7 @@ from stabrun.verdict.rule import (
 from stabrun.verdict.signals import LONGEST, Signals, alarms, first_nonfinite
 from stabrun.verdict.spikes import spikes
 
-RULE = 4
+RULE = 5
 """Version of the rule. It is incremented by any change that can alter a verdict."""
 
 CAME_BACK = "came_back", "coming_back", "restarted"  # reasons of a run that has a scar
@@ -153,6 +153,8 @@ class Judge:
             self.nonfinite = index, "nonfinite_loss", first_nonfinite(row, "norm/out/")
         elif self.nonfinite is None and not math.isfinite(gradient) and not overflow:
             self.nonfinite = index, "nonfinite_grad", first_nonfinite(row, "norm/grad/")
+        elif self.nonfinite is None and not math.isfinite(number(row.get("val/loss", 0.0))):
+            self.nonfinite = index, "nonfinite_val", None
         if self.constant and self.planned and count == round(CERTAIN_DONE * self.planned) and self._is_certain():
             self.certain = index
 
@@ -179,10 +181,13 @@ class Judge:
             row = int(bad[0])
             reason = "nonfinite_grad" if math.isfinite(losses[row]) else "nonfinite_loss"
             self.nonfinite = first + row, reason, None
+        invalid = next((first + row for row, loss in validations if not math.isfinite(loss)), None)
+        if invalid is not None and (self.nonfinite is None or invalid < self.nonfinite[0]):
+            self.nonfinite = invalid, "nonfinite_val", None
 
     @property
     def over(self) -> bool:
-        """Whether training cannot continue: a loss or gradient is not finite."""
+        """Whether training cannot continue: a loss or a gradient is not finite."""
         return self.nonfinite is not None
 
     def step(self, row: int) -> Step:
@@ -258,7 +263,11 @@ class Judge:
         medians = trailing_medians(curve.all_losses, window)
         val, levels = [loss for _, loss in inside], [float(medians[row - window + 1]) for row, _ in inside]
         over = overfit([self.step(row) for row, _ in inside], val, levels, curve.start) if stable else None
-        return {"best_val_loss": min(val), "val_gap": val[-1] - levels[-1], "overfit": over and asdict(over)}
+        return {
+            "best_val_loss": min(filter(math.isfinite, val), default=val[0]),
+            "val_gap": val[-1] - levels[-1],
+            "overfit": over and asdict(over),
+        }
 
     def _decide(self, curve: Curve, strictness: str) -> Decision:
         """What the rule says, unless a value is not finite, or the divergence was certain before."""
