@@ -22,7 +22,7 @@ from stabrun.study.ledger import Ledger
 GRACE = 60.0  # seconds that workers have to stop after Ctrl-C
 TAIL = 4096  # bytes of a log in which its last line is looked for
 PROBE = 1 << 20  # bytes that must fit on the disk before a worker is started again
-SAME_COMMAND = "the same command goes on, and no attempt is counted"
+NOT_COUNTED = "no attempt is counted"
 SPARE = 3  # extra worker restarts allowed before any cell starts
 
 Process = subprocess.Popen[bytes]
@@ -91,7 +91,7 @@ def naming_disk(directory: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        raise OSError(error.errno, f"{error.strerror}; once there is space, {SAME_COMMAND}", str(directory)) from error
+        raise OSError(error.errno, f"{error.strerror}; {NOT_COUNTED}", str(directory)) from error
 
 
 def last_line(log: Path) -> str:

@@ -15,7 +15,7 @@ from stabrun.study.launch import worker_pool
 from stabrun.study.ledger import DISK
 from stabrun.study.live_table import LEGEND, LiveTable, failure_messages, result_line, table
 from stabrun.study.plan import GRID, Plan, extended, load
-from stabrun.study.pool import SAME_COMMAND, WorkerPool, naming_disk
+from stabrun.study.pool import NOT_COUNTED, WorkerPool, naming_disk
 from stabrun.study.question import planned
 from stabrun.study.rejudge import rejudge, reopen_damaged
 from stabrun.study.search import next_run
@@ -107,9 +107,7 @@ def _supervise(reader: SnapshotReader, pool: WorkerPool) -> int:
                 left.add(attempt)
                 reason = reader.ledger.reason(*attempt, "left")
                 if reason.startswith(DISK):
-                    raise OSError(
-                        errno.ENOSPC, f"{reason}; once there is space, {SAME_COMMAND}", str(reader.study.path)
-                    )
+                    raise OSError(errno.ENOSPC, f"{reason}; {NOT_COUNTED}", str(reader.study.path))
             pool.keep(sum(entry.attempt for entry in snapshot.entries.values()))
             time.sleep(POLL)
     except KeyboardInterrupt:
