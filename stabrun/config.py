@@ -124,7 +124,7 @@ class PositionConfig:
 
 @dataclass
 class ModelConfig:
-    n_layer: int = key(4, RESULT, "number of blocks", at_least=1)
+    n_layer: int = key(4, RESULT, "number of blocks", at_least=1, at_most=10_000)
     n_head: int = key(2, RESULT, "number of attention heads", at_least=1)
     d_model: int = key(64, RESULT, "width of the residual stream", at_least=1)
     vocab_size: int = key(256, RESULT, "vocabulary size", at_least=2)
@@ -161,7 +161,7 @@ class DataConfig:
     text_key: str = key("text", RESULT, "field of a JSON line, or Parquet column, with the text")
     max_documents: int | None = key(None, RESULT, "maximum number of documents; null for all", at_least=1)
     separator: str | None = key(None, RESULT, "text inserted after each document; null for none")
-    seq_len: int = key(64, RESULT, "context length in tokens", at_least=2)
+    seq_len: int = key(64, RESULT, "context length in tokens", at_least=2, at_most=2**31 - 1)
     tokenizer: str = key(
         "bytes", RESULT, "bytes; bpe (trained on the training text); path of a tokenizer.json; or a name on the Hub"
     )
@@ -213,7 +213,7 @@ class ScheduleConfig:
 @dataclass
 class TrainConfig:
     steps: int = key(500, RESULT, "number of optimizer updates", at_least=1)
-    batch_size: int = key(16, RESULT, "sequences per step", at_least=1)
+    batch_size: int = key(16, RESULT, "sequences per step", at_least=1, at_most=2**31 - 1)
     micro_batch_size: int | None = key(
         None, RESOURCE, "sequences per forward pass; null for the whole batch, or a rank's share of it", at_least=1
     )

@@ -4,7 +4,7 @@ import pytest
 
 from stabrun.config import ModelConfig, keys
 from stabrun.model.init import SCHEMES
-from stabrun.model.switches import ACTIVATIONS, NORMS, layers, linears
+from stabrun.model.switches import ACTIVATIONS, NORMS, divisors, layers, linears
 from stabrun.training.schedule import SHAPES
 
 TABLES = {
@@ -31,3 +31,9 @@ def test_gated_activations_double_the_width_of_fc1(activation, fc1):
     model = ModelConfig(d_model=16)
     model.mlp.activation, model.mlp.width = activation, 100
     assert linears(model) == {"qkv": (16, 48), "proj": (16, 16), "fc1": (16, fc1), "fc2": (100, 16)}
+
+
+def test_divisors():
+    for number in range(1, 200):
+        assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
+    assert divisors(2**31 - 1) == [1, 2**31 - 1]

@@ -12,6 +12,7 @@ from stabrun.model.switches import (
     QUERIES,
     attention_path,
     clips,
+    divisors,
     layers,
     linears,
     sequence_parts,
@@ -71,9 +72,10 @@ def memory(config: Config, device: str | None = None) -> dict[str, int]:
 
 def fitting(config: Config, device: str, free: int) -> list[str]:
     """The overrides that fit `free` bytes: the largest micro-batch, with recomputation if necessary; or none."""
-    train, most = config.train, micro_batch(config)
+    train = config.train
+    sizes = [size for size in divisors(train.batch_size // train.ranks) if size <= micro_batch(config)]
     for recompute in dict.fromkeys([train.recompute, "blocks"]):
-        for size in (n for n in range(most, 0, -1) if train.batch_size // train.ranks % n == 0):
+        for size in reversed(sizes):
             smaller = replace(config, train=replace(train, micro_batch_size=size, recompute=recompute))
             if memory(smaller, device)["peak_bytes"] <= free:
                 return [f"train.micro_batch_size={size}", *["train.recompute=blocks"] * (recompute != train.recompute)]

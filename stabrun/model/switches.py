@@ -4,6 +4,7 @@ This module imports no torch, so that counting parameters stays quick. Functions
 `torch.nn.functional` as their first argument, `F`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -113,10 +114,15 @@ def attention_path(attn: AttentionConfig, head_dim: int, dropout: float, device:
 LOGITS = 1 << 29  # outputs of the model in memory at a time: above, the weights' traffic for each part is small
 
 
+def divisors(number: int) -> list[int]:
+    """The divisors of a positive number, in order."""
+    lower = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*lower, *(number // n for n in lower)})
+
+
 def sequence_parts(vocab_size: int, sequences: int, seq_len: int) -> int:
     """Parts of equal length that a sequence is split into for the output layer: the fewest that hold `LOGITS`."""
-    divisors = (parts for parts in range(1, seq_len + 1) if seq_len % parts == 0)
-    fitting = (parts for parts in divisors if seq_len // parts * sequences * vocab_size <= LOGITS)
+    fitting = (parts for parts in divisors(seq_len) if seq_len // parts * sequences * vocab_size <= LOGITS)
     return next(fitting, seq_len)
 
 
