@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stabrun.config import AttentionConfig, MlpConfig, ModelConfig
+from stabrun.model import functional as F
 from stabrun.model.attention import Attention
 from stabrun.model.linear import make_linear
 from stabrun.model.norm import make_norm

@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stabrun.config import ModelConfig
+from stabrun.model import functional as F
 from stabrun.model.switches import NORMS, NormKind
 
 

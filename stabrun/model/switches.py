@@ -1,7 +1,7 @@
 """What each value of a switch means, one table row per value, and the shapes that follow from them.
 
 This module imports no torch, so that counting parameters stays quick. Functions of tensors therefore take
-`torch.nn.functional` as their first argument, `F`.
+`stabrun.model.functional` as their first argument, `F`.
 """
 
 import math
@@ -21,8 +21,7 @@ def gelu_tanh(F: Any, x: Any) -> Any:
 
 
 def relu2(F: Any, x: Any) -> Any:
-    """Squared ReLU: max(x, 0)² (arXiv 2109.08668)."""
-    return F.relu(x).square()
+    return F.relu2(x)
 
 
 def swiglu(F: Any, x: Any) -> Any:
@@ -43,21 +42,21 @@ class Activation:
 
     `widths` is FC1's output width as a multiple of FC2's input width. `kept` counts the values that autograd keeps for
     the backward pass, as a multiple of FC2's input width: FC1's output, FC2's input and what the function saves.
-    `needed` counts the values that exist beside them while the function is differentiated.
+    `needed` counts the values that exist in addition while the function is differentiated, when FC2's input is free.
     """
 
     function: Callable[[Any, Any], Any]
     widths: int = 1
     kept: int = 2
-    needed: int = 1
+    needed: int = 0
 
 
 ACTIVATIONS = {
     "gelu": Activation(gelu),
     "gelu_tanh": Activation(gelu_tanh),
-    "relu2": Activation(relu2, needed=2),
-    "swiglu": Activation(swiglu, widths=2, kept=4, needed=2),
-    "geglu": Activation(geglu, widths=2, kept=4, needed=2),
+    "relu2": Activation(relu2),
+    "swiglu": Activation(swiglu, widths=2, kept=4, needed=1),
+    "geglu": Activation(geglu, widths=2, kept=4, needed=1),
 }
 
 
