@@ -1,9 +1,13 @@
-"""Time of a training step: stabrun with and without observation, compared with a plain loop.
+"""Time of a training step: stabrun with and without observation, a plain loop, and any changes of the configuration.
 
-Each contender is a separate process with one thread. In every round, each takes ten steps in turn (one period of the
-expensive statistics). Ratios are computed per round. Reported values are medians with quartiles.
+Each contender is a separate process with one thread. In every round, each takes some steps in turn: ten, one period of
+the expensive statistics, unless `--steps` says otherwise. Ratios are computed per round. Reported values are medians
+with quartiles.
 
     python scripts/bench_step.py [--model nano micro] [--rounds 15]
+    python scripts/bench_step.py --model micro --steps 2 --against "" --changes +variant=layer_scale +variant=qk_norm
+
+The second compares each change, a comma-separated list of overrides, with the one in `--against`.
 """
 
 import argparse
@@ -11,13 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-STEPS = 10
-CONTENDERS = ("plain", "off", "on")
+PAIRS: tuple[tuple[str, str], ...] = (("on", "off"), ("on", "plain"), ("off", "plain"))
 
 
 def plain_loop(model_name: str) -> Callable[[int], None]:
@@ -107,8 +110,8 @@ def plain_loop(model_name: str) -> Callable[[int], None]:
     return step
 
 
-def our_loop(model_name: str, observed: bool, folder: str) -> Callable[[int], None]:
-    """The loop of stabrun: update, record on disk, verdict."""
+def our_loop(model_name: str, changes: list[str], folder: str) -> Callable[[int], None]:
+    """The loop of stabrun: update, record on disk, verdict; with `changes` of the configuration."""
     from stabrun.composition import compose
     from stabrun.data.shards import prepare
     from stabrun.record.run_dir import RunDir, RunWriter
@@ -116,7 +119,7 @@ def our_loop(model_name: str, observed: bool, folder: str) -> Callable[[int], No
     from stabrun.training.trainer import Trainer
 
     words = [f"model={model_name}", "tracker=none", "train.steps=1000000", "train.val_every=0", f"run_dir={folder}"]
-    config = compose([*words, "train.threads=1", *([] if observed else ["observe.every=0"])])
+    config = compose([*words, "train.threads=1", *changes])
     Path(folder).mkdir(exist_ok=True)
     run = Run(Trainer(config, prepare(config.data, config.model)), RunWriter(RunDir(Path(folder))))
     run.open_console()
@@ -131,34 +134,39 @@ def our_loop(model_name: str, observed: bool, folder: str) -> Callable[[int], No
     return step
 
 
-def serve(kind: str, model_name: str) -> None:
-    """Take ten steps for each line on stdin, and print the seconds per step."""
+def serve(kind: str, model_name: str, steps: int) -> None:
+    """Take `steps` steps for each line on stdin, and print the seconds per step. `kind`: plain, or overrides."""
     import torch
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         out, sys.stdout = sys.stdout, sys.stderr  # keep the output of the run out of the protocol
-        step = plain_loop(model_name) if kind == "plain" else our_loop(model_name, kind == "on", folder)
+        changes = [word for word in kind.split(",") if word]
+        step = plain_loop(model_name) if kind == "plain" else our_loop(model_name, changes, folder)
         done = 0
         for _ in sys.stdin:
             began = time.perf_counter()
-            for _ in range(STEPS):
+            for _ in range(steps):
                 step(done)
                 done += 1
-            print((time.perf_counter() - began) / STEPS, file=out, flush=True)
+            print((time.perf_counter() - began) / steps, file=out, flush=True)
 
 
-def compare(model_name: str, rounds: int) -> None:
-    command = [sys.executable, __file__, "--model", model_name, "--serve"]
+def compare(
+    model_name: str, rounds: int, steps: int, contenders: dict[str, str], pairs: Sequence[tuple[str, str]]
+) -> None:
+    """Print the time of each contender (name → kind) and the ratios of pairs of them."""
+    command = [sys.executable, __file__, "--model", model_name, "--steps", str(steps)]
     workers = {
-        kind: subprocess.Popen(
-            [*command, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        name: subprocess.Popen(
+            [*command, f"--serve={kind}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )
-        for kind in CONTENDERS
-    }
+        for name, kind in contenders.items()
+    }  # fmt: skip
 
-    def take(kind: str) -> float:
-        worker = workers[kind]
+    def take(name: str) -> float:
+        worker = workers[name]
         assert worker.stdin is not None
         assert worker.stdout is not None
         worker.stdin.write("go\n")
@@ -166,30 +174,39 @@ def compare(model_name: str, rounds: int) -> None:
         return float(worker.stdout.readline())
 
     try:
-        for kind in CONTENDERS:
-            take(kind)  # warmup
-        times = [{kind: take(kind) for kind in CONTENDERS} for _ in range(rounds)]
+        for name in contenders:
+            take(name)  # warmup
+        times = [{name: take(name) for name in contenders} for _ in range(rounds)]
     finally:
         for worker in workers.values():
             worker.terminate()
             worker.wait()
-    print(f"{model_name}: {rounds} rounds of {STEPS} steps each")
-    for kind in CONTENDERS:
-        low, middle, high = quantiles([t[kind] * 1e3 for t in times], n=4)
-        print(f"  {kind:<12} {middle:9.2f} ms per step   ({low:.2f} to {high:.2f})")
-    for one, other in (("on", "off"), ("on", "plain"), ("off", "plain")):
+    print(f"{model_name}: {rounds} rounds of {steps} steps each")
+    width = max(len(f"{one} / {other}") for one, other in pairs)
+    for name in contenders:
+        low, middle, high = quantiles([t[name] * 1e3 for t in times], n=4)
+        print(f"  {name:<{width}} {middle:9.2f} ms per step   ({low:.2f} to {high:.2f})")
+    for one, other in pairs:
         low, middle, high = quantiles([t[one] / t[other] for t in times], n=4)
-        print(f"  {one + '/' + other:<12} {middle:9.3f}             ({low:.3f} to {high:.3f})")
+        print(f"  {f'{one} / {other}':<{width}} {middle:9.3f}             ({low:.3f} to {high:.3f})")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["nano", "micro"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=10, help="of each round")
+    parser.add_argument("--against", default="", help="overrides that the changes are compared with")
+    parser.add_argument("--changes", nargs="+", default=[])
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     words = parser.parse_args()
-    if words.serve:
-        serve(words.serve, words.model[0])
+    contenders, pairs = {"plain": "plain", "off": "observe.every=0", "on": ""}, PAIRS
+    if words.changes:
+        against = words.against or "default"
+        contenders = {against: words.against, **{change: change for change in words.changes}}
+        pairs = tuple((change, against) for change in words.changes)
+    if words.serve is not None:
+        serve(words.serve, words.model[0], words.steps)
     else:
         for name in words.model:
-            compare(name, words.rounds)
+            compare(name, words.rounds, words.steps, contenders, pairs)
