@@ -67,7 +67,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python scripts/bench_step.py
+	$(BIN)/python scripts/bench_step.py --page > docs/benchmarks.md
 
 docs: $(STAMP)
 	$(BIN)/python -m stabrun.record.metrics > docs/metrics.md

@@ -7,20 +7,42 @@ with quartiles.
     python scripts/bench_step.py [--model nano micro] [--rounds 15]
     python scripts/bench_step.py --model micro --steps 2 --against "" --changes +variant=layer_scale +variant=qk_norm
 
-The second compares each change, a comma-separated list of overrides, with the one in `--against`.
+    python scripts/bench_step.py --page > docs/benchmarks.md
+
+The second compares each change, a comma-separated list of overrides, with the one in `--against`. The third does all of
+PAGE, in about 15 minutes.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 PAIRS: tuple[tuple[str, str], ...] = (("on", "off"), ("on", "plain"), ("off", "plain"))
+LONG = "data.seq_len=1024,train.batch_size=1"
+PAGE = {
+    "With and without observation, and a plain loop": [
+        "--model nano mini --rounds 15",
+        "--model micro --rounds 7",
+    ],
+    "Compiled": ["--model nano mini --rounds 9 --against train.compile=false --changes train.compile=true"],
+    "Variants, at micro": [
+        "--model micro --steps 1 --rounds 9 --changes "
+        + " ".join(f"+variant={name}" for name in (
+            "qk_norm", "qk_fc_norm", "qkv_norm", "fc_norm", "small_sublayers", "layer_scale", "sigma_reparam",
+            "soft_temp", "soft_cap", "soft_clip", "qk_norm_cap",
+        )),
+        f"--model micro --steps 1 --rounds 9 --against {LONG} --changes {LONG},+variant=soft_cap"
+        f" {LONG},+variant=soft_clip",
+    ],
+}  # fmt: skip
+"""Headings of docs/benchmarks.md → what is compared there."""
 
 
 def plain_loop(model_name: str) -> Callable[[int], None]:
@@ -152,10 +174,8 @@ def serve(kind: str, model_name: str, steps: int) -> None:
             print((time.perf_counter() - began) / steps, file=out, flush=True)
 
 
-def compare(
-    model_name: str, rounds: int, steps: int, contenders: dict[str, str], pairs: Sequence[tuple[str, str]]
-) -> None:
-    """Print the time of each contender (name → kind) and the ratios of pairs of them."""
+def measure(model_name: str, rounds: int, steps: int, contenders: dict[str, str]) -> list[dict[str, float]]:
+    """Seconds per step of each contender (name → kind) in each round."""
     command = [sys.executable, __file__, "--model", model_name, "--steps", str(steps)]
     workers = {
         name: subprocess.Popen(
@@ -176,19 +196,65 @@ def compare(
     try:
         for name in contenders:
             take(name)  # warmup
-        times = [{name: take(name) for name in contenders} for _ in range(rounds)]
+        return [{name: take(name) for name in contenders} for _ in range(rounds)]
     finally:
         for worker in workers.values():
             worker.terminate()
             worker.wait()
-    print(f"{model_name}: {rounds} rounds of {steps} steps each")
-    width = max(len(f"{one} / {other}") for one, other in pairs)
+
+
+def compare(model_name: str, words: argparse.Namespace) -> None:
+    """Print a table of the times of the contenders, and of the ratios of pairs of them."""
+    contenders, pairs = {"plain": "plain", "off": "observe.every=0", "on": ""}, PAIRS
+    if words.changes:
+        against = words.against or "default"
+        contenders = {against: words.against, **{change: change for change in words.changes}}
+        pairs = tuple((change, against) for change in words.changes)
+    times = measure(model_name, words.rounds, words.steps, contenders)
+    print(f"\n{model_name}, {words.rounds} rounds of {words.steps} steps each:\n")
+    print("| | median | quartiles |\n|---|---|---|")
     for name in contenders:
         low, middle, high = quantiles([t[name] * 1e3 for t in times], n=4)
-        print(f"  {name:<{width}} {middle:9.2f} ms per step   ({low:.2f} to {high:.2f})")
+        print(f"| {name}, ms per step | {middle:.2f} | {low:.2f} to {high:.2f} |")
     for one, other in pairs:
         low, middle, high = quantiles([t[one] / t[other] for t in times], n=4)
-        print(f"  {f'{one} / {other}':<{width}} {middle:9.3f}             ({low:.3f} to {high:.3f})")
+        print(f"| {one} / {other} | {middle:.3f} | {low:.3f} to {high:.3f} |", flush=True)
+
+
+def product_speed() -> float:
+    """GFLOP/s of fp32 products of 1024 × 1024 matrices on one thread: the best of ten."""
+    import torch
+
+    torch.set_num_threads(1)
+    a, seconds = torch.randn(1024, 1024), list[float]()
+    for _ in range(10):
+        began = time.perf_counter()
+        torch.mm(a, a)
+        seconds.append(time.perf_counter() - began)
+    return 2 * 1024**3 / min(seconds) / 1e9
+
+
+def page(parser: argparse.ArgumentParser) -> None:
+    """Print docs/benchmarks.md."""
+    import torch
+
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line), "unknown CPU")
+    print("# Speed of a training step\n\nWritten by `make bench`, which runs the command above each table.")
+    print(f"On {cpu}, {os.cpu_count()} cores, Python {sys.version.split()[0]}, torch {torch.__version__},")
+    print(f"one thread per process; {product_speed():.0f} GFLOP/s in fp32 products of 1024 × 1024 matrices.\n")
+    print(
+        "*plain*: a training loop in the style of nanoGPT (SDPA, fused AdamW, clipping). *off*: `observe.every=0`.\n"
+        "*on*: all statistics of each step, those of `observe.slow_every` every ten. Processes take turns; ratios are\n"
+        "of the same round."
+    )
+    for heading, commands in PAGE.items():
+        print(f"\n## {heading}")
+        for command in commands:
+            print(f"\n    python scripts/bench_step.py {command}", flush=True)
+            words = parser.parse_args(command.split())
+            for name in words.model:
+                compare(name, words)
 
 
 if __name__ == "__main__":
@@ -198,15 +264,13 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=10, help="of each round")
     parser.add_argument("--against", default="", help="overrides that the changes are compared with")
     parser.add_argument("--changes", nargs="+", default=[])
+    parser.add_argument("--page", action="store_true", help="print docs/benchmarks.md")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     words = parser.parse_args()
-    contenders, pairs = {"plain": "plain", "off": "observe.every=0", "on": ""}, PAIRS
-    if words.changes:
-        against = words.against or "default"
-        contenders = {against: words.against, **{change: change for change in words.changes}}
-        pairs = tuple((change, against) for change in words.changes)
     if words.serve is not None:
         serve(words.serve, words.model[0], words.steps)
+    elif words.page:
+        page(parser)
     else:
         for name in words.model:
-            compare(name, words.rounds, words.steps, contenders, pairs)
+            compare(name, words)
