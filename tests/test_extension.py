@@ -5,7 +5,8 @@ from helpers import events, metrics, tiny
 
 from stabrun.config import UserError, run_id
 from stabrun.record import checkpoints
-from stabrun.record.run_dir import RunDir
+from stabrun.record.run_dir import RunDir, RunWriter
+from stabrun.training.extension import beginning
 from stabrun.training.run import train
 
 SCHEDULES = {  # and the steps of the shorter run that the longer one can begin with
@@ -76,3 +77,17 @@ def test_an_interrupted_extension_begins_again(tmp_path, monkeypatch):
     assert train(config)["steps"] == 45
     assert [row["step"] for row in RunDir(tmp_path / "long").rows()] == list(range(45))
     assert events(tmp_path / "long", "start")[0]["step"] == 30
+
+
+def test_what_another_process_trained_meanwhile_is_kept(tmp_path):
+    words = (*COMMON, "schedule=constant")
+    short = train(tiny(*words, f"run_dir={tmp_path / 'short'}"))
+    config = tiny(*words, "train.steps=45", f"train.extends={tmp_path / 'short'}", f"run_dir={tmp_path / 'long'}")
+    run = RunDir(tmp_path / "long")
+    before = beginning(config, run, RunDir(tmp_path / "short").environment()["data_hash"])
+    assert before is not None
+    assert len(before.rows) == short["steps"]
+    train(config)
+    trained = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    before.write(RunWriter(run))
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == trained

@@ -28,8 +28,10 @@ class Beginning:
     rows: list[Row]
 
     def write(self, record: RunWriter) -> None:
-        """Begin the record of the longer run with it."""
+        """Begin the record of the longer run with it, unless another process has trained that run meanwhile."""
         target, incomplete = record.run, record.run.checkpoints / INCOMPLETE
+        if checkpoints.steps(target.checkpoints):
+            return
         write_atomic(target.metrics, "".join(sealed(dumps(row)) + "\n" for row in self.rows))
         shutil.rmtree(target.checkpoints, ignore_errors=True)
         shutil.copytree(self.checkpoint, incomplete)
