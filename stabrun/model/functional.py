@@ -12,7 +12,7 @@ __all__ = ["gelu", "layer_norm", "relu2", "rms_norm", "silu"]
 class SquaredReLU(torch.autograd.Function):
     """max(x, 0)², with the gradient 2·max(x, 0) in one pass.
 
-    Autograd's own formula for `relu(x).square()` takes five: two products of the power, and three of the threshold.
+    Autograd's own backward pass of `relu(x).square()` takes four: a power, two products, and a threshold.
     """
 
     @staticmethod
