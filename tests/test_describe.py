@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from stabrun.config import UserError
 from stabrun.model import switches
 from stabrun.model.counts import flops_per_token, parameters
 from stabrun.model.describe import describe
 from stabrun.model.gpt import GPT, meta_gpt
-from stabrun.model.memory import memory
+from stabrun.model.memory import fitting, memory
 from stabrun.training.trace import traced_memory
 
 SITES = ("qkv", "proj", "fc1", "fc2")
@@ -104,6 +105,14 @@ DEPTHS = [
 def test_memory_is_within_a_tenth_of_the_trace(setting, depth):
     config = configured(*MEMORY[setting], *depth)
     assert memory(config)["peak_bytes"] == pytest.approx(traced_memory(config), rel=0.1)
+
+
+def test_the_largest_batch_is_refused_with_a_micro_batch_that_fits():
+    """Its divisors are found at once: not by trying two billion numbers."""
+    config = configured("train.batch_size=2147483646")
+    assert fitting(config, "cpu", 4 << 30)[0].startswith("train.micro_batch_size=")
+    with pytest.raises(UserError, match=r"train\.batch_size=999999999999: must be at least 1 and at most 2147483647"):
+        configured("train.batch_size=999999999999")
 
 
 PAPER = [

@@ -27,7 +27,7 @@ from stabrun.training.rewinds import Rewinds
 from stabrun.training.scaling import LossScale
 from stabrun.training.schedule import learning_rate
 
-REMEMBERED = 10_000  # batches among which a repeated one is found; each takes 133 bytes
+REMEMBERED = 10_000  # batches among which a repeated one is found
 
 
 class Trainer:
