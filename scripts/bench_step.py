@@ -5,12 +5,11 @@ the expensive statistics, unless `--steps` says otherwise. Ratios are computed p
 with quartiles.
 
     python scripts/bench_step.py [--model nano micro] [--rounds 15]
-    python scripts/bench_step.py --model micro --steps 2 --against "" --changes +variant=layer_scale +variant=qk_norm
-
+    python scripts/bench_step.py --model micro --steps 2 --changes +variant=layer_scale +variant=qk_norm
     python scripts/bench_step.py --page > docs/benchmarks.md
 
-The second compares each change, a comma-separated list of overrides, with the one in `--against`. The third does all of
-PAGE, in about 15 minutes.
+The second compares each change, a comma-separated list of overrides, with the one in `--against`, by default none. The
+third does all of PAGE.
 """
 
 import argparse
@@ -240,7 +239,8 @@ def page(parser: argparse.ArgumentParser) -> None:
 
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = next((line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line), "unknown CPU")
-    print("# Speed of a training step\n\nWritten by `make bench`, which runs the command above each table.")
+    print("# Speed of a training step\n")
+    print("`make bench` writes this page. Each table is the output of the command above it.")
     print(f"On {cpu}, {os.cpu_count()} cores, Python {sys.version.split()[0]}, torch {torch.__version__},")
     print(f"one thread per process; {product_speed():.0f} GFLOP/s in fp32 products of 1024 × 1024 matrices.\n")
     print(

@@ -5,9 +5,9 @@
 Prints the slopes of resident memory, open files and threads per 1,000 steps after the FIRST steps (1,000 by default),
 and ends with status 1 if one grows by more than its limit. One thread; 20,000 steps take some minutes.
 
-What grows by design: 24 bytes per step for the losses and rates that the judge keeps; 133 bytes per step, up to 10,000
-steps, for the digests by which the trainer finds a repeated batch; and the statistics that the judge keeps, 8 bytes
-per number up to 4,096 observations (`observe.every`), from where on they are thinned.
+What grows by design: the losses and rates that the judge keeps, three numbers of 8 bytes per step; the digests by
+which the trainer finds a repeated batch, up to 10,000 steps; and the statistics that the judge keeps, 8 bytes per
+number up to 4,096 observations (`observe.every`), from where on they are thinned.
 """
 
 import math
