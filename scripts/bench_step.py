@@ -6,19 +6,22 @@ with quartiles.
 
     python scripts/bench_step.py [--model nano micro] [--rounds 15]
     python scripts/bench_step.py --model micro --steps 2 --changes +variant=layer_scale +variant=qk_norm
+    python scripts/bench_step.py --profile
     python scripts/bench_step.py --page > docs/benchmarks.md
 
 The second compares each change, a comma-separated list of overrides, with the one in `--against`, by default none. The
-third does all of PAGE.
+third prints the time of each operator. The fourth does all of PAGE.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -31,6 +34,7 @@ PAGE = {
         "--model micro --rounds 7",
     ],
     "Compiled": ["--model nano mini --rounds 9 --against train.compile=false --changes train.compile=true"],
+    "By operator": ["--model nano --steps 20 --profile"],
     "Variants, at micro": [
         "--model micro --steps 1 --rounds 9 --changes "
         + " ".join(f"+variant={name}" for name in (
@@ -42,6 +46,9 @@ PAGE = {
     ],
 }  # fmt: skip
 """Headings of docs/benchmarks.md → what is compared there."""
+OWN = {"plain": "plain", "off": "observe.every=0", "on": ""}  # name → kind
+PROFILED = {**OWN, "on, compiled": "train.compile=true"}
+OPERATORS = 14  # with the most time
 
 
 def plain_loop(model_name: str) -> Callable[[int], None]:
@@ -155,22 +162,63 @@ def our_loop(model_name: str, changes: list[str], folder: str) -> Callable[[int]
     return step
 
 
-def serve(kind: str, model_name: str, steps: int) -> None:
-    """Take `steps` steps for each line on stdin, and print the seconds per step. `kind`: plain, or overrides."""
+@contextmanager
+def loop(kind: str, model_name: str) -> Iterator[Callable[[int], None]]:
+    """The step of a loop of one thread. `kind`: plain, or overrides."""
     import torch
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        out, sys.stdout = sys.stdout, sys.stderr  # keep the output of the run out of the protocol
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         changes = [word for word in kind.split(",") if word]
-        step = plain_loop(model_name) if kind == "plain" else our_loop(model_name, changes, folder)
-        done = 0
+        yield plain_loop(model_name) if kind == "plain" else our_loop(model_name, changes, folder)
+
+
+def serve(kind: str, model_name: str, steps: int) -> None:
+    """Take `steps` steps for each line on stdin, and print the seconds per step."""
+    out, done = sys.stdout, 0
+    with loop(kind, model_name) as step:
         for _ in sys.stdin:
             began = time.perf_counter()
             for _ in range(steps):
                 step(done)
                 done += 1
             print((time.perf_counter() - began) / steps, file=out, flush=True)
+
+
+def operators(kind: str, model_name: str, steps: int) -> None:
+    """Print the milliseconds per step of each operator itself, without those that it calls, as JSON."""
+    from torch.profiler import ProfilerActivity, profile
+
+    out = sys.stdout
+    with loop(kind, model_name) as step:
+        for number in range(2 * steps):
+            step(number)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for number in range(2 * steps, 3 * steps):
+                step(number)
+    found = {"(compiled kernels)": 0.0, "(the rest)": 0.0}
+    for event in profiler.key_averages():
+        kind, _, name = event.key.partition("aten::")
+        name = name or ("(compiled kernels)" if "CompiledFxGraph" in kind else "(the rest)")
+        found[name] = found.get(name, 0.0) + event.self_cpu_time_total / 1e3 / steps
+    print(json.dumps(found), file=out)
+
+
+def profiles(model_name: str, steps: int) -> None:
+    """Print a table of the operators of the contenders that take most time."""
+    times = {}
+    for name, kind in PROFILED.items():
+        command = [sys.executable, __file__, "--model", model_name, "--steps", str(steps), f"--operators={kind}"]
+        times[name] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    names = sorted(
+        {name for found in times.values() for name in found}, key=lambda n: -max(f.get(n, 0) for f in times.values())
+    )
+    rest = {name: sum(found.get(n, 0) for n in names[OPERATORS:]) for name, found in times.items()}
+    print(f"\n{model_name}, ms per step of each operator itself, under the profiler, {steps} steps:\n")
+    print(f"| operator | {' | '.join(times)} |\n|---|{'---|' * len(times)}")
+    for name in names[:OPERATORS]:
+        print(f"| {name} | {' | '.join(f'{found.get(name, 0):.2f}' for found in times.values())} |")
+    print(f"| {len(names) - OPERATORS} others | {' | '.join(f'{value:.2f}' for value in rest.values())} |", flush=True)
 
 
 def measure(model_name: str, rounds: int, steps: int, contenders: dict[str, str]) -> list[dict[str, float]]:
@@ -204,7 +252,7 @@ def measure(model_name: str, rounds: int, steps: int, contenders: dict[str, str]
 
 def compare(model_name: str, words: argparse.Namespace) -> None:
     """Print a table of the times of the contenders, and of the ratios of pairs of them."""
-    contenders, pairs = {"plain": "plain", "off": "observe.every=0", "on": ""}, PAIRS
+    contenders, pairs = OWN, PAIRS
     if words.changes:
         against = words.against or "default"
         contenders = {against: words.against, **{change: change for change in words.changes}}
@@ -215,9 +263,24 @@ def compare(model_name: str, words: argparse.Namespace) -> None:
     for name in contenders:
         low, middle, high = quantiles([t[name] * 1e3 for t in times], n=4)
         print(f"| {name}, ms per step | {middle:.2f} | {low:.2f} to {high:.2f} |")
+    if contenders is OWN:
+        best = product_speed()
+        flops = flops_per_step(model_name)
+        for name in contenders:
+            speed = flops / quantiles([t[name] for t in times], n=4)[1] / 1e9
+            print(f"| {name}, share of the {best:.0f} GFLOP/s of large matrix products | {speed / best:.2f} | |")
     for one, other in pairs:
         low, middle, high = quantiles([t[one] / t[other] for t in times], n=4)
         print(f"| {one} / {other} | {middle:.3f} | {low:.3f} to {high:.3f} |", flush=True)
+
+
+def flops_per_step(model_name: str) -> int:
+    """FLOPs of the matrix products of a step, attention as if not causal (PaLM, arXiv 2204.02311, appendix B)."""
+    from stabrun.composition import compose
+    from stabrun.model.counts import flops_per_token
+
+    config = compose([f"model={model_name}"])
+    return flops_per_token(config.model, config.data.seq_len) * config.data.seq_len * config.train.batch_size
 
 
 def product_speed() -> float:
@@ -252,9 +315,15 @@ def page(parser: argparse.ArgumentParser) -> None:
         print(f"\n## {heading}")
         for command in commands:
             print(f"\n    python scripts/bench_step.py {command}", flush=True)
-            words = parser.parse_args(command.split())
-            for name in words.model:
-                compare(name, words)
+            run(parser.parse_args(command.split()))
+
+
+def run(words: argparse.Namespace) -> None:
+    for name in words.model:
+        if words.profile:
+            profiles(name, words.steps)
+        else:
+            compare(name, words)
 
 
 if __name__ == "__main__":
@@ -264,13 +333,16 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=10, help="of each round")
     parser.add_argument("--against", default="", help="overrides that the changes are compared with")
     parser.add_argument("--changes", nargs="+", default=[])
+    parser.add_argument("--profile", action="store_true", help="print the time of each operator")
     parser.add_argument("--page", action="store_true", help="print docs/benchmarks.md")
+    parser.add_argument("--operators", help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.serve is not None:
         serve(words.serve, words.model[0], words.steps)
+    elif words.operators is not None:
+        operators(words.operators, words.model[0], words.steps)
     elif words.page:
         page(parser)
     else:
-        for name in words.model:
-            compare(name, words)
+        run(words)

@@ -10,6 +10,7 @@ from stabrun.config import ObserveConfig
 from stabrun.data.batches import training_batch
 from stabrun.observe.probe import SAMPLED, Probe
 from stabrun.observe.sites import Sites, linear_sites
+from stabrun.observe.token_means import TokenMeans
 
 
 @pytest.fixture(scope="module", params=["baseline", "qk_norm_cap", "qkv_norm"])
@@ -243,6 +244,27 @@ def test_moments_are_those_of_each_group_of_parameters(kind):
 def test_validation_measures_nothing():
     trainer = a_trainer(tiny())
     trainer.step(0).read()
-    before = [cell.clone() for cell in trainer.probe.cells]
+    before = trainer.probe.values.clone()
     trainer.validate()
-    assert all(map(torch.equal, trainer.probe.cells, before))
+    trainer.probe.merge()
+    assert torch.equal(trainer.probe.values, before)
+    assert not trainer.probe.tokens.kept
+
+
+@pytest.mark.parametrize("kept", [4096, 3])
+def test_means_over_tokens_of_calls_of_any_shape(kept, monkeypatch):
+    """Sums and numbers equal those of all values together, also if what is kept has to be added up in between."""
+    monkeypatch.setattr("stabrun.observe.token_means.KEPT", kept)
+    means = TokenMeans([3, 0, 1, 2, 4], torch.device("cpu"))
+    random = torch.Generator().manual_seed(0)
+    values = {place: [] for place in range(5)}
+    for number in range(40):
+        place, shape = number % 5, [(2, 3), (6,), (), (7,)][number % 4]
+        values[place].append(torch.rand(shape, generator=random, dtype=(torch.float32, torch.float64)[number % 2]))
+        means.add(means.rows[place], values[place][-1])
+    sums, numbers = torch.full((5,), 10.0), torch.full((5,), 1.0)
+    means.collect(sums, numbers)
+    assert sums.tolist() == pytest.approx([10 + float(sum(v.sum() for v in values[place])) for place in range(5)])
+    assert numbers.tolist() == [1 + sum(v.numel() for v in values[place]) for place in range(5)]
+    means.collect(sums, numbers)
+    assert numbers.tolist() == [1 + sum(v.numel() for v in values[place]) for place in range(5)]

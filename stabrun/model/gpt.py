@@ -34,6 +34,7 @@ class GPT(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         self.recompute = False
+        self.run = run
         self.dropout_rate = config.dropout
         self.cores = [m for m in self.modules() if isinstance(m, AttentionCore)]
         self.sigma_layers = [m for m in self.modules() if isinstance(m, SigmaLinear)]
@@ -54,7 +55,7 @@ class GPT(nn.Module):
         for core in self.cores:
             core.mask_for(tokens.shape[1], tokens.device)
         for block in self.blocks:
-            x = self.recomputed(block, x) if self.recompute else block(x)
+            x = self.recomputed(block, x) if self.recompute else self.run(block, x)
         out: Tensor = self.norm(x)
         return out
 
@@ -64,7 +65,7 @@ class GPT(nn.Module):
 
     def recomputed(self, block: nn.Module, x: Tensor) -> Tensor:
         """A block whose activations are computed again in the backward pass instead of being kept."""
-        out: Tensor = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.dropout_rate > 0)
+        out: Tensor = checkpoint(self.run, block, x, use_reentrant=False, preserve_rng_state=self.dropout_rate > 0)
         return out
 
     def matrices(self) -> list[Tensor]:
@@ -75,6 +76,12 @@ class GPT(nn.Module):
         """Work of each training step outside the forward pass: σReparam's power iteration."""
         for layer in self.sigma_layers:
             layer.iterate()
+
+
+def run(block: nn.Module, x: Tensor) -> Tensor:
+    """A block with its hooks, as a function that can be compiled: `nn.Module.compile` leaves the block's hooks out."""
+    out: Tensor = block(x)
+    return out
 
 
 def meta_gpt(config: ModelConfig, seq_len: int) -> GPT:

@@ -1,10 +1,10 @@
 """Statistics of a model's layers, computed on its device by hooks that are attached from outside.
 
 The layout follows the table of metrics (`stabrun.record.metrics`), the values come from
-`stabrun.observe.reductions`. The model is not modified, and its results are bit-identical without hooks. Each hook
-adds to preallocated fp32 tensors of its own, its cells: torch.compile then sees the same hook in every layer, and makes
-one graph for all. A cell holds a sum and its count, so that recomputation (activation checkpointing), which doubles
-both, changes no mean.
+`stabrun.observe.reductions`. The model is not modified, and its results are bit-identical without hooks. Values of
+tokens go to `stabrun.observe.token_means`; for the others, each hook has preallocated fp32 tensors of its own, its
+cell: torch.compile then sees the same hook in every layer, and makes one graph for all. Both hold sums and counts, so
+that recomputation (activation checkpointing), which doubles them, changes no mean.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,20 +20,32 @@ from stabrun.config import ObserveConfig, UserError
 from stabrun.observe.hooks import Hook
 from stabrun.observe.reductions import REDUCTIONS, AdamState, Core, Owners, Parameters, Update, has_adam_state
 from stabrun.observe.sites import Layer, Sites
+from stabrun.observe.token_means import Row, TokenMeans
 from stabrun.record import metrics
 from stabrun.record.metrics import METRICS, Metric
 
 LINEAR = (metrics.OUTPUT, metrics.INPUT, metrics.INPUT_GRADIENT)  # sources at each linear layer
+BY_TOKEN = (metrics.OUTPUT, metrics.INPUT, metrics.BLOCK)  # sources whose reductions return a value of each token
 ONCE = (metrics.PARAMETERS, metrics.UPDATE, metrics.ADAM)  # sources that are read once per step, and not by hooks
 WEIGHT = "norm/weight/{site}"  # the sites that have it have weights
 SAMPLED = 64  # sequences of a batch that attention is measured on: at long contexts all would cost too much
 
 
 class Cell(NamedTuple):
-    """What a hook measures in a micro-batch, 0-dim each: the merged value, and the tokens or calls in it."""
+    """What a hook measures in a micro-batch, 0-dim each: the merged value, and the elements or sequences in it."""
 
     value: Tensor
     number: Tensor
+
+
+class Target(NamedTuple):
+    """A value that a hook measures, and where it goes. Compiled code guards each field that it reads."""
+
+    key: str
+    slow: bool
+    merge: str
+    reduce: Callable[..., Any]
+    into: Cell | Row
 
 
 @dataclass(frozen=True)
@@ -72,15 +84,12 @@ class Span:
 
 
 def add(merge: str, cell: Cell, value: Tensor, count: int) -> None:
-    """Add a 0-dim value of `count` tokens or sequences to a cell."""
+    """Add a 0-dim value of `count` elements or sequences to a cell."""
     if merge == "mean":
         cell.value.add_(value)
     else:
         cell.value.copy_((torch.maximum if merge == "max" else torch.hypot)(cell.value, value))
     cell.number.add_(count)
-
-
-Target = tuple[Metric, Cell]  # a value that a hook measures, and its cell
 
 
 class Probe:
@@ -126,13 +135,21 @@ class Probe:
         self.counts = slice(self.first + places, self.first + 2 * places)
         self.means, self.maxima, self.roots = (self._region(merge) for merge in ("mean", "max", "root"))
         self.size = max([self.counts.stop, *(span.stop for span in self.spans)])
-        cells = [Cell(*(torch.zeros((), device=self.device) for _ in range(2))) for _ in range(places)]
-        self.cells = [*(cell.value for cell in cells), *(cell.number for cell in cells)]  # of this micro-batch
-        self.targets = self._targets(cells)
+        by_token = [span for span in self.hooked if span.metric.source in BY_TOKEN]
+        starts = ((span.start - self.first, len(span.present)) for span in by_token)
+        self.tokens = TokenMeans((start + n for start, count in starts for n in range(count)), self.device)
+        # Of this micro-batch, place among the values of hooks → cell.
+        self.cells = {
+            place: Cell(*(torch.zeros((), device=self.device) for _ in range(2)))
+            for place in range(places)
+            if place not in self.tokens.rows
+        }
+        self.cadences = {span.metric.slow for span in self.hooked if span.metric.source not in BY_TOKEN}
+        self.targets = self._targets()
         self.values = torch.zeros(self.size, device=self.device)  # the step
         self.hosts = [torch.zeros(self.size, pin_memory=self.device.type == "cuda") for _ in range(2)]
-        self.more: list[tuple[int, Cell]] = []  # place of a value → a further cell of it
-        self._clear()
+        self.more: list[tuple[int, Cell]] = []  # place of a value, and a further cell of it
+        self.selected: dict[tuple[bool, bool], list[Span]] = {}  # (fast, slow) → what is measured
 
         self.handles: list[RemovableHandle] = []
         for site, layers in self.sites.sites.items():
@@ -153,6 +170,8 @@ class Probe:
         self.before: list[Tensor] = []  # copies of them before the update
         self.indices: dict[tuple[int, ...], Tensor] = {}
         self.look_up()
+        self.cell_places = self._indices([*self.cells])
+        self._clear()
 
     # Layout
 
@@ -190,13 +209,16 @@ class Probe:
         spans = [span for span in self.hooked if span.metric.merge == merge]
         return slice(spans[0].start, spans[-1].stop) if spans else slice(self.first, self.first)
 
-    def _targets(self, cells: Sequence[Cell]) -> dict[tuple[str, str, int], list[Target]]:
+    def _targets(self) -> dict[tuple[str, str, int], list[Target]]:
         """(source, site or stack, layer) → what is measured there."""
         targets: dict[tuple[str, str, int], list[Target]] = {}
         for span in self.hooked:
+            metric = span.metric
             for index in range(len(span.present)):
-                target = span.metric, cells[span.start - self.first + index]
-                targets.setdefault((span.metric.source, span.site, index), []).append(target)
+                place = span.start - self.first + index
+                into = self.tokens.rows.get(place) or self.cells[place]
+                target = Target(metric.key, metric.slow, metric.merge, REDUCTIONS[metric.key], into)
+                targets.setdefault((metric.source, span.site, index), []).append(target)
         return targets
 
     def _apart(self, targets: Sequence[Target]) -> list[Target]:
@@ -206,11 +228,11 @@ class Probe:
         tokens, such as experts, may be in several graphs.
         """
         apart = list[Target]()
-        for metric, cell in targets:
-            place = next(n for n, value in enumerate(self.cells) if value is cell.value)
-            own = Cell(torch.zeros_like(cell.value), torch.zeros_like(cell.number))
+        for target in targets:
+            place = next(place for place, cell in self.cells.items() if cell is target.into)
+            own = Cell(*(torch.zeros((), device=self.device) for _ in range(2)))
             self.more.append((place, own))
-            apart.append((metric, own))
+            apart.append(target._replace(into=own))
         return apart
 
     def look_up(self) -> None:
@@ -250,25 +272,29 @@ class Probe:
 
     # Hooks
 
-    def _on(self, metric: Metric) -> bool:
-        return self.slow if metric.slow else self.fast
+    def _on(self, slow: bool) -> bool:
+        return self.slow if slow else self.fast
 
     def _measure(self, targets: Sequence[Target], x: Any) -> None:
-        for metric, cell in targets:
-            if self._on(metric):
-                if x.device != cell.value.device:
-                    raise UserError(
-                        f"The model was moved from {cell.value.device} to {x.device} while it was observed. "
-                        "Move it to its device before that."
-                    )
-                value = REDUCTIONS[metric.key](x.detach())
-                add(metric.merge, cell, value.sum() if metric.merge == "mean" else value, value.numel())
+        for target in targets:
+            if not self._on(target.slow):
+                continue
+            if x.device != self.device:
+                raise UserError(
+                    f"The model was moved from {self.device} to {x.device} while it was observed. "
+                    "Move it to its device before that."
+                )
+            value = target.reduce(x.detach())
+            if isinstance(target.into, Row):
+                self.tokens.add(target.into, value)
+            else:
+                add(target.merge, target.into, value, value.numel())
 
     def _watch(
         self, module: nn.Module, outputs: list[Target], inputs: Sequence[Target] = (), gradients: Sequence[Target] = ()
     ) -> None:
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            wanted = any(self._on(metric) for metric, _ in gradients)
+            wanted = any(self._on(target.slow) for target in gradients)
             if not (wanted and args and isinstance(args[0], Tensor) and args[0].requires_grad):
                 return None
             # A view, so that the gradient is the one through this layer alone.
@@ -300,13 +326,14 @@ class Probe:
         `targets` are those of a layer: `self.targets[metrics.ATTENTION, stack, layer]`.
         """
         values: dict[str, Tensor] = {}
-        for metric, cell in targets:
-            if self._on(metric) and self.attention and torch.is_grad_enabled():
+        for target in targets:
+            if self._on(target.slow) and self.attention and torch.is_grad_enabled():
                 with torch.no_grad():
-                    if metric.key not in values:
-                        values |= REDUCTIONS[metric.key](core, *(x[: self.sequences] for x in (q, k)))
-                    count, value = min(len(q), self.sequences), values[metric.key]
-                    add(metric.merge, cell, value * count if metric.merge == "mean" else value, count)
+                    if target.key not in values:
+                        values |= target.reduce(core, *(x[: self.sequences] for x in (q, k)))
+                    count, value = min(len(q), self.sequences), values[target.key]
+                    assert isinstance(target.into, Cell)
+                    add(target.merge, target.into, value * count if target.merge == "mean" else value, count)
 
     def remove(self) -> None:
         """Remove all hooks."""
@@ -320,7 +347,10 @@ class Probe:
         every, slow_every = self.config.every, self.config.slow_every
         self.fast = bool(every) and step % every == 0
         self.slow = bool(every and slow_every) and step % slow_every == 0
-        self.due, self.reduced = [span for span in self.spans if self._on(span.metric)], set()
+        pair = self.fast, self.slow
+        if pair not in self.selected:
+            self.selected[pair] = [span for span in self.spans if self._on(span.metric.slow)]
+        self.due, self.reduced = self.selected[pair], set()
         if self.due:
             self._clear()
         self.begin(0)
@@ -351,30 +381,43 @@ class Probe:
         """Start again with the values of a step."""
         self.values[self.first :] = 0.0
         self.values[self.maxima] = float("-inf")
-        self._empty()
+        self.tokens.clear()
+        if self._cells_due():
+            self._empty_cells()
 
-    def _empty(self) -> None:
-        """Start again with the values of a micro-batch."""
-        if self.cells:
-            torch._foreach_zero_([*self.cells, *(tensor for _, cell in self.more for tensor in cell)])
-        for cell in self.cells[self.maxima.start - self.first : self.maxima.stop - self.first]:
-            cell.fill_(float("-inf"))
+    def _cells_due(self) -> bool:
+        return any(map(self._on, self.cadences))
+
+    def _empty_cells(self) -> None:
+        """Start again with the cells of a micro-batch."""
+        cells = [*self.cells.values(), *(cell for _, cell in self.more)]
+        if cells:
+            torch._foreach_zero_([tensor for cell in cells for tensor in cell])
+        for place in range(self.maxima.start, self.maxima.stop):
+            self.cells[place - self.first].value.fill_(float("-inf"))
 
     @torch.no_grad()
     def merge(self) -> None:
         """Merge the micro-batch into the values of the step."""
         if not self.due:
             return
+        self.tokens.collect(self.values[self.measured], self.values[self.counts])
+        if self._cells_due():
+            self._merge_cells()
+
+    def _merge_cells(self) -> None:
         now = torch.zeros_like(self.values)
-        for n, more in self.more:
-            self.cells[n].copy_(torch.hypot(self.cells[n], more.value))
-            self.cells[n + len(self.cells) // 2].add_(more.number)
-        now[self.measured.start : self.counts.stop] = torch.stack(self.cells)
-        for place in (self.means, self.counts):
-            self.values[place] += now[place]
+        for place, more in self.more:
+            cell = self.cells[place]
+            cell.value.copy_(torch.hypot(cell.value, more.value))
+            cell.number.add_(more.number)
+        now[self.measured][self.cell_places] = torch.stack([cell.value for cell in self.cells.values()])
+        now[self.counts][self.cell_places] = torch.stack([cell.number for cell in self.cells.values()])
+        for region in (self.means, self.counts):
+            self.values[region] += now[region]
         self.values[self.maxima] = torch.maximum(self.values[self.maxima], now[self.maxima])
         self.values[self.roots] = torch.hypot(self.values[self.roots], now[self.roots])
-        self._empty()
+        self._empty_cells()
 
     @torch.no_grad()
     def before_update(self, gradient_norms: Tensor, loss_scale: Tensor | None = None) -> None:

@@ -29,7 +29,7 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
 
 
 def compile_parts(objective: Objective, backend: str = "inductor") -> None:
-    """Compile each block, and the output layer with the loss, in place.
+    """Compile the run of a block, and the output layer with the loss, in place.
 
     Blocks of one shape share one graph for each kind of pass: with statistics of `observe.every`, with those of
     `observe.slow_every`, the latter without attention (which some micro-batches leave out), with none, and validation,
@@ -43,8 +43,7 @@ def compile_parts(objective: Objective, backend: str = "inductor") -> None:
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
     if backend == "inductor":
         options["options"] = {"fallback_random": True}
-    for block in objective.model.blocks:
-        block.compile(**options)
+    objective.model.run = torch.compile(objective.model.run, **options)
     objective.compile(**options)
 
 
