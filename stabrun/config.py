@@ -199,15 +199,15 @@ class OptimConfig:
 @dataclass
 class ScheduleConfig:
     kind: str = key(
-        "cosine", RESULT, "shape after warmup; wsd: warmup, stable, decay",
-        allowed=("constant", "cosine", "linear", "inverse_sqrt", "wsd"),
+        "cosine", RESULT, "shape after warmup; wsd: warmup, stable, decay; ramp: rises from min_lr to optim.lr",
+        allowed=("constant", "cosine", "linear", "inverse_sqrt", "wsd", "ramp"),
     )  # fmt: skip
     warmup_steps: int = key(75, RESULT, "steps of linear warmup", at_least=0)
     warmup_share: float | None = key(
         None, RESULT, "warmup as a share of train.steps; null: use warmup_steps", at_least=0, at_most=1
     )
     decay_share: float = key(0.2, RESULT, "share of train.steps, at the end, in which wsd decays", above=0, at_most=1)
-    min_lr: float = key(0.0, RESULT, "final learning rate of a decaying schedule", at_least=0)
+    min_lr: float = key(0.0, RESULT, "final learning rate of a decaying schedule, first one of a ramp", at_least=0)
 
 
 @dataclass
@@ -548,6 +548,8 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
               f"train.batch_size/train.ranks={train.batch_size}/{train.ranks}={share}."))
     yield (config.schedule.min_lr > config.optim.lr,
            f"schedule.min_lr={config.schedule.min_lr}: must be at most optim.lr={config.optim.lr}.")
+    yield (config.schedule.kind == "ramp" and config.schedule.min_lr == 0,
+           "schedule.min_lr=0: a ramp rises from it by the same factor each step, so it must be above 0, such as 1e-4.")
     optim = config.optim
     yield (optim.decay == "l2" and optim.decay_independent,
            "optim.decay_independent=true: requires optim.decay=decoupled, not l2.")

@@ -1,8 +1,10 @@
 import math
 
+import numpy as np
 import pytest
-from helpers import tiny
+from helpers import configured, tiny
 
+from stabrun.config import UserError
 from stabrun.training.schedule import learning_rate, unreached
 
 
@@ -51,6 +53,22 @@ def test_wsd_falls_linearly_over_the_steps_after_the_warm_up():
     )
     rates = [learning_rate(config, step) for step in range(36, 40)]
     assert rates == pytest.approx([0.75, 0.5, 0.25, 0.0])
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 50), (10, 50), (0, 1), (3, 4)])
+def test_a_ramp_rises_by_the_same_factor_from_the_lowest_rate_to_the_peak(warmup, steps):
+    words = f"schedule.warmup_steps={warmup}", f"train.steps={steps}", f"optim.lr={PEAK}", f"schedule.min_lr={LOW}"
+    config = tiny("schedule=ramp", *words)
+    rates = [learning_rate(config, step) for step in range(steps)]
+    rise = np.geomspace(LOW, PEAK, steps - warmup)
+    assert rates == pytest.approx([*(LOW * (step + 1) / warmup for step in range(warmup)), *rise], rel=1e-12)
+
+
+def test_the_ramp_of_the_group_needs_no_other_key_and_cannot_rise_from_zero():
+    config = configured("schedule=ramp")
+    assert (learning_rate(config, 0), learning_rate(config, 499)) == (1e-4, pytest.approx(1e-2))
+    with pytest.raises(UserError, match=r"schedule\.min_lr=0: .* above 0"):
+        tiny("schedule.kind=ramp")
 
 
 @pytest.mark.parametrize(

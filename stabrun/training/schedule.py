@@ -4,13 +4,19 @@ import math
 
 from stabrun.config import Config
 
+RAMP = "ramp"
+
 
 def learning_rate(config: Config, step: int) -> float:
-    """The rate of update `step` (from 0): linear warmup to `optim.lr`, then a shape that falls toward `min_lr`."""
+    """The rate of update `step` (from 0): linear warmup to `optim.lr`, then a shape that falls toward `min_lr`.
+
+    The ramp goes the other way: linear warmup to `min_lr`, then a rise to `optim.lr`.
+    """
     peak, low, warmup = config.optim.lr, config.schedule.min_lr, warmup_steps(config)
+    rises = config.schedule.kind == RAMP
     if step < warmup:
-        return peak * (step + 1) / warmup
-    return low + (peak - low) * SHAPES[config.schedule.kind](config, step + 1)
+        return (low if rises else peak) * (step + 1) / warmup
+    return ramp(config, step) if rises else low + (peak - low) * FALLING[config.schedule.kind](config, step + 1)
 
 
 def warmup_steps(config: Config) -> int:
@@ -58,4 +64,11 @@ def wsd(config: Config, done: int) -> float:
     return min(1.0, (steps - done) / min(config.schedule.decay_share * steps, steps - warmup_steps(config)))
 
 
-SHAPES = {"constant": constant, "cosine": cosine, "linear": linear, "inverse_sqrt": inverse_sqrt, "wsd": wsd}
+def ramp(config: Config, step: int) -> float:
+    """The rate of update `step`: by the same factor each step, from `min_lr` to `optim.lr` at the last one."""
+    low, warmup = config.schedule.min_lr, warmup_steps(config)
+    return low * (config.optim.lr / low) ** ((step - warmup) / max(1, config.train.steps - 1 - warmup))
+
+
+FALLING = {"constant": constant, "cosine": cosine, "linear": linear, "inverse_sqrt": inverse_sqrt, "wsd": wsd}
+SHAPES = (*FALLING, RAMP)
