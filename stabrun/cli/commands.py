@@ -196,7 +196,7 @@ def trained(config: Config) -> Any:
     from stabrun.record.jsonl import number
     from stabrun.record.schema import INTERRUPTED
     from stabrun.training.run import train as train_run
-    from stabrun.verdict.wording import too_short, verdict_line
+    from stabrun.verdict.wording import interrupted_line, too_short, verdict_line
 
     if warning := too_short([config.train.steps]):
         warn(warning)
@@ -207,8 +207,31 @@ def trained(config: Config) -> Any:
         print(f"validation loss {loss:.4f}, perplexity {perplexity:.2f}")
     print(shown(f"record: {run_dir(config)}"))
     if summary["status"] == INTERRUPTED:
-        print(f"interrupted after step {summary['steps']}; the same command resumes from there.")
+        print(interrupted_line(summary))
     return summary
+
+
+@cli.command(
+    common=("schedule.min_lr", *COMMON, "run_dir"),
+    examples=(
+        "stabrun ramp +variant=qk_norm",
+        "stabrun ramp model=micro schedule.min_lr=1e-5 optim.lr=1 train.steps=1000 --json",
+    ),
+)
+@overrides_argument
+@json_option
+@hydra_options
+def ramp(overrides: list[str], as_json: bool, **flags: Any) -> int:
+    """Train one run whose learning rate rises exponentially, from schedule.min_lr to optim.lr, and print the rate from
+    which on its loss stays up: a first guess at lr50. Its defaults are schedule=ramp, from 1e-4 to 5 in 400 steps."""
+    from stabrun import composition
+    from stabrun.cli.ramp import ramp, with_defaults
+
+    hydra, words = HydraFlags(**flags), with_defaults(overrides)
+    if hydra.show(words):
+        return 0
+    (config,) = composition.compose_each([words], hydra.sources())
+    return ramp(config, as_json)
 
 
 @cli.command(

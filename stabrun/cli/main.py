@@ -15,7 +15,7 @@ from stabrun.text import warn, write_any_text
 from stabrun.training.place import Place
 from stabrun.training.stop import BOTH, be_interruptible
 
-RESUMABLE = ("train", "rerun", "sweep")
+RESUMABLE = ("train", "ramp", "rerun", "sweep")
 
 
 def main(arguments: list[str] | None = None) -> None:

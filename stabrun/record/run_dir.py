@@ -61,6 +61,7 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.events_file = path / "events.jsonl"
         self.summary_file = path / "summary.json"
+        self.ramp_file = path / "ramp.json"
         self.checkpoints = path / "checkpoints"
         self.lock_file = path / ".lock"
 

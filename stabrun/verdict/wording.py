@@ -49,6 +49,10 @@ def short(loss: float) -> str:
     return f"{loss:.3f}" if loss == 0 or 0.05 <= abs(loss) < 1e5 or not math.isfinite(loss) else f"{loss:.4g}"
 
 
+def interrupted_line(facts: Mapping[str, Any]) -> str:
+    return f"interrupted after step {facts['steps']}; the same command resumes from there."
+
+
 def too_short(steps: Iterable[int]) -> str | None:
     """A warning before training if runs of these lengths, in steps, will have no verdict; else None."""
     short = ",".join(map(str, sorted({count for count in steps if count < LEAST_ROWS})))
