@@ -19,9 +19,8 @@ from stabrun.verdict.signals import Signals, first_nonfinite
 RISE = STRICTNESS["lenient"]
 FOUND, NONFINITE, NO_RISE, NO_LEARNING, TOO_SHORT = "rise", "nonfinite_loss", "no_rise", "no_learning", "too_short"
 OFFSET, SPREAD = -0.3, 0.7  # octaves: mean and standard deviation of edge minus lr50, see docs/ramp.md
-REACH = (
-    2.5  # standard deviations to each end of the range for a search, whose prior has a fifth of its range as its own
-)
+REACH = 2.5  # standard deviations to each end of the range for a search: that of its prior is a fifth of the range
+FAR = 10.0  # times the first loss; how far a diverged loss is beyond that says nothing
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,8 @@ class Ramp:
         count, broke = len(self.finite), len(self.finite) < len(self.losses)
         if count < LEAST_ROWS:
             return Edge(NO_LEARNING if broke else TOO_SHORT)
-        chart = Level(self.finite, self.window, float(self.finite[0]))
+        first = float(self.finite[0])
+        chart = Level(np.minimum(self.finite, first + FAR * abs(first)), self.window, first)
         if not has_learned(chart, RISE):
             return Edge(NO_LEARNING)
         low = np.flatnonzero(chart.excess <= chart.threshold(RISE))
