@@ -88,6 +88,11 @@ USER_ERRORS = [
     (["model", "model=tiny"], ["model=tiny", "micro"]),
     (["sweep", "optim.lr", "study.lrs=[1]"], ["optim.lr", "KEY=VALUE"]),
     (["sweep", "--resolve"], ["--resolve", "--cfg"]),
+    (["ramp", "schedule=cosine"], ["schedule.kind=cosine", "must be ramp"]),
+    (["ramp", "schedule.min_lr=0"], ["schedule.min_lr=0", "above 0"]),
+    (["ramp", "optim.lr=1e-5"], ["schedule.min_lr=0.0001", "optim.lr=1e-05"]),
+    (["ramp", "train.recovery=skip"], ["train.recovery=skip", "must be none"]),
+    (["ramp", "-m", "seed=0,1"], ["-m", "--json"]),
     (["data"], ["data", "prepare"]),
     (["data", "clean"], ["clean", "prepare"]),
 ]
@@ -275,6 +280,7 @@ def test_help_and_version(capsys):
 
 COMMANDS = {
     "train": ("--multirun", "--cfg", "-cd, --config-dir", "-cn, --config-name", "--hydra-help", "optim.lr"),
+    "ramp": ("--json", "--cfg", "schedule.min_lr"),
     "sweep": ("--dry-run", "--cfg", "--info", "study.lrs"),
     "status": ("--json",),
     "rerun": ("--cfg",),

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from helpers import TINY, configured, metrics, run, tiny
 from matplotlib.image import imread
-from studies import ended, running, wait_for
+from studies import asked, ended, running, wait_for
 
 from stabrun.cli.ramp import DEFAULTS, search_range, with_defaults
+from stabrun.config import UserError
 from stabrun.record.run_dir import RunDir
 from stabrun.report.ramp import ramp_chart
 from stabrun.training.run import Run, train
@@ -156,10 +157,17 @@ def test_own_words_replace_the_defaults():
     assert config.schedule.min_lr == LOW
 
 
+def test_a_grid_may_have_ramps_and_a_search_not():
+    plan = asked("schedule=ramp", "study.lrs=[1,5]", "study.seeds=1")
+    assert {plan.config(cell).schedule.kind for cell in plan.cells.values()} == {"ramp"}
+    with pytest.raises(UserError, match="schedule=ramp: a search keeps"):
+        asked("schedule=ramp", "study.strategy=frontier", "study.lr_range=[0.1,1]")
+
+
 def test_the_command_prints_and_writes_what_the_ramp_shows(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, *COMMAND, "run_dir=run")
-    assert (status, err) == (0, "")
+    assert status == 0, err
     found = Ramp.of_rows(list(RunDir(Path("run")).rows()))
     facts = json.loads(Path("run/ramp.json").read_text())
     assert found.edge.reason == "rise"
