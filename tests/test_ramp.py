@@ -184,6 +184,24 @@ def test_the_command_prints_and_writes_what_the_ramp_shows(capsys, tmp_path, mon
     assert metrics(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize(
+    ("words", "reason", "said"),
+    [
+        (("optim.lr=2e-3", "train.steps=60"), "no_rise", "raise optim.lr"),
+        (("schedule.min_lr=1e17", "optim.lr=1e18", "optim.weight_decay=0"), "no_learning", "lower schedule.min_lr"),
+        (("train.steps=15",), "too_short", "raise train.steps"),
+    ],
+)
+def test_a_ramp_without_an_edge_tells_why(capsys, tmp_path, words, reason, said):
+    status, out, _ = run(capsys, *COMMAND, *words, f"run_dir={tmp_path / 'run'}")
+    facts = json.loads((tmp_path / "run" / "ramp.json").read_text())
+    assert status == 0
+    assert "no edge: " in out
+    assert said in out
+    assert (facts["reason"], facts["edge_lr"], facts["lr_range"]) == (reason, None, None)
+    assert imread(facts["figure"]).size
+
+
 def test_ctrl_c_and_the_same_command_again(capsys, tmp_path, monkeypatch):
     launch = Run.launch
 

@@ -13,7 +13,7 @@ from stabrun.record.jsonl import jsonable, write_atomic, write_checked
 from stabrun.record.run_dir import RunDir
 from stabrun.record.schema import INTERRUPTED, Row
 from stabrun.text import rate_text, shown, warn
-from stabrun.verdict.ramp import FOUND, NO_LEARNING, NO_RISE, NONFINITE, TOO_SHORT, Edge, Ramp, first_site
+from stabrun.verdict.ramp import FOUND, NO_LEARNING, NO_RISE, NONFINITE, SPREAD, TOO_SHORT, Edge, Ramp, first_site
 from stabrun.verdict.wording import interrupted_line, short, too_short
 
 DEFAULTS = ("schedule=ramp", "optim.lr=5", "train.steps=400", "train.val_every=0")
@@ -38,6 +38,7 @@ def ramp(config: Config, as_json: bool = False) -> int:
 
     Raises UserError if the configuration is not that of a ramp.
     """
+    from stabrun.training.place import Place
     from stabrun.training.run import train
 
     refuse_others(config)
@@ -48,6 +49,8 @@ def ramp(config: Config, as_json: bool = False) -> int:
         if summary["status"] == INTERRUPTED:
             print(interrupted_line(summary))
             return 130
+    if not Place.here().first:  # torchrun starts the command once per rank
+        return 0
     facts = result(config)
     print(json.dumps(facts, indent=1) if as_json else "\n".join(shown(line) for line in lines(facts)))
     return 0
@@ -122,7 +125,8 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     else:
         site = f", first in {facts['first_site']}" if facts["first_site"] else ""
         yield f"edge: {rate_text(facts['edge_lr'])} at step {facts['edge_step']}{site}; {REASONS[facts['reason']]}"
-        yield f"guess at lr50: {rate_text(facts['lr50_guess'])}"
+        guess, factor = rate_text(facts["lr50_guess"]), f"{2**SPREAD:.1f}"
+        yield f"guess at lr50: {guess}; its standard deviation is a factor of {factor} for the smallest model"
         ends = ",".join(map(rate_text, facts["lr_range"]))
         yield f"range for a search: study.strategy=frontier study.lr_range=[{ends}]"
     yield f"figure: {facts['figure'] or 'not drawn; it needs the package matplotlib and a finite loss'}"

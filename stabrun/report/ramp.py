@@ -33,7 +33,7 @@ def ramp_chart(ramp: Ramp, rows: Sequence[Row], lr_range: Sequence[float] | None
 
 
 def loss_panel(ramp: Ramp, lr_range: Sequence[float] | None, x: Axis, title: str) -> Panel:
-    low, high = float(ramp.levels.min()), ABOVE * float(ramp.losses[0])
+    low, high = min(float(ramp.levels.min()), float(ramp.losses[0])), ABOVE * float(ramp.losses[0])
     span = low - 0.12 * (high - low), high
     step = Marks(color=FAINT, dash="solid", width=0.6, opacity=0.6, label="loss of each step")
     level = Marks(dash="solid", width=1.6, label=f"median of {ramp.window} steps")

@@ -18,7 +18,7 @@ from stabrun.verdict.signals import Signals, first_nonfinite
 
 RISE = STRICTNESS["lenient"]
 FOUND, NONFINITE, NO_RISE, NO_LEARNING, TOO_SHORT = "rise", "nonfinite_loss", "no_rise", "no_learning", "too_short"
-OFFSET, SPREAD = -0.3, 0.7  # octaves: mean and standard deviation of edge minus lr50, see docs/ramp.md
+OFFSET, SPREAD = -0.07, 0.73  # octaves: mean and standard deviation of edge minus lr50, see docs/ramp.md
 REACH = 2.5  # standard deviations to each end of the range for a search: that of its prior is a fifth of the range
 FAR = 10.0  # times the first loss; how far a diverged loss is beyond that says nothing
 
