@@ -9,7 +9,7 @@ import questplus
 from scipy.stats import norm
 
 from stabrun.record.schema import Interval
-from stabrun.study.frontier import LEVEL, Frontier, ParameterGrid, ratio
+from stabrun.study.frontier import GRADE_LAPSE, LEVEL, OFFSETS, TAIL, Frontier, ParameterGrid, ratio
 
 LOW, OCTAVES = 2.0**-12, 10
 GRID = ParameterGrid(LOW, LOW * 2**OCTAVES)
@@ -105,6 +105,95 @@ def test_posterior_is_bayes_in_any_order():
     np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-300)
     picked = weights[::997]
     np.testing.assert_allclose(one[::997] / one[::997].sum(), picked / picked.sum(), rtol=1e-9, atol=1e-300)
+
+
+def grade_probabilities(z, lapse, calm, early):
+    """Of (diverged, clear): an ordered probit with three thresholds, lapses, and arbitrary grades."""
+    latent = {
+        (False, True): norm.cdf(-calm - z),
+        (False, False): norm.cdf(-z) - norm.cdf(-calm - z),
+        (True, False): norm.cdf(z) - norm.cdf(z - early),
+        (True, True): norm.cdf(z - early),
+    }
+    lapsed = {outcome: lapse / 4 + (1 - lapse) * p for outcome, p in latent.items()}
+    return {
+        (diverged, clear): (1 - GRADE_LAPSE) * p + GRADE_LAPSE / 2 * (p + lapsed[diverged, not clear])
+        for (diverged, clear), p in lapsed.items()
+    }
+
+
+def test_posterior_of_graded_runs_by_brute_force():
+    """All combinations of μ, s, λ and both offsets, one after another, on a small grid."""
+    grid = ParameterGrid(2.0**-4, 2.0**-3, spreads=(0.3, 1.0), lapses=(0.0, 0.05))
+    runs = [(2.0**-3, True, True), (2.0**-3.5, True, False), (2.0**-4, False, True), (2.0**-3.2, False, False)]
+    expected = []
+    for weight, threshold, spread, lapse in zip(grid.prior, *grid.points, strict=True):
+        total = 0.0
+        for calm, early in itertools.product(OFFSETS, OFFSETS):
+            chances = (
+                grade_probabilities((math.log2(rate) - threshold) / spread, lapse, calm, early)[diverged, clear]
+                for rate, diverged, clear in runs
+            )
+            total += weight * math.prod(chances) / len(OFFSETS) ** 2
+        expected.append(total)
+    found = Frontier.of(grid, runs).posterior
+    np.testing.assert_allclose(found, np.array(expected) / sum(expected), rtol=1e-7, atol=1e-14)
+    np.testing.assert_allclose(Frontier.of(grid, runs[::-1]).posterior, found, rtol=1e-9, atol=1e-300)
+
+
+@pytest.mark.parametrize("rate", [2.0**-12, 2.0**-7, 2.0**-2])
+def test_outcomes_with_and_without_grades_have_probabilities_that_add_up(rate):
+    for diverged in (True, False):
+        parts = [GRID.outcome_probability(rate, diverged, clear) for clear in (True, False)]
+        whole = GRID.outcome_probability(rate, diverged, None)
+        np.testing.assert_allclose(parts[0] + parts[1], np.broadcast_to(whole, parts[0].shape), atol=1e-15)
+        assert min(map(np.min, parts)) >= 0
+    both = [GRID.outcome_probability(rate, diverged, None) for diverged in (True, False)]
+    np.testing.assert_allclose(both[0] + both[1], 1.0, atol=1e-15)
+
+
+def test_grades_determine_the_spread_without_moving_the_threshold():
+    """A steep edge in three thresholds instead of one; symmetric grades do not move it."""
+    outcomes = {-1.0: (False, True), -0.3: (False, False), 0.3: (True, False), 1.0: (True, True)}
+    runs = [(2.0 ** (MIDDLE + octaves), *outcome) for octaves, outcome in outcomes.items() for _ in range(3)]
+    bits = Frontier.of(GRID, [run[:2] for run in runs])
+    graded = Frontier.of(GRID, runs)
+    assert graded.spread()["high"] < bits.spread()["high"]
+    widths = [math.log2(found.rate_at(0.5)["high"] / found.rate_at(0.5)["low"]) for found in (graded, bits)]
+    assert widths[0] < 0.8 * widths[1]
+    assert math.log2(graded.rate_at(0.5)["median"]) == pytest.approx(MIDDLE, abs=0.1)
+
+
+def test_a_centre_is_where_the_search_begins_and_is_given_up_if_it_is_wrong():
+    centred = ParameterGrid(GRID.low, GRID.high, centre=2.0**-4.5)
+    assert math.log2(Frontier(centred).next_rate()[0]) == pytest.approx(-4.5, abs=0.3)
+    found = Frontier(centred).threshold()
+    assert found @ centred.thresholds == pytest.approx(0.9 * -4.5 + 0.1 * MIDDLE, abs=0.05)
+    for away in (-2.0, 2.0):
+        frontier, count = Frontier(centred), 0
+        while not frontier.known_to(0.25):
+            rate, _ = frontier.next_rate()
+            frontier, count = frontier.after(rate, math.log2(rate) > -4.5 + away), count + 1
+        ends = frontier.rate_at(0.5)
+        assert math.log2(ends["low"]) <= -4.5 + away <= math.log2(ends["high"])
+        assert count < 40
+
+
+def test_a_centre_beyond_the_range_is_no_result():
+    centred = ParameterGrid(GRID.low, GRID.high, centre=2.0**4)
+    assert Frontier(centred).known_to(0.25) is False
+
+
+@pytest.mark.parametrize(("spread", "left", "expected"), [(0.5, 40, False), (0.5, 3, True), (2.0, 40, True)])
+def test_a_width_is_out_of_reach_if_even_the_best_outcomes_would_not_give_it(spread, left, expected):
+    """With a known spread, precisions add: that of μ now, and 1/s² for each further run."""
+    grid = ParameterGrid(GRID.low, GRID.high, spreads=(spread,), lapses=(0.0,))
+    frontier = Frontier.of(grid, [(2.0 ** (MIDDLE + octaves), octaves > 0) for octaves in (-0.6, -0.2, 0.2, 0.6)])
+    weights = frontier.threshold()
+    variance = weights @ (grid.thresholds - weights @ grid.thresholds) ** 2
+    half = norm.ppf(1 - TAIL) / math.sqrt(1 / variance + left / spread**2)
+    assert (half > 0.25) == expected
+    assert frontier.out_of_reach(0.25, left) is expected
 
 
 def test_expected_entropy_is_the_mean_over_both_outcomes():

@@ -1,10 +1,19 @@
 """The stability frontier: the learning rate at which half of the seeds diverge, by Bayesian adaptive search; no torch.
 
-A run at learning rate η diverges with probability λ/2 + (1 − λ)·Φ((log₂ η − μ)/s). μ is the threshold and s its spread
-over seeds, both in octaves; the lapse λ is the share of runs whose outcome does not depend on the learning rate. The
-posterior over (μ, s, λ) is computed on a grid of parameters. The next run is the one with the largest expected decrease
-of the entropy of μ per training step. QUEST+ (Watson 2017, doi 10.1167/17.3.10) uses the entropy of all parameters,
-which is the same if s and λ are known.
+A run at learning rate η diverges with probability λ/2 + (1 − λ)·Φ(z), z = (log₂ η − μ)/s. μ is the threshold and s its
+spread over seeds, both in octaves; the lapse λ is the share of runs whose outcome does not depend on the learning rate.
+
+A run may have a grade as well: whether its outcome is clear. Grades follow an ordered probit with the same z: a run is
+clearly stable with probability λ/4 + (1 − λ)·Φ(−z − a), and clearly diverged with probability λ/4 + (1 − λ)·Φ(z − b).
+The distances a and b of these two thresholds from μ, in units of s, are unknown: they have independent flat priors on
+`OFFSETS`. Because μ is defined by divergence alone, and a and b are free, grades say little about μ that divergences do
+not; but they share s, which a few outcomes of two kinds hardly determine. A share GRADE_LAPSE of grades is arbitrary.
+
+The posterior over (μ, s, λ, a, b) is computed on a grid of parameters. For given (μ, s, λ), stable runs concern only a
+and diverged runs only b, so that the likelihood is a product of two sums. The next run is the one with the largest
+expected decrease of the entropy of μ per training step, by its outcome without its grade. QUEST+ (Watson 2017, doi
+10.1167/17.3.10) uses the entropy of all parameters, which is the same if s and λ are known. Here it gave less precise
+thresholds in as many runs.
 """
 
 from collections.abc import Iterable
@@ -22,12 +31,16 @@ Floats = NDArray[np.float64]
 STEP = 0.05  # octaves between thresholds of the parameter grid
 RATE_STEP = 0.1  # octaves between candidate learning rates
 MARGIN = 3.0  # octaves beyond the range in which thresholds have prior probability
+CENTRE_SD = 0.5  # octaves; standard deviation of the threshold about a centre that is given
+WRONG_CENTRE = 0.1  # prior probability that the centre given says nothing
 CENTRAL = 0.2  # prior standard deviation of the threshold about the middle of the range, as a share of its width
 SPREADS = np.geomspace(0.1, 3.0, 10)
 # Median of the prior of s, in octaves, and standard deviation of log s: chosen on simulations, such that intervals have
-# their nominal coverage for true spreads from 0.3 to 1.2 and twelve runs give the smallest error.
-PRIOR_SPREAD, PRIOR_SPREAD_SD = 0.8, 1.0
+# their nominal coverage for true spreads from 0.3 to 1.2 (scripts/search_simulation.py).
+PRIOR_SPREAD, PRIOR_SPREAD_SD = 1.2, 1.0
 LAPSES, LAPSE_WEIGHTS = np.array([0.0, 0.05]), np.array([0.7, 0.3])
+OFFSETS = np.array([0.25, 0.5, 1.0, 2.0, 4.0])  # of a clearly stable and a clearly diverged run from μ, in units of s
+GRADE_LAPSE = 0.05
 LEVEL = 0.95  # of every interval
 TAIL = (1 - LEVEL) / 2
 DRAWS = 20_000
@@ -35,10 +48,16 @@ DRAWS = 20_000
 
 @dataclass(frozen=True)
 class ParameterGrid:
-    """The parameters (μ, s, λ) considered for the range of learning rates [low, high], and the candidate rates."""
+    """The parameters (μ, s, λ) considered for the range of learning rates [low, high], and the candidate rates.
+
+    `centre`: a learning rate near which the threshold is expected, and `centre_sd`: the standard deviation of log₂ of
+    their ratio, in octaves. Without it, the threshold is expected about the middle of the range.
+    """
 
     low: float
     high: float
+    centre: float | None = None
+    centre_sd: float = CENTRE_SD
     spreads: tuple[float, ...] = tuple(SPREADS)
     lapses: tuple[float, ...] = tuple(LAPSES)
 
@@ -61,18 +80,42 @@ class ParameterGrid:
 
     @cached_property
     def prior(self) -> Floats:
-        """Normal in the threshold about the middle of the range, log-normal in the spread: `[points]`."""
-        thresholds, spreads, lapses = self.points
-        middle, width = np.log2(self.low * self.high) / 2, np.log2(self.high / self.low)
-        z_threshold = (thresholds - middle) / (CENTRAL * width)
+        """Of the threshold as below, log-normal in the spread: `[points]`."""
+        _, spreads, lapses = self.points
         z_spread = np.log(spreads / PRIOR_SPREAD) / PRIOR_SPREAD_SD
-        weights = np.exp(-(z_threshold**2 + z_spread**2) / 2) * np.interp(lapses, LAPSES, LAPSE_WEIGHTS)
+        others = np.exp(-(z_spread**2) / 2) * np.interp(lapses, LAPSES, LAPSE_WEIGHTS)
+        weights = np.repeat(self.threshold_prior, len(others) // len(self.thresholds)) * others
         return weights / weights.sum()
+
+    @cached_property
+    def threshold_prior(self) -> Floats:
+        """Normal about the middle of the range; if there is a centre, mostly normal about it: `[thresholds]`."""
+        middle, width = np.log2(self.low * self.high) / 2, np.log2(self.high / self.low)
+        anywhere = _normal(self.thresholds, middle, CENTRAL * width)
+        if self.centre is None:
+            return anywhere
+        near = _normal(self.thresholds, np.log2(np.clip(self.centre, self.low, self.high)), self.centre_sd)
+        return WRONG_CENTRE * anywhere + (1 - WRONG_CENTRE) * near
 
     def divergence_probability(self, rates: Floats) -> Floats:
         """Probability that a run at log₂ rates `[n]` diverges, given each point: `[n, points]`."""
         thresholds, spreads, lapses = self.points
         return lapses / 2 + (1 - lapses) * ndtr((rates[:, None] - thresholds) / spreads)
+
+    def outcome_probability(self, rate: float, diverged: bool, clear: bool | None) -> Floats:
+        """Probability of an outcome at a learning rate, given each point and offset: `[points, offsets]`.
+
+        If it has no grade (`clear` is None), it does not depend on the offset: `[points, 1]`.
+        """
+        thresholds, spreads, lapses = (axis[:, None] for axis in self.points)
+        sign = 1 if diverged else -1
+        z = sign * (np.log2(rate) - thresholds) / spreads
+        either = lapses / 2 + (1 - lapses) * ndtr(z)
+        if clear is None:
+            return either
+        clearly = lapses / 4 + (1 - lapses) * ndtr(z - OFFSETS)
+        right = clearly if clear else either - clearly
+        return (1 - GRADE_LAPSE) * right + GRADE_LAPSE / 2 * either
 
     @cached_property
     def candidates(self) -> Floats:
@@ -84,24 +127,39 @@ class Frontier:
     """The posterior of one variant. Immutable: `after` returns the posterior after one more run."""
 
     def __init__(
-        self, grid: ParameterGrid, posterior: Floats | None = None, outcomes: frozenset[bool] = frozenset()
+        self,
+        grid: ParameterGrid,
+        likelihoods: tuple[Floats, Floats] | None = None,
+        outcomes: frozenset[bool] = frozenset(),
     ) -> None:
         self.grid = grid
-        self.posterior = grid.prior if posterior is None else posterior
+        none = np.ones((len(grid.prior), len(OFFSETS)))
+        self.likelihoods = likelihoods or (none, none)  # of the stable and of the diverged runs, [points, offsets]
         self.outcomes = outcomes  # those observed
 
     @staticmethod
-    def of(grid: ParameterGrid, runs: Iterable[tuple[float, bool]]) -> "Frontier":
-        """The posterior after runs of (learning rate, whether it diverged), in any order."""
+    def of(grid: ParameterGrid, runs: Iterable[tuple[float, bool] | tuple[float, bool, bool | None]]) -> "Frontier":
+        """The posterior after runs of (learning rate, whether it diverged, whether clearly so), in any order."""
         frontier = Frontier(grid)
-        for rate, diverged in runs:
-            frontier = frontier.after(rate, diverged)
+        for run in runs:
+            frontier = frontier.after(*run)
         return frontier
 
-    def after(self, rate: float, diverged: bool) -> "Frontier":
-        p = self.grid.divergence_probability(np.array([np.log2(rate)]))[0]
-        weights = self.posterior * (p if diverged else 1 - p)
-        return Frontier(self.grid, weights / weights.sum(), self.outcomes | {diverged})
+    def after(self, rate: float, diverged: bool, clear: bool | None = None) -> "Frontier":
+        """`clear`: whether the outcome is clear; None if that is not known."""
+        stable, unstable = self.likelihoods
+        probability = self.grid.outcome_probability(rate, diverged, clear)
+        changed = (unstable if diverged else stable) * probability
+        changed = changed / changed.max()
+        likelihoods = (stable, changed) if diverged else (changed, unstable)
+        return Frontier(self.grid, likelihoods, self.outcomes | {diverged})
+
+    @cached_property
+    def posterior(self) -> Floats:
+        """Of (μ, s, λ): `[points]`."""
+        stable, unstable = self.likelihoods
+        weights = self.grid.prior * stable.mean(axis=1) * unstable.mean(axis=1)
+        return weights / weights.sum()
 
     def divergence_probability(self) -> Floats:
         """Probability that the next run diverges, at each candidate rate, `[rates]`."""
@@ -190,6 +248,18 @@ class Frontier:
         beyond = low >= np.log2(self.grid.high) or high <= np.log2(self.grid.low)
         return bool(beyond or high - low <= 2 * width)
 
+    def out_of_reach(self, width: float, runs: int) -> bool:
+        """Whether this many more runs would certainly not give lr50 to ± `width` octaves.
+
+        A run determines μ to ± s at best. Certain: with a probability of 1 − TAIL over the posterior of s.
+        """
+        joint = self.posterior.reshape(len(self.grid.thresholds), len(self.grid.spreads), -1).sum(axis=2)
+        share = np.maximum(joint.sum(axis=0), np.finfo(float).tiny)
+        mean = self.grid.thresholds @ joint / share
+        variance = ((self.grid.thresholds[:, None] - mean) ** 2 * joint).sum(axis=0) / share
+        best = 1 / (1 / variance + runs / np.square(self.grid.spreads))
+        return bool(share[-ndtri(TAIL) * np.sqrt(best) <= width].sum() < TAIL)
+
 
 def ratio(one: Frontier, other: Frontier) -> Interval:
     """The ratio of two variants' lr50, from independent draws of both posteriors.
@@ -216,3 +286,9 @@ def ratio(one: Frontier, other: Frontier) -> Interval:
 def _steps(low: float, high: float, step: float) -> Floats:
     """Equally spaced values from low to high inclusive, at most `step` apart."""
     return np.linspace(low, high, int(np.ceil((high - low) / step)) + 1)
+
+
+def _normal(values: Floats, mean: float, deviation: float) -> Floats:
+    """Normal weights of values `[n]`, with the sum 1."""
+    weights = np.exp(-np.square((values - mean) / deviation) / 2)
+    return weights / weights.sum()

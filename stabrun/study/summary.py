@@ -49,8 +49,9 @@ def by_arm(plan: Plan, rows: list[Summary]) -> dict[str, Any]:
     """The summary of each arm. Only a grid, with every seed at every rate, has LR sensitivity and best loss."""
     rows_of = {arm: [row for row in rows if row["arm"] == arm] for arm in plan.arms}
     grid = parameter_grid(plan)
+    graded = {arm: plan.arms[arm].train.steps if plan.strategy == FRONTIER else None for arm in plan.arms}
     frontiers = {
-        level: {arm: frontier(grid, own, level) for arm, own in rows_of.items() if own}
+        level: {arm: frontier(grid, own, level, graded[arm]) for arm, own in rows_of.items() if own}
         for level in STRICTNESS
         if grid is not None
     }
