@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+from scipy.special import logsumexp
 
 from stabrun.record.jsonl import number
 from stabrun.record.run_dir import RunDir
@@ -73,10 +74,10 @@ def curves() -> Arms:
 
 
 def offset_evidence(found: Frontier) -> Floats:
-    """Likelihood of each a and b, up to a factor: `[2, offsets]`."""
-    stable, unstable = found.likelihoods
-    prior = found.grid.prior
-    return np.array([(prior * unstable.mean(axis=1)) @ stable, (prior * stable.mean(axis=1)) @ unstable])
+    """Log likelihood of each a and b: `[2, offsets]`."""
+    prior, (stable, unstable) = np.log(found.grid.prior)[:, None], found.likelihoods
+    sides = (stable, unstable), (unstable, stable)
+    return np.array([logsumexp(prior + own + logsumexp(other, axis=1)[:, None], axis=0) for own, other in sides])
 
 
 def collect(directory: Path) -> None:
@@ -97,7 +98,7 @@ def main() -> None:
         print(f"| {variant} | {len(rows)} | {cells[0]} | {cells[2]} | {cells[1]} | {cells[3]} |")
     for name, arms in (("outcomes.csv", recorded()), ("curves.npz.xz", curves())):
         evidence = [offset_evidence(frontier(GRID, rows, steps=steps)) for (_, steps), rows in arms.items()]
-        pooled = np.sum(np.log(evidence), axis=0)
+        pooled = np.sum(evidence, axis=0)
         weights = np.exp(pooled - pooled.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
         print(

@@ -141,6 +141,16 @@ def test_posterior_of_graded_runs_by_brute_force():
     np.testing.assert_allclose(Frontier.of(grid, runs[::-1]).posterior, found, rtol=1e-9, atol=1e-300)
 
 
+def test_equal_outcomes_are_counted():
+    run = (2.0**-6.5, False, False)
+    one_by_one = Frontier(GRID)
+    for _ in range(7):
+        one_by_one = one_by_one.after(*run)
+    np.testing.assert_allclose(Frontier.of(GRID, [run] * 7).posterior, one_by_one.posterior, rtol=1e-9, atol=1e-300)
+    many = Frontier.of(GRID, [run] * 10_000 + [(2.0**-6.4, True, True)] * 10_000).rate_at(0.5)
+    assert 2.0**-6.55 <= many["low"] <= many["high"] <= 2.0**-6.35
+
+
 @pytest.mark.parametrize("rate", [2.0**-12, 2.0**-7, 2.0**-2])
 def test_outcomes_with_and_without_grades_have_probabilities_that_add_up(rate):
     for diverged in (True, False):

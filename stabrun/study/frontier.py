@@ -16,13 +16,14 @@ expected decrease of the entropy of μ per training step, by its outcome without
 thresholds in as many runs.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri, xlogy
+from scipy.special import logsumexp, ndtr, ndtri, xlogy
 
 from stabrun.record.schema import Interval
 
@@ -133,32 +134,31 @@ class Frontier:
         outcomes: frozenset[bool] = frozenset(),
     ) -> None:
         self.grid = grid
-        none = np.ones((len(grid.prior), len(OFFSETS)))
-        self.likelihoods = likelihoods or (none, none)  # of the stable and of the diverged runs, [points, offsets]
+        none = np.zeros((len(grid.prior), len(OFFSETS)))
+        self.likelihoods = likelihoods or (none, none)  # log, of the stable and the diverged runs: [points, offsets]
         self.outcomes = outcomes  # those observed
 
     @staticmethod
     def of(grid: ParameterGrid, runs: Iterable[tuple[float, bool] | tuple[float, bool, bool | None]]) -> "Frontier":
         """The posterior after runs of (learning rate, whether it diverged, whether clearly so), in any order."""
         frontier = Frontier(grid)
-        for run in runs:
-            frontier = frontier.after(*run)
+        for run, count in Counter(runs).items():
+            frontier = frontier.after(*run, count=count)
         return frontier
 
-    def after(self, rate: float, diverged: bool, clear: bool | None = None) -> "Frontier":
-        """`clear`: whether the outcome is clear; None if that is not known."""
+    def after(self, rate: float, diverged: bool, clear: bool | None = None, *, count: int = 1) -> "Frontier":
+        """After `count` runs with the same outcome. `clear`: whether it is clear; None if that is not known."""
         stable, unstable = self.likelihoods
-        probability = self.grid.outcome_probability(rate, diverged, clear)
-        changed = (unstable if diverged else stable) * probability
-        changed = changed / changed.max()
-        likelihoods = (stable, changed) if diverged else (changed, unstable)
+        with np.errstate(divide="ignore"):  # log 0
+            more = count * np.log(self.grid.outcome_probability(rate, diverged, clear))
+        likelihoods = (stable, unstable + more) if diverged else (stable + more, unstable)
         return Frontier(self.grid, likelihoods, self.outcomes | {diverged})
 
     @cached_property
     def posterior(self) -> Floats:
         """Of (μ, s, λ): `[points]`."""
-        stable, unstable = self.likelihoods
-        weights = self.grid.prior * stable.mean(axis=1) * unstable.mean(axis=1)
+        logs = np.log(self.grid.prior) + sum(logsumexp(each, axis=1) for each in self.likelihoods)
+        weights = np.exp(logs - logs.max())
         return weights / weights.sum()
 
     def divergence_probability(self) -> Floats:

@@ -58,11 +58,15 @@ def frontier(
 
     Grades are those of a search: with a learning rate that decays, a loss comes back to its lowest level at the end.
     """
-    found = Frontier(grid)
-    for row in rows:
-        if (diverged := outcome(row, strictness)) is not None:
-            found = found.after(row["lr"], diverged, clear(row, steps, strictness) if steps else None)
-    return found
+    outcomes = ((row, outcome(row, strictness)) for row in rows)
+    return Frontier.of(
+        grid,
+        (
+            (row["lr"], diverged, clear(row, steps, strictness) if steps else None)
+            for row, diverged in outcomes
+            if diverged is not None
+        ),
+    )
 
 
 def diverged_cost(plan: Plan, arm: str, rows: Iterable[Summary]) -> float:
