@@ -64,6 +64,7 @@ def test_outcome_of_a_run(verdict, reason, final, expected):
         ({"verdict": "diverged", "first_bad_step": 20, "final_loss": "nan"}, "standard", True),
         ({"verdict": "diverged"}, "standard", None),
         ({"final_loss": None}, "standard", None),
+        ({"final_loss": 5.5, "verdict": "undecided", "reason": "no_learning"}, "standard", None),
     ],
 )
 def test_an_outcome_is_clear_early_or_at_the_lowest_level(facts, strictness, expected):

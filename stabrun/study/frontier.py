@@ -45,6 +45,7 @@ GRADE_LAPSE = 0.05
 LEVEL = 0.95  # of every interval
 TAIL = (1 - LEVEL) / 2
 DRAWS = 20_000
+TINY = 1e-30  # instead of zero in a denominator
 
 
 @dataclass(frozen=True)
@@ -254,9 +255,9 @@ class Frontier:
         A run determines μ to ± s at best. Certain: with a probability of 1 − TAIL over the posterior of s.
         """
         joint = self.posterior.reshape(len(self.grid.thresholds), len(self.grid.spreads), -1).sum(axis=2)
-        share = np.maximum(joint.sum(axis=0), np.finfo(float).tiny)
+        share = np.maximum(joint.sum(axis=0), TINY)
         mean = self.grid.thresholds @ joint / share
-        variance = ((self.grid.thresholds[:, None] - mean) ** 2 * joint).sum(axis=0) / share
+        variance = np.maximum(((self.grid.thresholds[:, None] - mean) ** 2 * joint).sum(axis=0) / share, TINY)
         best = 1 / (1 / variance + runs / np.square(self.grid.spreads))
         return bool(share[-ndtri(TAIL) * np.sqrt(best) <= width].sum() < TAIL)
 

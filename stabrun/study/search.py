@@ -29,20 +29,19 @@ def outcome(row: Summary, strictness: str = STANDARD) -> bool | None:
 
 
 def clear(row: Summary, steps: int, strictness: str = STANDARD) -> bool | None:
-    """Whether the outcome of a run that is not undecided is clear. None if the summary does not tell.
+    """Whether the outcome of a run is clear. None if it is undecided, or if the summary does not tell.
 
     It is if a run of `steps` steps diverged before EARLY of them, or if its loss never rose and ended at its lowest
     level: above it by less than CALM times the least rise of the rule.
     """
-    if outcome(row, strictness):
-        since = row.get("first_bad_step")
-        return None if since is None else since < EARLY * steps
-    initial, best, final = (row.get(key) for key in ("init_loss", "best_loss", "final_loss"))
-    if initial is None or best is None or final is None:
+    verdict = row["by_strictness"].get(strictness, row["verdict"])
+    since, initial, best, final = (row.get(key) for key in ("first_bad_step", "init_loss", "best_loss", "final_loss"))
+    if verdict == DIVERGED:
+        return None if since is None else number(since) < EARLY * steps
+    if verdict == UNDECIDED or initial is None or best is None or final is None:
         return None
     rise, learned = number(final) - number(best), number(initial) - number(best)
-    level = row["by_strictness"].get(strictness, row["verdict"])
-    return bool(level == CONVERGED and rise < CALM * STRICTNESS[strictness].share * learned)
+    return bool(verdict == CONVERGED and rise < CALM * STRICTNESS[strictness].share * learned)
 
 
 def parameter_grid(plan: Plan) -> ParameterGrid | None:
