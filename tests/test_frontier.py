@@ -26,8 +26,9 @@ def searched(threshold, spread, random, runs=12):
         if outcomes not in NEXT_RATES:
             NEXT_RATES[outcomes] = frontier.next_rate()[0]
         rate = NEXT_RATES[outcomes]
-        diverged = bool(random.random() < norm.cdf((math.log2(rate) - threshold) / spread))
-        frontier, outcomes = frontier.after(rate, diverged), (*outcomes, diverged)
+        z = (math.log2(rate) - threshold) / spread + random.normal()
+        outcome = bool(z > 0), bool(z > 1.2 if z > 0 else z < -0.6)
+        frontier, outcomes = frontier.after(rate, *outcome), (*outcomes, outcome)
     return frontier
 
 
