@@ -5,7 +5,7 @@ if z > 0, and its outcome is clear if z < −a or z > b. The true threshold μ i
 octaves, as in the prior, unless the line says how far it is from there. A search of up to 60 runs is followed until its
 interval has the width asked for, or certainly cannot get it. Printed for each line: coverage of the interval after 12
 runs and at the end, median number of runs, share of the searches that reached the width, and the root mean square error
-of log₂ lr50 at the end. `--bits` leaves the grades and the centres out, and runs with earlier versions too.
+of log₂ lr50 at the end. `--bits` leaves the grades out, and runs with earlier versions too.
 
     python scripts/search_simulation.py --searches 300
 """
@@ -35,9 +35,6 @@ class Case:
     early: float = 1.2
     lapse: float = 0.0
     arbitrary: float = 0.0  # share of the grades that say nothing
-    # Of the prior, from the threshold in octaves: a standard deviation or, if it is `wrong`, the same for all searches.
-    centre: float | None = None
-    wrong: bool = False
 
     def outcome(self, octaves: float, random: np.random.Generator) -> tuple[bool, bool]:
         """(diverged, clear) of a run `octaves` above the threshold."""
@@ -93,15 +90,6 @@ CASES = {
     "grades at 1.2 and 0.4 s, spread 1.2": Case(1.2, calm=1.2, early=0.4),
     "grades at 3 and 0.3 s, spread 0.6": Case(0.6, calm=3.0, early=0.3),
 }
-CENTRES = {
-    f"{name}, spread {spread}": Case(spread, centre=centre, wrong=wrong)
-    for spread in (0.3, 0.6)
-    for name, centre, wrong in (
-        ("centre known to 0.5 octaves", 0.5, False),
-        ("centre 2 octaves too low", -2.0, True),
-        ("centre 2 octaves too high", 2.0, True),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -119,9 +107,6 @@ def search(case: Case, graded: bool, seed: int) -> End:
     random = np.random.default_rng(seed)
     offset = case.shift if case.shift is not None else float(np.clip(random.normal(0, 2), -4.5, 4.5))
     truth, frontier = MIDDLE + offset, Frontier(GRID)
-    if case.centre is not None:
-        away = case.centre if case.wrong else float(random.normal(0, case.centre))
-        frontier = Frontier(ParameterGrid(LOW, LOW * 2**OCTAVES, centre=2.0 ** (truth + away)))
     runs, divergences, early = 0, 0, True
     while not (reached := frontier.known_to(WIDTH)) and runs < MOST and not (hopeless(frontier, runs)):
         rate, _ = frontier.next_rate(diverged_cost=(0.5 + divergences) / (1 + divergences))
@@ -159,7 +144,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     columns = "outcomes", "coverage after 12 runs", "at the end", "runs", "± 0.25 reached", "RMSE, octaves"
     print(f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", sep="\n")
-    for name, case in (CASES if arguments.bits else CASES | CENTRES).items():
+    for name, case in (CASES).items():
         if not name.startswith(arguments.only):
             continue
         ends = [search(case, not arguments.bits, seed) for seed in range(arguments.searches)]

@@ -175,26 +175,6 @@ def test_grades_determine_the_spread_without_moving_the_threshold():
     assert math.log2(graded.rate_at(0.5)["median"]) == pytest.approx(MIDDLE, abs=0.1)
 
 
-def test_a_centre_is_where_the_search_begins_and_is_given_up_if_it_is_wrong():
-    centred = ParameterGrid(GRID.low, GRID.high, centre=2.0**-4.5)
-    assert math.log2(Frontier(centred).next_rate()[0]) == pytest.approx(-4.5, abs=0.3)
-    found = Frontier(centred).threshold()
-    assert found @ centred.thresholds == pytest.approx(0.9 * -4.5 + 0.1 * MIDDLE, abs=0.05)
-    for away in (-2.0, 2.0):
-        frontier, count = Frontier(centred), 0
-        while not frontier.known_to(0.25):
-            rate, _ = frontier.next_rate()
-            frontier, count = frontier.after(rate, math.log2(rate) > -4.5 + away), count + 1
-        ends = frontier.rate_at(0.5)
-        assert math.log2(ends["low"]) <= -4.5 + away <= math.log2(ends["high"])
-        assert count < 40
-
-
-def test_a_centre_beyond_the_range_is_no_result():
-    centred = ParameterGrid(GRID.low, GRID.high, centre=2.0**4)
-    assert Frontier(centred).known_to(0.25) is False
-
-
 @pytest.mark.parametrize(("spread", "left", "expected"), [(0.5, 40, False), (0.5, 3, True), (2.0, 40, True)])
 def test_a_width_is_out_of_reach_if_even_the_best_outcomes_would_not_give_it(spread, left, expected):
     """With a known spread, precisions add: that of μ now, and 1/s² for each further run."""

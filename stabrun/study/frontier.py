@@ -32,8 +32,6 @@ Floats = NDArray[np.float64]
 STEP = 0.05  # octaves between thresholds of the parameter grid
 RATE_STEP = 0.1  # octaves between candidate learning rates
 MARGIN = 3.0  # octaves beyond the range in which thresholds have prior probability
-CENTRE_SD = 0.5  # octaves; standard deviation of the threshold about a centre that is given
-WRONG_CENTRE = 0.1  # prior probability that the centre given says nothing
 CENTRAL = 0.2  # prior standard deviation of the threshold about the middle of the range, as a share of its width
 SPREADS = np.geomspace(0.1, 3.0, 10)
 # Median of the prior of s, in octaves, and standard deviation of log s: chosen on simulations, such that intervals have
@@ -50,16 +48,10 @@ TINY = 1e-30  # instead of zero in a denominator
 
 @dataclass(frozen=True)
 class ParameterGrid:
-    """The parameters (μ, s, λ) considered for the range of learning rates [low, high], and the candidate rates.
-
-    `centre`: a learning rate near which the threshold is expected, and `centre_sd`: the standard deviation of log₂ of
-    their ratio, in octaves. Without it, the threshold is expected about the middle of the range.
-    """
+    """The parameters (μ, s, λ) considered for the range of learning rates [low, high], and the candidate rates."""
 
     low: float
     high: float
-    centre: float | None = None
-    centre_sd: float = CENTRE_SD
     spreads: tuple[float, ...] = tuple(SPREADS)
     lapses: tuple[float, ...] = tuple(LAPSES)
 
@@ -82,22 +74,13 @@ class ParameterGrid:
 
     @cached_property
     def prior(self) -> Floats:
-        """Of the threshold as below, log-normal in the spread: `[points]`."""
-        _, spreads, lapses = self.points
-        z_spread = np.log(spreads / PRIOR_SPREAD) / PRIOR_SPREAD_SD
-        others = np.exp(-(z_spread**2) / 2) * np.interp(lapses, LAPSES, LAPSE_WEIGHTS)
-        weights = np.repeat(self.threshold_prior, len(others) // len(self.thresholds)) * others
-        return weights / weights.sum()
-
-    @cached_property
-    def threshold_prior(self) -> Floats:
-        """Normal about the middle of the range; if there is a centre, mostly normal about it: `[thresholds]`."""
+        """Normal in the threshold about the middle of the range, log-normal in the spread: `[points]`."""
+        thresholds, spreads, lapses = self.points
         middle, width = np.log2(self.low * self.high) / 2, np.log2(self.high / self.low)
-        anywhere = _normal(self.thresholds, middle, CENTRAL * width)
-        if self.centre is None:
-            return anywhere
-        near = _normal(self.thresholds, np.log2(np.clip(self.centre, self.low, self.high)), self.centre_sd)
-        return WRONG_CENTRE * anywhere + (1 - WRONG_CENTRE) * near
+        z_threshold = (thresholds - middle) / (CENTRAL * width)
+        z_spread = np.log(spreads / PRIOR_SPREAD) / PRIOR_SPREAD_SD
+        weights = np.exp(-(z_threshold**2 + z_spread**2) / 2) * np.interp(lapses, LAPSES, LAPSE_WEIGHTS)
+        return weights / weights.sum()
 
     def divergence_probability(self, rates: Floats) -> Floats:
         """Probability that a run at log₂ rates `[n]` diverges, given each point: `[n, points]`."""
@@ -287,9 +270,3 @@ def ratio(one: Frontier, other: Frontier) -> Interval:
 def _steps(low: float, high: float, step: float) -> Floats:
     """Equally spaced values from low to high inclusive, at most `step` apart."""
     return np.linspace(low, high, int(np.ceil((high - low) / step)) + 1)
-
-
-def _normal(values: Floats, mean: float, deviation: float) -> Floats:
-    """Normal weights of values `[n]`, with the sum 1."""
-    weights = np.exp(-np.square((values - mean) / deviation) / 2)
-    return weights / weights.sum()
