@@ -179,10 +179,12 @@ def train(config: Config) -> Run:
 
     Raises UserError if the configuration, its data or its run directory do not allow it.
     """
+    from stabrun.training.offline import write_run
     from stabrun.training.run import train
 
-    train(config)
-    return Run(run_dir(config))
+    summary, run = train(config), Run(run_dir(config))
+    write_run(config.tracker, run.files, summary)
+    return run
 
 
 load_run, load_study = Run, Study

@@ -9,12 +9,13 @@ import sys
 
 import pytest
 
+from stabrun import api
 from stabrun.cli.main import main
 from stabrun.composition import compose, override
 from stabrun.config import conf_dir, groups
 from stabrun.data.shards import prepare
 from stabrun.record.run_dir import RunDir
-from stabrun.training.run import Run, train
+from stabrun.training.run import Run
 from stabrun.training.trainer import Trainer
 
 TINY = (
@@ -58,6 +59,11 @@ def events(directory, kind):
     return [event for event in RunDir(directory).events() if event["event"] == kind]
 
 
+def tracked(config):
+    """Train, and have the W&B run written, as `stabrun train` does. Returns the summary."""
+    return api.train(config).summary
+
+
 def a_trainer(config):
     """A trainer on this configuration's own data."""
     return Trainer(config, prepare(config.data, config.model))
@@ -97,4 +103,4 @@ def train_interrupted(config, monkeypatch, at):
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "launch", interrupted)
-        return train(config)
+        return api.train(config).summary

@@ -13,9 +13,10 @@ import time
 import pytest
 from helpers import TINY, run
 from studies import QUESTION, ended, recorded, rows, sweep_here, sweeping, swept, trained_alone, wait_for
-from wandb_files import inspected
+from wandb_files import assert_holds, inspected
 
 from stabrun.record.study_dir import StudyDir
+from stabrun.study import sweep
 from stabrun.verdict.chart import LEAST_ROWS
 
 ONE = "study.workers=1"
@@ -66,6 +67,20 @@ def test_a_tracked_study_is_one_group_and_its_summary_is_sent_once(tmp_path, mon
     sent = [next(item["run"] for item in inspected(folder) if item["type"] == "run") for folder in (summary, train)]
     assert [facts["run_group"] for facts in sent] == ["study", "study"]
     assert [facts["display_name"] for facts in sent] == ["study: summary", "qk_norm lr=1e-2 s0"]
+
+
+def test_the_offline_runs_of_a_study_are_complete_after_a_kill_before_they_were_written(tmp_path, monkeypatch, capsys):
+    words = ("tracker=wandb", "study.lrs=[1e-2]", "study.seeds=2", "study.variants=[qk_norm]")
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "_track", lambda *_: None)
+        assert sweep_here(monkeypatch, capsys, tmp_path, *words)[0] == 0
+    study = StudyDir(tmp_path / "study")
+    assert not list(study.path.rglob("wandb/offline-run-*"))
+    assert sweep_here(monkeypatch, capsys, tmp_path, *words)[0] == 0
+    for each in study.recorded_runs():
+        (folder,) = each.path.glob("wandb/offline-run-*")
+        assert_holds(folder, list(each.rows()), norms_every=10)
+    assert len(list(study.path.glob("wandb/offline-run-*"))) == 1
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -1,18 +1,20 @@
 """Runs in W&B, read back with W&B's own tool."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from helpers import tiny, train_interrupted
+from helpers import TINY, stabrun, tiny, tracked, train_interrupted
+from studies import running, wait_for
 from wandb_files import Inspected, assert_holds
 
 from stabrun.cli.rerun import rerun_config
 from stabrun.config import run_id
 from stabrun.model.gpt import meta_gpt
 from stabrun.record.run_dir import RunDir
-from stabrun.training import tracker
-from stabrun.training.run import train
-from stabrun.training.tracker import Tracker
+from stabrun.training import offline, tracker
 
 QUICK = "tracker=wandb", "tracker.norms_every=4", "train.steps=8"
 
@@ -30,7 +32,7 @@ def assert_equal_to_record(directory):
 
 def test_an_offline_run_has_the_values_of_the_record(tmp_path):
     config = tiny(*QUICK, "tracker.tags=[mine]", "+variant=qk_norm", f"run_dir={tmp_path / 'run'}")
-    summary = train(config)
+    summary = tracked(config)
     found = assert_equal_to_record(tmp_path / "run")
     assert found.run["run_id"] == summary["run_id"]
     assert found.run["run_group"] == "qk_norm"
@@ -53,7 +55,7 @@ def test_an_offline_run_has_the_values_of_the_record(tmp_path):
 def test_a_resumed_run_is_complete_and_the_same_run(tmp_path, monkeypatch):
     config = tiny(*QUICK, f"run_dir={tmp_path / 'run'}")
     assert train_interrupted(config, monkeypatch, at=5)["status"] == "interrupted"
-    train(config)
+    tracked(config)
     assert_equal_to_record(tmp_path / "run")
     runs = [folder.name for folder in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     assert len(runs) == 2
@@ -62,27 +64,63 @@ def test_a_resumed_run_is_complete_and_the_same_run(tmp_path, monkeypatch):
 
 def test_a_rerun_of_a_run_of_a_study_has_a_name_group_and_id_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train(tiny("train.steps=3", "run_dir=run", "tracker.run_name=cell", "tracker.group=edge-0123"))
+    tracked(tiny("train.steps=3", "run_dir=run", "tracker.run_name=cell", "tracker.group=edge-0123"))
     changed = rerun_config(tmp_path / "run", ["seed=7"])
     assert (changed.tracker.run_name, changed.tracker.group) == (None, None)
     assert tracker.wandb_id(changed, RunDir(tmp_path / str(changed.run_dir))) == run_id(changed)
     config = rerun_config(tmp_path / "run", ["tracker.name=wandb"])
-    train(config)
+    tracked(config)
     opened = Inspected(latest(tmp_path / "runs" / f"{run_id(config)}-rerun")).run
     assert opened["run_id"] == f"{run_id(config)}-rerun"
     assert (opened["display_name"], opened["run_group"]) == ("baseline lr=1e-2 s0", "baseline")
 
 
-def test_a_failure_of_wandb_stops_no_run(tmp_path, monkeypatch, capsys):
-    def broken(self, row):
-        raise ConnectionError("the server went away\nwith details")
+def broken_wandb(folder, how):
+    """The environment of a process in which `import wandb` fails like this."""
+    folder.mkdir()
+    (folder / "wandb.py").write_text(f"{how}\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
 
-    monkeypatch.setattr(Tracker, "_log", broken)
-    summary = train(tiny(*QUICK, f"run_dir={tmp_path / 'run'}"))
-    assert summary["status"] == "complete"
-    err = capsys.readouterr().err
-    assert err.count("W&B logging disabled") == 1
-    assert "the server went away" in err
+
+def test_the_process_that_trains_imports_no_wandb(tmp_path):
+    watched = "import sys; from stabrun.cli.main import dispatch; dispatch(sys.argv[1:]); print('wandb' in sys.modules)"
+    words = (*TINY, *QUICK, "run_dir=run")
+    done = subprocess.run(
+        [sys.executable, "-c", watched, "train", *words], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+    assert_equal_to_record(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("raise ImportError('no such wheel')", "no such wheel"), ("import time; time.sleep(600)", "1 s")]
+)
+def test_a_failure_of_wandb_stops_no_run(tmp_path, monkeypatch, capsys, how, said):
+    for name, value in broken_wandb(tmp_path / "broken", how).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(offline, "WAIT", 1.0 if "sleep" in how else offline.WAIT)
+    monkeypatch.setattr(offline, "ROW", 0.0)
+    config = tiny(*QUICK, f"run_dir={tmp_path / 'run'}")
+    assert tracked(config)["status"] == "complete"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "W&B offline runs are incomplete" in line
+    assert said in line
+    assert not (tmp_path / "run" / "wandb" / "sent.json").exists()
+    monkeypatch.undo()
+    tracked(config)  # nothing is trained; W&B gets what it lacks
+    assert_equal_to_record(tmp_path / "run")
+    before = [folder.name for folder in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    tracked(config)
+    assert [folder.name for folder in (tmp_path / "run" / "wandb").glob("offline-run-*")] == before
+
+
+def test_a_killed_run_is_complete_after_the_next_start(tmp_path):
+    words = (*TINY, *QUICK, "train.steps=60", "train.checkpoint_every=5", "run_dir=run")
+    with running("-m", "stabrun", "train", *words, cwd=tmp_path) as process:
+        wait_for(lambda: list((tmp_path / "run").glob("checkpoints/step_*/meta.json")))
+        process.kill()
+    assert stabrun("train", *words, cwd=tmp_path).returncode == 0
+    assert_equal_to_record(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import zlib
 import helpers
 import pytest
 import wandb
-from helpers import TINY, tiny
+from helpers import TINY, tiny, tracked
 from studies import write_results
 from wandb_files import Inspected, assert_holds
 
@@ -194,7 +194,7 @@ def test_of_a_truncated_record_no_step_is_sent_twice(run, capsys):
 
 def test_what_was_tracked_is_not_sent_twice(tmp_path, capsys, monkeypatch):
     directory = tmp_path / "run"
-    train(tiny("tracker=wandb", f"run_dir={directory}"))
+    tracked(tiny("tracker=wandb", f"run_dir={directory}"))
     wandb.teardown()  # waits until all of it is on the disk
     before = files(directory)
     assert upload(directory) == 0
@@ -222,7 +222,7 @@ def test_a_resumed_run_that_is_tracked_replaces_its_state(tmp_path):
     upload(directory)
     assert (directory / "wandb" / "sent.json").exists()
     (directory / "summary.json").unlink()
-    train(tiny("tracker=wandb", f"run_dir={directory}"))
+    tracked(tiny("tracker=wandb", f"run_dir={directory}"))
     assert_holds(offline(directory)[-1], records(directory), norms_every=10)
     assert json.loads((directory / "wandb" / "sent.json").read_text())["steps"] == 30
     assert upload(directory) == 0
@@ -231,7 +231,7 @@ def test_a_resumed_run_that_is_tracked_replaces_its_state(tmp_path):
 
 def test_a_run_in_training_is_left_to_its_tracker(tmp_path, capsys):
     directory = tmp_path / "run"
-    train(tiny("tracker=wandb", f"run_dir={directory}"))
+    tracked(tiny("tracker=wandb", f"run_dir={directory}"))
     (directory / "wandb" / "sent.json").unlink()
     with open(directory / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -194,7 +194,9 @@ def objective(config: Config) -> float:
 def trained(config: Config) -> Any:
     """The summary of a run, trained now and printed."""
     from stabrun.record.jsonl import number
+    from stabrun.record.run_dir import RunDir
     from stabrun.record.schema import INTERRUPTED
+    from stabrun.training.offline import write_run
     from stabrun.training.run import train as train_run
     from stabrun.verdict.wording import interrupted_line, too_short, verdict_line
 
@@ -205,9 +207,10 @@ def trained(config: Config) -> Any:
     if summary["val_loss"] is not None:
         loss, perplexity = number(summary["val_loss"]), number(summary["val_perplexity"])
         print(f"validation loss {loss:.4f}, perplexity {perplexity:.2f}")
-    print(shown(f"record: {run_dir(config)}"))
+    print(shown(f"record: {run_dir(config)}"), flush=True)  # before W&B, which takes a moment
     if summary["status"] == INTERRUPTED:
-        print(interrupted_line(summary))
+        print(interrupted_line(summary), flush=True)
+    write_run(config.tracker, RunDir(run_dir(config)), summary)
     return summary
 
 

@@ -11,17 +11,13 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from stabrun.composition import override
 from stabrun.config import Config, TrackerConfig, UserError
 from stabrun.record.jsonl import jsonable, number
 from stabrun.record.run_dir import RunDir, refuse_links
 from stabrun.record.schema import OVER, Summary
 from stabrun.record.study_dir import StudyDir, find
 from stabrun.record.synced import OFFLINE, ONLINE, SyncState, digest, file_digest, file_digests
-from stabrun.study import results
 from stabrun.study.plan import Plan, load
-from stabrun.study.snapshot import SnapshotReader
-from stabrun.study.summary import study_summary
 from stabrun.study.tracking import images, send_study
 from stabrun.text import warn
 from stabrun.training.tracker import Identity, has_key, identity, log_row, open_run, steps_at_server, watched_identity
@@ -137,6 +133,10 @@ def destination_mode(dry_run: bool) -> str:
 
 def with_tracker(config: Config, overrides: Sequence[str]) -> Config:
     """The configuration with other tracker keys. Raises UserError at any other key."""
+    if not overrides:
+        return config
+    from stabrun.composition import override  # Hydra, which no tracked run needs
+
     for word in overrides:
         if not word.startswith("tracker."):
             raise UserError(f"{word}: only tracker keys can be changed here, such as tracker.project=NAME.")
@@ -246,6 +246,10 @@ def send(files: RunDir, tracker: TrackerConfig, sent: Identity, plan: UploadPlan
 
 def upload_study_summary(plan: Plan, study: StudyDir, target: Destination) -> bool:
     """Send a study's table, summary and figures. Returns False if W&B has them, or no run is finished."""
+    from stabrun.study import results  # SciPy, which a run does not need
+    from stabrun.study.snapshot import SnapshotReader
+    from stabrun.study.summary import study_summary
+
     rows = SnapshotReader(study.path).read(plan, attempts=False).rows
     if not rows:
         return False

@@ -9,6 +9,7 @@ from typing import Any
 
 from stabrun.config import TrackerConfig, UserError
 from stabrun.record.jsonl import read_checked, write_checked
+from stabrun.record.run_dir import RunDir
 from stabrun.record.types import wrong_field
 
 ONLINE, OFFLINE = "online", "offline"
@@ -59,6 +60,18 @@ class SyncState:
         if self.mode in (ONLINE, OFFLINE):
             (directory / FILE).parent.mkdir(exist_ok=True)
             write_checked(directory / FILE, asdict(self))
+
+
+def holds_all(run: RunDir, mode: str) -> bool:
+    """Whether W&B has all of a run's record and its summary, by the sizes and the hash that were noted."""
+    try:
+        state, summary = SyncState.load(run.path), run.summary()
+    except UserError:  # of a damaged file, about which the upload has more to say
+        return False
+    if state is None or summary is None or (mode, state.mode) == (ONLINE, OFFLINE):
+        return False
+    size = run.metrics.stat().st_size if run.metrics.is_file() else 0
+    return state.size == size and state.summary == digest(summary)
 
 
 def forget(directory: Path) -> None:

@@ -2,12 +2,16 @@
 
 import errno
 import shutil
+import sys
 import time
 from contextlib import suppress
 
 from stabrun.composition import Sources
+from stabrun.config import TrackerConfig
 from stabrun.record.run_dir import naming, refuse_links
+from stabrun.record.schema import StudySummary
 from stabrun.record.study_dir import StudyDir
+from stabrun.record.synced import OFFLINE, holds_all
 from stabrun.study import results
 from stabrun.study.dry_run import dry_run_lines
 from stabrun.study.facts import summary_lines
@@ -20,8 +24,10 @@ from stabrun.study.question import planned
 from stabrun.study.rejudge import rejudge, reopen_damaged
 from stabrun.study.search import next_run
 from stabrun.study.snapshot import Snapshot, SnapshotReader
-from stabrun.study.tracking import track_study
+from stabrun.study.tracking import knows, track_study
 from stabrun.text import shown, warn
+from stabrun.training.offline import ROW, is_offline, write
+from stabrun.training.tracker import WAIT
 from stabrun.verdict.wording import too_short
 
 POLL = 0.3  # seconds between two readings of the ledger
@@ -55,8 +61,6 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
     status = _supervise(reader, pool)
     snapshot = reader.read()
     summary = results.write(snapshot.plan, snapshot.rows, study)
-    if config.tracker.name == "wandb" and status != 130:
-        track_study(config.tracker, directory, list(map(results.result, snapshot.rows)), summary)
     marks = table(snapshot, shutil.get_terminal_size().columns)
     print("\n".join(map(shown, [*marks, LEGEND, "", *summary_lines(summary), "", f"records: {directory}"])))
     for message in failure_messages(snapshot):
@@ -64,7 +68,21 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
         status = status or 1
     if status == 130:
         print("interrupted; the same command resumes.")
+    else:
+        _track(config.tracker, snapshot, study, summary)
     return status
+
+
+def _track(tracker: TrackerConfig, snapshot: Snapshot, study: StudyDir, summary: StudySummary) -> None:
+    """Give W&B what it lacks of the study: offline, its runs too, which their workers have left to this process."""
+    table = list(map(results.result, snapshot.rows))
+    if is_offline(tracker):
+        runs = all(holds_all(study.run(cell), OFFLINE) for cell in snapshot.summaries)
+        if not runs or not knows(tracker, study.path, table, summary):
+            sys.stdout.flush()  # the answer is there; W&B takes a moment
+            write(study.path, WAIT + ROW * sum(row["steps"] for row in snapshot.rows))
+    elif tracker.name == "wandb":
+        track_study(tracker, study.path, table, summary)
 
 
 def _with_existing(asked: Plan, study: StudyDir) -> Plan:

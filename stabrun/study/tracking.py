@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stabrun.config import TrackerConfig
+from stabrun.config import TrackerConfig, UserError
 from stabrun.record.schema import Result, StudySummary
 from stabrun.record.synced import SyncState, digest, file_digests
 from stabrun.text import warn
@@ -24,11 +24,18 @@ def track_study(tracker: TrackerConfig, directory: Path, results: Table, summary
         wandb.teardown()  # waits until everything is on disk
 
     try:
-        known = SyncState.at(directory, wandb_mode(), tracker).summary == digest([results, summary])
-        if not known and not within(WAIT, send):
+        if not knows(tracker, directory, results, summary) and not within(WAIT, send):
             raise TimeoutError(f"not taken within {WAIT:.0f} s")
     except Exception as error:
         warn(f"W&B has no summary of the study ({type(error).__name__}: {error}); it is in {directory}/study.json.")
+
+
+def knows(tracker: TrackerConfig, directory: Path, results: Table, summary: StudySummary) -> bool:
+    """Whether W&B has a study's results and summary; False if what says so is damaged."""
+    try:
+        return SyncState.at(directory, wandb_mode(), tracker).summary == digest([results, summary])
+    except UserError:
+        return False
 
 
 def send_study(

@@ -1,4 +1,8 @@
-"""W&B as a projection of the record: the files are the truth, and a failure of W&B stops no run."""
+"""W&B as a projection of the record: the files are the truth, and a failure of W&B stops no run.
+
+Online, a run is sent while it trains. Offline nobody looks at it before it is over, and nothing is imported or sent
+until then: `stabrun.training.offline` has it written.
+"""
 
 import atexit
 import logging
@@ -30,6 +34,7 @@ os.environ.setdefault("WANDB_SILENT", "true")
 WAIT = 60.0  # seconds that the end of a run, or of a study, waits for W&B at most
 SHORT_WAIT = 5.0  # the same after an interruption
 POLL = 0.5  # seconds between two looks for new rows
+DISABLED = "disabled"  # the mode of W&B that sends and writes nothing
 TRIES = 5  # times that the server is asked for what it has: it may need a moment to count
 
 
@@ -37,8 +42,8 @@ class Tracker:
     """Sends the rows of `metrics.jsonl` to W&B under the run's own id, so that a resumed run is the same W&B run.
 
     In a thread, which reads them from the file: the training never waits for W&B. Rows from before a resume are sent
-    again: the offline run is then complete, and a server ignores steps that it has. The first failure is reported, and
-    disables tracking.
+    again, and a server ignores steps that it has. The first failure is reported, and disables tracking. Offline it only
+    notes that the W&B run is to be written again.
     """
 
     def __init__(self, tracker: TrackerConfig, identity: "Identity", files: RunDir) -> None:
@@ -50,7 +55,8 @@ class Tracker:
         self.thread = threading.Thread(target=self._work, daemon=True)
         if self.tracker.name == "wandb":
             forget(self.files.path)
-            self.thread.start()
+            if wandb_mode() not in (OFFLINE, DISABLED):
+                self.thread.start()
 
     def _work(self) -> None:
         try:
@@ -311,7 +317,7 @@ def log_row(run: Any, row: Row, tracker: TrackerConfig) -> None:
 def wandb_mode() -> Any:
     """WANDB_MODE if it is set; otherwise online with an API key and offline without. Never prompts."""
     if mode := os.environ.get("WANDB_MODE"):
-        return mode
+        return OFFLINE if mode == "dryrun" else mode  # the old name
     return ONLINE if has_key() else OFFLINE
 
 

@@ -1,5 +1,6 @@
 """The record of a watched run: its files, its verdict and what the caller wants to be told."""
 
+import json
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from stabrun.record.run_dir import RunDir, naming
 from stabrun.record.schema import EMPTY, INTERRUPTED, WRITTEN, Row, Summary
 from stabrun.record.watched import Watched
 from stabrun.text import warn
+from stabrun.training.offline import write_run
 from stabrun.training.tracker import Tracker, watched_identity
 from stabrun.verdict.judge import Judge, Verdict
 from stabrun.verdict.rule import DIVERGED, RECOVERED
@@ -151,7 +153,13 @@ class Log:
     def close(self, status: str) -> Summary:
         """Write the summary and the event that ends this start, and release the directory, even if that fails."""
         with self.stack:
-            return self._close(status)
+            summary = self._close(status)
+        if self.tracker:
+            settings = self.tracker.tracker  # which a watched run does not record
+            project, every = json.dumps(settings.project, ensure_ascii=False), settings.norms_every
+            changes = [f"tracker.project={project}", f"tracker.norms_every={every}"]
+            write_run(settings, self.tracker.files, summary, changes)
+        return summary
 
     def _close(self, status: str) -> Summary:
         verdict: Verdict = self.judge.conclude()
