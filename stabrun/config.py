@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -407,13 +408,18 @@ def kind_text(kind: Any) -> str:
     return KINDS[kind]
 
 
-def keys(schema: type = Config, prefix: str = "") -> Iterator[Key]:
+@cache
+def keys(schema: type = Config) -> tuple[Key, ...]:
     """Every leaf of the schema, in order."""
+    return tuple(_leaves(schema, ""))
+
+
+def _leaves(schema: type, prefix: str) -> Iterator[Key]:
     for item in fields(schema):
         path = prefix + item.name
         factory = item.default_factory
         if isinstance(factory, type) and is_dataclass(factory):
-            yield from keys(factory, path + ".")
+            yield from _leaves(factory, path + ".")
         else:
             yield Key(path, item.type, **item.metadata)
 

@@ -8,8 +8,8 @@ from stabrun.study.snapshot import Snapshot
 
 ENTRIES = {
     PLANNED: Entry(),
-    RUNNING: Entry({1}),
-    DONE: Entry({1}, done=True),
+    RUNNING: Entry(frozenset({1})),
+    DONE: Entry(frozenset({1}), done=True),
     FAILED: Entry({1, 2}, {1, 2}),
 }
 

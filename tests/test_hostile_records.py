@@ -24,6 +24,7 @@ from stabrun.record.run_dir import RunDir
 from stabrun.record.study_dir import StudyDir
 from stabrun.study import worker
 from stabrun.study.ledger import DISK, DONE, PLANNED, Ledger
+from stabrun.study.snapshot import SnapshotReader
 from stabrun.study.worker import work
 from stabrun.training import checkpoint
 
@@ -149,7 +150,7 @@ def test_a_run_without_its_summary_is_named_and_trained_to_its_end(tmp_path, mon
     assert (status, "The same `stabrun sweep` command goes on with it" in out) == (0, True)
     from stabrun.study.rejudge import reopen_damaged
 
-    reopen_damaged(plan, Ledger(tmp_path))
+    reopen_damaged(plan, SnapshotReader(tmp_path))
     assert Ledger(tmp_path).entries([cell])[cell].status == PLANNED
     work(tmp_path)
     assert (run_dir.final_summary() or {})["status"] == "complete"

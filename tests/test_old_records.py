@@ -58,7 +58,11 @@ def later_key(monkeypatch):
     cap = key(None, RESULT, "cap of the logits", absent=None, above=0)
     later = make_dataclass("ModelConfig", [("final_cap", float | None, cap)], bases=(ModelConfig,))
     monkeypatch.setattr(Config.__dataclass_fields__["model"], "default_factory", later)
+    keys.cache_clear()
     assert "model.final_cap" in {k.path for k in keys()}
+    yield
+    monkeypatch.undo()
+    keys.cache_clear()
 
 
 @pytest.fixture(params=["this version", "a version with another key"])

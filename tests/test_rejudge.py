@@ -6,6 +6,7 @@ from studies import a_plan
 from stabrun.record.jsonl import read_checked, write_checked
 from stabrun.study.ledger import DONE, PLANNED, Ledger
 from stabrun.study.rejudge import rejudge
+from stabrun.study.snapshot import SnapshotReader
 from stabrun.study.worker import work
 from stabrun.verdict.judge import RULE
 
@@ -33,7 +34,7 @@ def test_a_verdict_by_another_rule_is_replaced(study):
     one, other = plan.cells
     before = changed(directory, one, rule=RULE - 1, verdict="diverged", by_strictness={}, scar=7.0)
     changed(directory, other, verdict="diverged")
-    rejudge(plan, Ledger(directory))
+    rejudge(plan, SnapshotReader(directory))
     now, same = (read_checked(directory / "runs" / cell / "summary.json") for cell in (one, other))
     assert now == before
     assert same["verdict"] == "diverged", "a verdict by this rule is not touched"
@@ -55,7 +56,7 @@ def test_a_run_that_should_not_have_been_stopped_is_resumed_to_the_same_record(s
     lines = [line for line in (run / "events.jsonl").read_text().splitlines() if '"complete"' not in line]
     (run / "events.jsonl").write_text("".join(f"{line}\n" for line in lines[:2]))
     changed(directory, one, rule=RULE - 1, status="stopped", verdict="diverged", steps=13)
-    rejudge(plan, Ledger(directory))
+    rejudge(plan, SnapshotReader(directory))
     assert statuses(plan, directory) == [PLANNED, DONE]
     work(directory)
     assert statuses(plan, directory) == [DONE, DONE]

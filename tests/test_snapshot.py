@@ -3,9 +3,11 @@
 import time
 
 import pytest
+from opens import opened
 from snapshots import a_plan, a_snapshot, timed
 
 from stabrun.study.cost import costs
+from stabrun.study.ledger import Entry, Ledger
 from stabrun.study.live_table import counts_text, table
 from stabrun.study.snapshot import Attempt, SnapshotReader, seconds_left, seconds_per_step
 
@@ -77,3 +79,30 @@ def test_a_plan_is_read_again_when_it_has_changed(tmp_path):
     plan.add("baseline", 0.5, 0)
     plan.save(tmp_path)
     assert len(reader.plan().cells) == len(first.cells) + 1
+
+
+def test_a_further_look_opens_only_what_is_new(tmp_path):
+    """However many cells there are: one summary is opened for one more finished run."""
+    plan = a_plan("study.lrs=" + str([1e-3 * 1.05**k for k in range(40)]).replace(" ", ""), "study.seeds=4")
+    plan.save(tmp_path)
+    ledger, (first, *others) = Ledger(tmp_path), plan.cells
+    for cell in others:
+        finished(ledger, cell)
+    reader = SnapshotReader(tmp_path)
+    with opened(tmp_path) as paths:
+        assert len(reader.read().summaries) == len(others) > 300
+    assert len(paths) == len(others) + 2, "the plan is read twice, for its checksum and its content"
+    finished(ledger, first)
+    with opened(tmp_path) as paths:
+        assert len(reader.read().summaries) == len(plan.cells)
+    assert paths == [reader.study.run(first).summary_file]
+    with opened(tmp_path) as paths:
+        reader.read()
+    assert paths == []
+
+
+def finished(ledger, cell):
+    claim = ledger.claim(cell, Entry())
+    claim.directory.mkdir()
+    (claim.directory / "summary.json").write_text('{"verdict": "converged"}')
+    claim.finish()

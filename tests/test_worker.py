@@ -6,12 +6,15 @@ import subprocess
 import sys
 from dataclasses import replace
 
+from opens import opened
 from studies import QUESTION, a_plan, wait_for
 
 from stabrun.record.study_dir import StudyDir
 from stabrun.study.ledger import DONE, FAILED, Ledger
 from stabrun.study.plan import load
-from stabrun.study.worker import work
+from stabrun.study.snapshot import SnapshotReader
+from stabrun.study.worker import next_claim, work
+from stabrun.training.stop import Stop
 
 WORKER = (
     "import sys; from pathlib import Path; from stabrun.study.worker import work; work(Path(sys.argv[1]), lease=5.0)"
@@ -61,3 +64,16 @@ def test_a_cell_that_cannot_be_trained_is_given_up_and_the_rest_is_trained(tmp_p
     assert found.pop(broken.id) == FAILED
     assert set(found.values()) == {DONE}
     assert "not UTF-8 text" in Ledger(tmp_path).reason(broken.id, 2)
+
+
+def test_the_choice_of_a_cell_reads_no_files(tmp_path):
+    """However many cells there are: the plan once, then nothing but the two listings."""
+    rates = ",".join(str(1e-3 * 1.05**k) for k in range(40))
+    a_plan(tmp_path, *WORDS, f"study.lrs=[{rates}]")
+    reader = SnapshotReader(tmp_path, to_train=True)
+    assert next_claim(reader, Stop())
+    for number in range(2, 5):
+        with opened(tmp_path) as paths:
+            claim = next_claim(reader, Stop())
+        assert [path.parent.name for path in paths] == ["ledger"], "the claim that is written"
+        assert claim.cell == list(reader.plan().cells)[number - 1]

@@ -18,7 +18,8 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,24 @@ LEASE = 60.0  # seconds without a heartbeat
 NAME = re.compile(r"([0-9a-f]+)\.(\d+)\.(claim|failed|left)")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Entry:
     """The state of a cell: the numbers of attempts that were claimed, that failed, and that were left."""
 
-    claim: set[int] = field(default_factory=set)
-    failed: set[int] = field(default_factory=set)
-    left: set[int] = field(default_factory=set)
+    claim: frozenset[int] = frozenset()
+    failed: frozenset[int] = frozenset()
+    left: frozenset[int] = frozenset()
     done: bool = False
 
-    @property
+    def having(self, kind: str, attempt: int) -> "Entry":
+        """The entry with one more attempt that was claimed, that failed, or that was left."""
+        return replace(self, **{kind: getattr(self, kind) | {attempt}})
+
+    @cached_property
     def attempt(self) -> int:
         return max(self.claim, default=0)
 
-    @property
+    @cached_property
     def status(self) -> str:
         if self.done:
             return DONE
@@ -108,6 +113,8 @@ class Ledger:
         self.lease, self.clock, self.owner = lease, clock, this_process()
         # (cell, attempt) → the last heartbeat, and when it was first seen
         self.heartbeats: dict[tuple[str, int], tuple[Any, float]] = {}
+        self._seen: frozenset[tuple[str, bool]] = frozenset()  # names of the last listings, and whether of `runs/`
+        self._entries: dict[str, Entry] = {}  # that those names make
 
     def make(self) -> None:
         """Make the directories of the ledger if they do not exist."""
@@ -115,16 +122,19 @@ class Ledger:
             folder.mkdir(parents=True, exist_ok=True)
 
     def entries(self, cells: Iterable[str]) -> dict[str, Entry]:
-        """The current state of each cell, from two directory listings."""
-        entries = {cell: Entry() for cell in cells}
-        for name in _names(self.study.ledger):
-            match = NAME.fullmatch(name)
-            if match and match[1] in entries:
-                getattr(entries[match[1]], match[3]).add(int(match[2]))
-        for cell in _names(self.study.runs):
-            if cell in entries:
-                entries[cell].done = True
-        return entries
+        """The current state of each cell, from two directory listings. Only names that are new are looked at."""
+        listings = (self.study.ledger, False), (self.study.runs, True)
+        names = frozenset((name, done) for folder, done in listings for name in _names(folder))
+        if not names >= self._seen:  # an attempt is retried, or a run reopened
+            self._seen, self._entries = frozenset(), {}
+        for name, done in names - self._seen:
+            match = None if done else NAME.fullmatch(name)
+            if match:
+                self._entries[match[1]] = self._entries.get(match[1], Entry()).having(match[3], int(match[2]))
+            elif done:
+                self._entries[name] = replace(self._entries.get(name, Entry()), done=True)
+        self._seen, nothing = names, Entry()
+        return {cell: self._entries.get(cell, nothing) for cell in cells}
 
     def claim(self, cell: str, entry: Entry) -> "Claim | None":
         """The next attempt at a cell that is planned or whose owner is dead; None if another process has it.
@@ -136,7 +146,7 @@ class Ledger:
                 return None
             progressed = self.step(cell, entry.attempt) > self.step(cell, entry.attempt - 1)
             self.end(cell, entry.attempt, "left" if progressed else "failed", "its owner died")
-            (entry.left if progressed else entry.failed).add(entry.attempt)
+            entry = entry.having("left" if progressed else "failed", entry.attempt)
         if entry.status != PLANNED:
             return None
         attempt = entry.attempt + 1

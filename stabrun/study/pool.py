@@ -176,7 +176,7 @@ def wait_or_kill(processes: list[Process]) -> None:
             process.kill()
 
 
-def job_numbers(ledger: Ledger, pool: str) -> tuple[set[int], set[int]]:
+def job_numbers(ledger: Ledger, pool: str) -> tuple[frozenset[int], set[int]]:
     """The numbers of a pool's jobs that ever registered, and of those that are alive."""
     entry = ledger.entries([pool])[pool]
     return entry.claim, {number for number in entry.claim - entry.left if ledger.is_alive(pool, number)}

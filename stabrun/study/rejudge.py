@@ -2,43 +2,35 @@
 
 from dataclasses import asdict
 
-from stabrun.config import UserError
 from stabrun.record.jsonl import jsonable
-from stabrun.record.run_dir import RunDir
-from stabrun.record.schema import COMPLETE, INTERRUPTED, STOPPED, Summary
-from stabrun.study.ledger import DONE, Ledger
+from stabrun.record.schema import COMPLETE, INTERRUPTED, STOPPED
+from stabrun.study.ledger import DONE
 from stabrun.study.plan import Plan
+from stabrun.study.snapshot import SnapshotReader
 from stabrun.text import warn
 from stabrun.verdict.judge import RULE, Judge
 
 
-def reopen_damaged(plan: Plan, ledger: Ledger) -> None:
+def reopen_damaged(plan: Plan, reader: SnapshotReader) -> None:
     """Go on with each finished run whose `summary.json` is missing or damaged: from its last checkpoint, if any."""
-    for cell, entry in ledger.entries(plan.cells).items():
-        run = ledger.study.run(cell)
-        if entry.status == DONE and readable_summary(run) is None:
-            warn(f"{run.summary_file} is missing or damaged; the run goes on from its last checkpoint.")
-            ledger.reopen(cell, entry.attempt)
+    snapshot = reader.read(plan, attempts=False)
+    for cell, entry in snapshot.entries.items():
+        if entry.status == DONE and cell not in snapshot.summaries:
+            file = reader.study.run(cell).summary_file
+            warn(f"{file} is missing or damaged; the run goes on from its last checkpoint.")
+            reader.ledger.reopen(cell, entry.attempt)
 
 
-def readable_summary(run: RunDir) -> Summary | None:
-    """The summary of a run; None if it is missing or damaged."""
-    try:
-        return run.summary()
-    except UserError:
-        return None
-
-
-def rejudge(plan: Plan, ledger: Ledger) -> None:
+def rejudge(plan: Plan, reader: SnapshotReader) -> None:
     """Bring every finished run to the current rule.
 
     A run that an earlier rule stopped, and this one would not, continues from its checkpoint.
     """
-    for cell, entry in ledger.entries(plan.cells).items():
-        run = ledger.study.run(cell)
-        summary = run.summary() if entry.status == DONE else None
-        if summary is None or summary.get("rule") == RULE:
+    snapshot = reader.read(plan, attempts=False)
+    for cell, summary in snapshot.summaries.items():
+        if summary.get("rule") == RULE:
             continue
+        run = reader.study.run(cell)
         judge = Judge.of(plan.config(plan.cells[cell]))
         for row in run.rows():
             judge.add(row)
@@ -48,5 +40,6 @@ def rejudge(plan: Plan, ledger: Ledger) -> None:
         run.write_summary(
             {**summary, **verdict, "status": INTERRUPTED if reopened else summary.get("status", COMPLETE)}
         )
+        reader.forget(cell)
         if reopened:
-            ledger.reopen(cell, entry.attempt)
+            reader.ledger.reopen(cell, snapshot.entries[cell].attempt)

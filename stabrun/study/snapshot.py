@@ -68,17 +68,18 @@ class Snapshot:
 class SnapshotReader:
     """Reads a study repeatedly. What cannot change any more is read once."""
 
-    def __init__(self, directory: Path) -> None:
-        self.study, self.ledger = StudyDir(directory), Ledger(directory)
+    def __init__(self, directory: Path, to_train: bool = False) -> None:
+        self.study, self.ledger, self.to_train = StudyDir(directory), Ledger(directory), to_train
         self.summaries: dict[str, Summary] = {}
+        self.reasons: dict[tuple[str, int], str] = {}  # of failed attempts
         self._plan: tuple[tuple[int, int], Plan] | None = None
 
     def plan(self) -> Plan:
-        """The plan, read again if its file has changed."""
+        """The plan, read again if its file has changed. Raises UserError as `plan.load` does."""
         stat = self.study.plan_file.stat() if self.study.is_study() else None
         stamp = (stat.st_mtime_ns, stat.st_ino) if stat else (0, 0)
         if self._plan is None or self._plan[0] != stamp:
-            self._plan = stamp, load(self.study.path)
+            self._plan = stamp, load(self.study.path, self.to_train)
         return self._plan[1]
 
     def read(self, plan: Plan | None = None, attempts: bool = True) -> Snapshot:
@@ -96,10 +97,17 @@ class SnapshotReader:
             for cell, entry in entries.items()
             if entry.status == RUNNING and attempts
         ]
-        failed = {
-            cell: self.ledger.reason(cell, entry.attempt) for cell, entry in entries.items() if entry.status == FAILED
-        }
+        failed = {cell: self._reason(cell, entry.attempt) for cell, entry in entries.items() if entry.status == FAILED}
         return Snapshot(plan, entries, summaries, running, failed)
+
+    def forget(self, cell: str) -> None:
+        """Read the summary of a cell again: it was changed."""
+        self.summaries.pop(cell, None)
+
+    def _reason(self, cell: str, attempt: int) -> str:
+        if (cell, attempt) not in self.reasons:
+            self.reasons[cell, attempt] = self.ledger.reason(cell, attempt)
+        return self.reasons[cell, attempt]
 
     def _summary(self, cell: str) -> Summary | None:
         try:

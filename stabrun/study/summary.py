@@ -1,6 +1,7 @@
 """The summary of a study, `study.json`: its settings, and what its finished runs show by arm."""
 
 import math
+from operator import itemgetter
 from typing import Any, cast
 
 import numpy as np
@@ -68,8 +69,10 @@ def by_arm(plan: Plan, rows: list[Summary]) -> dict[str, Any]:
 
 def observed(rows: list[Summary]) -> dict[str, Any]:
     """Runs and divergences at each learning rate, and the bracket between them."""
-    rates = sorted({row["lr"] for row in rows})
-    verdicts = {rate: [row["verdict"] for row in rows if row["lr"] == rate] for rate in rates}
+    verdicts: dict[float, list[str]] = {}
+    for row in sorted(rows, key=itemgetter("lr")):
+        verdicts.setdefault(row["lr"], []).append(row["verdict"])
+    rates = list(verdicts)
     lowest = min((rate for rate in rates if DIVERGED in verdicts[rate]), default=None)
     stable = [rate for rate in rates if (lowest is None or rate < lowest) and set(verdicts[rate]) != {UNDECIDED}]
     return {

@@ -31,6 +31,7 @@ from stabrun.training.tracker import WAIT
 from stabrun.verdict.wording import too_short
 
 POLL = 0.3  # seconds between two readings of the ledger
+PAUSE = 20  # times as long as a reading of it, or a writing of the results, takes, until the next one at the earliest
 
 
 def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
@@ -52,8 +53,8 @@ def sweep(overrides: list[str], sources: Sources, dry_run: bool) -> int:
     with study.lock():
         plan = _with_existing(asked, study)
         plan.save(directory)
-        reopen_damaged(plan, reader.ledger)
-        rejudge(plan, reader.ledger)
+        reopen_damaged(plan, reader)
+        rejudge(plan, reader)
     _warn_if_short(plan)
     reader.ledger.retry_failed(plan.cells)
     cells = f"{len(plan.cells)} cells" if plan.strategy == GRID else f"up to {plan.max_runs} runs per arm"
@@ -107,17 +108,21 @@ def _supervise(reader: SnapshotReader, pool: WorkerPool) -> int:
     """Keep the pool at work until no cell is left. Returns 130 after Ctrl-C. Raises OSError if the disk is full."""
     first = reader.read(attempts=False)
     done, left, live_table = set(first.summaries), left_attempts(first), LiveTable(reader)
+    written, write_at = len(done), 0.0  # runs in `results.csv`; when it may be written again
     try:
         while True:
+            began = time.monotonic()
             snapshot = live_table.update()
-            plan = snapshot.plan
-            if new := [cell for cell in snapshot.summaries if cell not in done]:
+            plan, looked = snapshot.plan, time.monotonic()
+            for cell in [cell for cell in snapshot.summaries if cell not in done]:
+                done.add(cell)
+                line = result_line(plan.cells[cell], snapshot.summaries[cell], len(done), len(plan.cells))
+                live_table.print_line(line)
+            if len(done) > written and looked >= write_at:
                 with naming_disk(reader.study.path):
                     results.write(plan, snapshot.rows, reader.study)
-                for cell in new:
-                    done.add(cell)
-                    line = result_line(plan.cells[cell], snapshot.summaries[cell], len(done), len(plan.cells))
-                    live_table.print_line(line)
+                now = time.monotonic()
+                written, write_at = len(done), now + PAUSE * (now - looked)
             if len(snapshot.ended) == len(plan.cells) and next_run(plan, snapshot.rows, plan.cells) is None:
                 pool.end(interrupt=False)
                 return 0
@@ -127,7 +132,7 @@ def _supervise(reader: SnapshotReader, pool: WorkerPool) -> int:
                 if reason.startswith(DISK):
                     raise OSError(errno.ENOSPC, f"{reason}; {NOT_COUNTED}", str(reader.study.path))
             pool.keep(sum(entry.attempt for entry in snapshot.entries.values()))
-            time.sleep(POLL)
+            time.sleep(max(POLL, PAUSE * (looked - began)))
     except KeyboardInterrupt:
         live_table.close()
         pool.end(interrupt=True)

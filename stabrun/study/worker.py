@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from stabrun.config import UserError
@@ -14,7 +15,7 @@ from stabrun.record.disk import REMEDIES
 from stabrun.record.jsonl import checked, write_atomic
 from stabrun.record.schema import INTERRUPTED, Row
 from stabrun.study.ledger import DISK, LEASE, PLANNED, RUNNING, Claim, Ledger
-from stabrun.study.plan import Plan, load
+from stabrun.study.plan import Plan
 from stabrun.study.pool import stop_file
 from stabrun.study.search import next_run
 from stabrun.study.snapshot import SnapshotReader
@@ -36,13 +37,13 @@ def work(directory: Path, lease: float = LEASE, stop: Stop | None = None) -> Non
 
     Raises KeyboardInterrupt if it was stopped, after the current cell was checkpointed and given back.
     """
-    reader, stop = SnapshotReader(directory), stop or Stop()
+    reader, stop = SnapshotReader(directory, to_train=True), stop or Stop()
     reader.ledger.lease = lease
-    while claim := _next(reader, stop):
-        train_cell(load(directory, to_train=True), claim, stop)
+    while claim := next_claim(reader, stop):
+        train_cell(reader.plan(), claim, stop)
 
 
-def _next(reader: SnapshotReader, stop: Stop) -> Claim | None:
+def next_claim(reader: SnapshotReader, stop: Stop) -> Claim | None:
     """A cell for this worker, planned now if a search needs it. None if none is left.
 
     Waits while others are at work, because one of them may die, or its result may require another run.
@@ -67,11 +68,12 @@ def _next(reader: SnapshotReader, stop: Stop) -> Claim | None:
 def plan_next(reader: SnapshotReader) -> bool:
     """Plan the run that a search needs next. False if it needs none now."""
     with reader.study.lock():
-        snapshot = reader.read(load(reader.study.path, to_train=True), attempts=False)
+        snapshot = reader.read(attempts=False)
         run = next_run(snapshot.plan, snapshot.rows, snapshot.ended)
         if run:
-            snapshot.plan.add(*run)
-            snapshot.plan.save(reader.study.path)
+            plan = replace(snapshot.plan, cells=dict(snapshot.plan.cells))
+            plan.add(*run)
+            plan.save(reader.study.path)
     return run is not None
 
 
