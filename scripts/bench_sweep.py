@@ -92,11 +92,11 @@ def overhead(words: list[str]) -> None:
         reports = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
         runs = len(list(Path(scratch).glob("runs/*/summary.json")))
     total = sum(each["all"] for each in reports)
-    for name in ("training", "imports", "W&B", "record", "verdict"):
+    for name in ("training", "imports", "W&B", "starts", "record", "verdict", "console", "checkpoints"):
         spent = sum(each.get(name, 0.0) for each in reports)
-        print(f"{name:<9} {spent:8.1f} s  {100 * spent / total:5.1f} %")
+        print(f"{name:<11} {spent:8.1f} s  {100 * spent / total:5.1f} %")
     training = sum(each["training"] for each in reports)
-    print(f"in all    {total:8.1f} s of {workers} workers for {runs} runs")
+    print(f"in all      {total:8.1f} s of {workers} workers for {runs} runs")
     print(f"not training: {100 * (1 - training / total):.1f} %")
 
 
@@ -105,6 +105,8 @@ def worker(directory: Path, began: float) -> None:
     from stabrun.observe.probe import PendingRow
     from stabrun.record.run_dir import RunWriter
     from stabrun.study.worker import work
+    from stabrun.training.console import Console
+    from stabrun.training.run import Run
     from stabrun.training.tracker import Tracker
     from stabrun.training.trainer import Trainer
     from stabrun.verdict.judge import Judge
@@ -115,6 +117,9 @@ def worker(directory: Path, began: float) -> None:
         "W&B": ((Tracker, "__init__"), (Tracker, "finish")),
         "record": ((RunWriter, "write"), (RunWriter, "sync")),
         "verdict": ((Judge, "add"), (Judge, "conclude")),
+        "console": ((Console, "row"),),
+        "checkpoints": ((Run, "save"),),
+        "starts": ((Trainer, "__init__"), (Run, "__init__")),
     }
     for name, methods in clocked.items():
         for owner, method in methods:

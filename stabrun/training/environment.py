@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "stabrun": __version__,
         "commit": commit(Path(__file__).parents[1]),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": dict(packages()),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {processor}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -36,8 +37,18 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+@cache
+def packages() -> dict[str, str]:
+    """The versions of the packages that a run's numbers may depend on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+@cache
 def commit(folder: Path) -> str | None:
-    """The git commit of stabrun's own source, with `+` if files were changed; None outside a checkout."""
+    """The git commit of stabrun's own source, with `+` if files were changed; None outside a checkout.
+
+    Asked once in a process, whose code does not change either.
+    """
     if not (folder.parent / ".git").exists():
         return None
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
