@@ -10,13 +10,17 @@ import subprocess
 import sys
 import time
 
+import made
 import pytest
 from helpers import TINY, run
-from studies import QUESTION, ended, recorded, rows, sweep_here, sweeping, swept, trained_alone, wait_for
+from studies import QUESTION, a_plan, ended, recorded, rows, sweep_here, sweeping, swept, trained_alone, wait_for
 from wandb_files import assert_holds, inspected
 
 from stabrun.record.study_dir import StudyDir
-from stabrun.study import sweep
+from stabrun.study import results, sweep
+from stabrun.study.ledger import Entry, Ledger
+from stabrun.study.plan import load
+from stabrun.study.snapshot import SnapshotReader
 from stabrun.verdict.chart import LEAST_ROWS
 
 ONE = "study.workers=1"
@@ -81,6 +85,36 @@ def test_the_offline_runs_of_a_study_are_complete_after_a_kill_before_they_were_
         (folder,) = each.path.glob("wandb/offline-run-*")
         assert_holds(folder, list(each.rows()), norms_every=10)
     assert len(list(study.path.glob("wandb/offline-run-*"))) == 1
+
+
+class Finishing:
+    """A pool that finishes a made-up run each time it is looked after."""
+
+    def __init__(self, directory):
+        self.ledger, self.plan = Ledger(directory), load(directory)
+        self.left = list(self.plan.cells.values())
+
+    def keep(self, _):
+        claim = self.ledger.claim((cell := self.left.pop()).id, Entry())
+        made.a_run(claim.directory, self.plan.config(cell), cell, lost=False)
+        claim.finish()
+
+    def end(self, interrupt):
+        assert not interrupt
+
+
+def test_results_are_not_written_after_each_of_many_runs(tmp_path, monkeypatch, capsys):
+    """Their cost grows with the runs: only as often as it is a small part of the time."""
+    a_plan(tmp_path, *QUESTION, "study.seeds=3", "train.steps=40")
+    write, written = results.write, []
+    monkeypatch.setattr(
+        results, "write", lambda plan, rows, study: written.append(len(rows)) or write(plan, rows, study)
+    )
+    monkeypatch.setattr(sweep.time, "sleep", lambda _: None)
+    monkeypatch.setattr(sweep, "PAUSE", 1e9)
+    assert sweep._supervise(SnapshotReader(tmp_path), Finishing(tmp_path)) == 0
+    assert written == [1]
+    assert len(capsys.readouterr().out.splitlines()) == 12, "each run is told at once"
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
