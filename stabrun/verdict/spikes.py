@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import median_filter
 
 from stabrun.verdict.chart import Floats, noise, trailing_means
 
@@ -57,7 +58,5 @@ def spike_rate(losses: Floats) -> float | None:
     """
     if len(losses) < RATE_ROWS:
         return None
-    from scipy.ndimage import median_filter  # 0.15 s, which no run needs before its first step
-
     median = median_filter(losses, RATE_ROWS, mode="nearest", origin=RATE_ROWS // 2)
     return 1e4 * float(np.mean((losses > median + RATE_RISE)[RATE_ROWS - 1 :]))
