@@ -38,6 +38,7 @@ def ramp(config: Config, as_json: bool = False) -> int:
 
     Raises UserError if the configuration is not that of a ramp.
     """
+    from stabrun.training.offline import write_run
     from stabrun.training.place import Place
     from stabrun.training.run import train
 
@@ -47,13 +48,13 @@ def ramp(config: Config, as_json: bool = False) -> int:
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         summary = train(config)
         if summary["status"] == INTERRUPTED:
-            print(interrupted_line(summary))
-            return 130
-    if not Place.here().first:  # torchrun starts the command once per rank
-        return 0
-    facts = result(config)
-    print(json.dumps(facts, indent=1) if as_json else "\n".join(shown(line) for line in lines(facts)))
-    return 0
+            print(interrupted_line(summary), flush=True)
+    if summary["status"] != INTERRUPTED and Place.here().first:  # torchrun starts the command once per rank
+        facts = result(config)
+        text = json.dumps(facts, indent=1) if as_json else "\n".join(shown(line) for line in lines(facts))
+        print(text, flush=True)
+    write_run(config.tracker, RunDir(run_dir(config)), summary)
+    return 130 if summary["status"] == INTERRUPTED else 0
 
 
 def refuse_others(config: Config) -> None:
