@@ -20,8 +20,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $(STAMP)
 
-demo: $(STAMP)
-	$(BIN)/stabrun sweep +experiment=quickstart
+# What runs and reports need, a short study, and its page.
+demo:
+	$(MAKE) install EXTRAS=report
+	$(BIN)/stabrun sweep +experiment=demo study_dir=studies/demo
+	$(BIN)/stabrun report studies/demo
 
 test: $(STAMP)
 	$(BIN)/pytest -n 2 --dist worksteal
@@ -68,6 +71,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python scripts/bench_step.py --page > $(VENV)/benchmarks.md
+	$(BIN)/python scripts/bench_growth.py >> $(VENV)/benchmarks.md
 	mv $(VENV)/benchmarks.md docs/benchmarks.md
 
 docs: $(STAMP)

@@ -30,6 +30,9 @@ AXES = {
 HEAD = 32  # width of a head
 LAST = 3  # values of an exponent
 LEAST_SECONDS, LEAST_STEPS = 2.0, 5
+TEXT = f"""\
+`{" ".join(BASE)}` with one key varied, heads of width {HEAD}. The exponent is the slope of the logarithms over the last
+{LAST} values. That of a time should be that of the FLOPs, if matrix products take most of the step."""
 
 
 def point(key: str, value: int) -> list[str]:
@@ -100,5 +103,6 @@ if __name__ == "__main__":
     elif asked.what == "memory":
         measure(asked.words)
     else:
+        print(f"\n## Growth\n\n    python scripts/bench_growth.py\n\n{TEXT}", flush=True)
         for key, values in AXES.items():
             table(key, values)

@@ -31,7 +31,7 @@ LONG = "data.seq_len=1024,train.batch_size=1"
 PAGE = {
     "With and without observation, and a plain loop": [
         "--model nano mini --rounds 15",
-        "--model micro --rounds 7",
+        "--model micro --steps 5 --rounds 9",
     ],
     "Compiled": ["--model nano mini --rounds 9 --against train.compile=false --changes train.compile=true"],
     "By operator": ["--model nano --steps 20 --profile"],

@@ -128,6 +128,12 @@ def test_a_run_is_read(version, capsys):
     assert (status, yaml.safe_load(out)["variant"]) == (0, "qk_norm")
 
 
+def without_estimates(summary):
+    """Without lr50 and lr10, which depend on the prior of the version."""
+    arms = {name: {**arm, "frontier": arm["frontier"].keys()} for name, arm in summary["variants"].items()}
+    return summary | {"variants": arms}
+
+
 def test_a_study_is_read(version, capsys):
     status, out, _ = run(capsys, "judge", "study", "--json")
     assert (status, [facts["verdict"] for facts in json.loads(out)]) == (0, ["converged"] * 2)
@@ -146,7 +152,7 @@ def test_a_study_is_read(version, capsys):
     before["results.csv"] = b"".join(line + b"\n" for line in later)
     write_results(load(Path("study")), Path("study"))
     after = {file.name: file.read_bytes() for file in Path("study").glob("*.*")}
-    assert read_checked(Path("study/study.json")) == summary
+    assert without_estimates(read_checked(Path("study/study.json"))) == without_estimates(summary)
     assert after.pop("study.json")
     assert after == before
 

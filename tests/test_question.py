@@ -104,6 +104,7 @@ def test_runs_of_a_study_are_one_group_with_readable_names():
 
 EXPERIMENTS = {
     "quickstart": (5, 25, 2, "constant"),
+    "demo": (5, 0, 3, "constant"),
     "frontier": (5, 0, 3, "constant"),
     "rybakov2024_divergence": (10, 60, 1, "cosine"),
     "rybakov2024_perplexity": (6, 6, 1, "cosine"),

@@ -135,7 +135,7 @@ class Probe:
         self.counts = slice(self.first + places, self.first + 2 * places)
         self.means, self.maxima, self.roots = (self._region(merge) for merge in ("mean", "max", "root"))
         self.size = max([self.counts.stop, *(span.stop for span in self.spans)])
-        by_token = [span for span in self.hooked if span.metric.source in BY_TOKEN]
+        by_token = [span for span in self.hooked if is_token_mean(span.metric)]
         starts = ((span.start - self.first, len(span.present)) for span in by_token)
         self.tokens = TokenMeans((start + n for start, count in starts for n in range(count)), self.device)
         # Of this micro-batch, place among the values of hooks → cell.
@@ -144,7 +144,7 @@ class Probe:
             for place in range(places)
             if place not in self.tokens.rows
         }
-        self.cadences = {span.metric.slow for span in self.hooked if span.metric.source not in BY_TOKEN}
+        self.cadences = {span.metric.slow for span in self.hooked if not is_token_mean(span.metric)}
         self.targets = self._targets()
         self.values = torch.zeros(self.size, device=self.device)  # the step
         self.hosts = [torch.zeros(self.size, pin_memory=self.device.type == "cuda") for _ in range(2)]
@@ -521,6 +521,10 @@ class Probe:
             event.record()
         measured = [span for span in self.due if span.metric.source not in ONCE or span.key in self.reduced]
         return PendingRow(self.scalars, host, event, measured)
+
+
+def is_token_mean(metric: Metric) -> bool:
+    return metric.source in BY_TOKEN and metric.merge == "mean"
 
 
 def has(layer: Layer, source: str) -> bool:

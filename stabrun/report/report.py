@@ -35,7 +35,8 @@ def write_report(directory: Path, other: Path | None = None) -> None:
         write_files(studies, scratch)
     for study in studies:
         print_results(study, len(studies) > 1)
-    print(f"report: {target / 'index.html'}")
+    page = target / "index.html"
+    print(f"report: {page}\nopen it in a browser: {page.resolve().as_uri()}")
 
 
 def print_results(study: StudyData, named: bool) -> None:

@@ -526,7 +526,10 @@ class Trace:
             call = next((around for around in call.ancestors() if around.gradient_finite), None)
         if call is None:
             return self._outside(LOSS, detail, gradient_largest=reading.largest)
-        return self._fault(call, BACKWARD, detail)
+        # Some kernels of attention, and `torch.where`, drop a NaN in the forward pass and find it again in this one.
+        within = (c for c in self.calls if call in c.ancestors())
+        dropped = next((c for c in within if c.output.severity == BROKEN and c.inputs.severity < BROKEN), None)
+        return self._forward_call(dropped) if dropped else self._fault(call, BACKWARD, detail)
 
     def _parameter_fault(self, parameter: Tensor, detail: Detail) -> Fault:
         owners = [m for m in self.paths if any(p is parameter for p in m._parameters.values())]
