@@ -30,18 +30,22 @@ PAIRS: tuple[tuple[str, str], ...] = (("on", "off"), ("on", "plain"), ("off", "p
 LONG = "data.seq_len=1024,train.batch_size=1"
 PAGE = {
     "With and without observation, and a plain loop": [
-        "--model nano mini --rounds 15",
-        "--model micro --steps 5 --rounds 9",
+        "--model nano --rounds 15",
+        "--model mini --rounds 9",
+        "--model micro --rounds 5",
     ],
-    "Compiled": ["--model nano mini --rounds 9 --against train.compile=false --changes train.compile=true"],
+    "Compiled": [
+        "--model nano --rounds 15 --against plain --changes observe.every=0,train.compile=true train.compile=true",
+        "--model mini --rounds 7 --against plain --changes observe.every=0,train.compile=true train.compile=true",
+    ],
     "By operator": ["--model nano --steps 20 --profile"],
     "Variants, at micro": [
-        "--model micro --steps 1 --rounds 9 --changes "
+        "--model micro --steps 1 --rounds 7 --changes "
         + " ".join(f"+variant={name}" for name in (
             "qk_norm", "qk_fc_norm", "qkv_norm", "fc_norm", "small_sublayers", "layer_scale", "sigma_reparam",
             "soft_temp", "soft_cap", "soft_clip", "qk_norm_cap",
         )),
-        f"--model micro --steps 1 --rounds 9 --against {LONG} --changes {LONG},+variant=soft_cap"
+        f"--model micro --steps 1 --rounds 7 --against {LONG} --changes {LONG},+variant=soft_cap"
         f" {LONG},+variant=soft_clip",
     ],
 }  # fmt: skip
