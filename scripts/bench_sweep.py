@@ -92,7 +92,7 @@ def overhead(words: list[str]) -> None:
         reports = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
         runs = len(list(Path(scratch).glob("runs/*/summary.json")))
     total = sum(each["all"] for each in reports)
-    for name in ("training", "imports", "W&B", "starts", "record", "verdict", "console", "checkpoints"):
+    for name in ("training", "imports", "W&B", "starts", "record", "verdict", "console", "checkpoints", "waiting"):
         spent = sum(each.get(name, 0.0) for each in reports)
         print(f"{name:<11} {spent:8.1f} s  {100 * spent / total:5.1f} %")
     training = sum(each["training"] for each in reports)
@@ -104,7 +104,7 @@ def worker(directory: Path, began: float) -> None:
     """A worker of the study with timers. Prints the seconds spent since its start as JSON."""
     from stabrun.observe.probe import PendingRow
     from stabrun.record.run_dir import RunWriter
-    from stabrun.study.worker import work
+    from stabrun.study import worker as module
     from stabrun.training.console import Console
     from stabrun.training.run import Run
     from stabrun.training.tracker import Tracker
@@ -112,7 +112,7 @@ def worker(directory: Path, began: float) -> None:
     from stabrun.verdict.judge import Judge
 
     spent = {"imports": time.time() - began}
-    clocked = {
+    clocked: dict[str, tuple[tuple[Any, str], ...]] = {
         "training": ((Trainer, "step"), (Trainer, "validate"), (PendingRow, "read")),
         "W&B": ((Tracker, "__init__"), (Tracker, "finish")),
         "record": ((RunWriter, "write"), (RunWriter, "sync")),
@@ -120,11 +120,12 @@ def worker(directory: Path, began: float) -> None:
         "console": ((Console, "row"),),
         "checkpoints": ((Run, "save"),),
         "starts": ((Trainer, "__init__"), (Run, "__init__")),
+        "waiting": ((module, "_next"),),  # for a cell, at the end of a study for the runs of others
     }
     for name, methods in clocked.items():
         for owner, method in methods:
             setattr(owner, method, timed(getattr(owner, method), spent, name))
-    work(directory)
+    module.work(directory)
     print(json.dumps(spent | {"all": time.time() - began}))
 
 
