@@ -120,7 +120,7 @@ def worker(directory: Path, began: float) -> None:
         "console": ((Console, "row"),),
         "checkpoints": ((Run, "save"),),
         "starts": ((Trainer, "__init__"), (Run, "__init__")),
-        "waiting": ((module, "_next"),),  # for a cell, at the end of a study for the runs of others
+        "waiting": ((module, "next_claim"),),  # for a cell, at the end of a study for the runs of others
     }
     for name, methods in clocked.items():
         for owner, method in methods:
