@@ -17,6 +17,7 @@ import time
 from statistics import median
 
 import numpy as np
+from bench_step import flops_per_step
 from measure_memory import RETURNED, measure
 
 BASE = ["model=mini", "data.tokenizer=bytes", "train.batch_size=4", "tracker=none", "train.threads=1"]
@@ -66,12 +67,9 @@ def in_process(what: str, words: list[str], **environment: str) -> float:
 def theory(words: list[str]) -> tuple[float, float]:
     """FLOPs of a step, and predicted bytes."""
     from stabrun.composition import compose
-    from stabrun.model.counts import flops_per_token
     from stabrun.model.memory import memory
 
-    config = compose(words)
-    tokens = config.train.batch_size * config.data.seq_len
-    return flops_per_token(config.model, config.data.seq_len) * tokens, memory(config, "cpu")["peak_bytes"]
+    return flops_per_step(words), memory(compose(words), "cpu")["peak_bytes"]
 
 
 def exponent(values: tuple[int, ...], results: list[float]) -> float:

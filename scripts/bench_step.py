@@ -202,8 +202,8 @@ def operators(kind: str, model_name: str, steps: int) -> None:
                 step(number)
     found = {"(compiled kernels)": 0.0, "(the rest)": 0.0}
     for event in profiler.key_averages():
-        kind, _, name = event.key.partition("aten::")
-        name = name or ("(compiled kernels)" if "CompiledFxGraph" in kind else "(the rest)")
+        other, _, name = event.key.partition("aten::")
+        name = name or ("(compiled kernels)" if "CompiledFxGraph" in other else "(the rest)")
         found[name] = found.get(name, 0.0) + event.self_cpu_time_total / 1e3 / steps
     print(json.dumps(found), file=out)
 
@@ -269,7 +269,7 @@ def compare(model_name: str, words: argparse.Namespace) -> None:
         print(f"| {name}, ms per step | {middle:.2f} | {low:.2f} to {high:.2f} |")
     if contenders is OWN:
         best = product_speed()
-        flops = flops_per_step(model_name)
+        flops = flops_per_step([f"model={model_name}"])
         for name in contenders:
             speed = flops / quantiles([t[name] for t in times], n=4)[1] / 1e9
             print(f"| {name}, share of the {best:.0f} GFLOP/s of large matrix products | {speed / best:.2f} | |")
@@ -278,12 +278,12 @@ def compare(model_name: str, words: argparse.Namespace) -> None:
         print(f"| {one} / {other} | {middle:.3f} | {low:.3f} to {high:.3f} |", flush=True)
 
 
-def flops_per_step(model_name: str) -> int:
+def flops_per_step(words: list[str]) -> int:
     """FLOPs of the matrix products of a step, attention as if not causal (PaLM, arXiv 2204.02311, appendix B)."""
     from stabrun.composition import compose
     from stabrun.model.counts import flops_per_token
 
-    config = compose([f"model={model_name}"])
+    config = compose(words)
     return flops_per_token(config.model, config.data.seq_len) * config.data.seq_len * config.train.batch_size
 
 

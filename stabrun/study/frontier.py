@@ -12,8 +12,7 @@ not; but they share s, which a few outcomes of two kinds hardly determine. A sha
 The posterior over (μ, s, λ, a, b) is computed on a grid of parameters. For given (μ, s, λ), stable runs concern only a
 and diverged runs only b, so that the likelihood is a product of two sums. The next run is the one with the largest
 expected decrease of the entropy of μ per training step, by its outcome without its grade. QUEST+ (Watson 2017, doi
-10.1167/17.3.10) uses the entropy of all parameters, which is the same if s and λ are known. Here it gave less precise
-thresholds in as many runs.
+10.1167/17.3.10) uses the entropy of all parameters, which is the same if s and λ are known.
 """
 
 from collections import Counter
@@ -118,8 +117,8 @@ class Frontier:
         outcomes: frozenset[bool] = frozenset(),
     ) -> None:
         self.grid = grid
-        none = np.zeros((len(grid.prior), len(OFFSETS)))
-        self.likelihoods = likelihoods or (none, none)  # log, of the stable and the diverged runs: [points, offsets]
+        # Log, of the stable and the diverged runs: [points, offsets].
+        self.likelihoods = likelihoods or (np.zeros((len(grid.prior), len(OFFSETS))),) * 2
         self.outcomes = outcomes  # those observed
 
     @staticmethod
