@@ -513,6 +513,38 @@ def test_what_does_no_harm_is_not_named(bad):
     assert locate(model, lambda: model(torch.ones(2, 3, 4)).sum()).module == "1"
 
 
+class DropsNaN(torch.autograd.Function):
+    """x² with zeros for NaN, and the derivative of x²: as kernels of attention do on some CPUs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square().nan_to_num()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+def test_nan_that_is_dropped_in_the_forward_pass_and_back_in_the_backward_pass():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return DropsNaN.apply(self.layer(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Dropping(), nn.Linear(4, 4))
+    with torch.no_grad():
+        model[1].layer.weight[0, 0] = NAN
+    x = torch.randn(2, 3, 4)
+    assert model(x).isfinite().all()
+    fault = locate(model, lambda: model(x).sum())
+    assert (fault.module, fault.pass_) == ("1.layer", "forward")
+
+
 # Ways to build a model
 
 
