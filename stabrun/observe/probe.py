@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stabrun.config import ObserveConfig, UserError
 from stabrun.observe.hooks import Hook
+from stabrun.observe.indices import Indices
 from stabrun.observe.reductions import REDUCTIONS, AdamState, Core, Owners, Parameters, Update, has_adam_state
 from stabrun.observe.sites import Layer, Sites
 from stabrun.observe.token_means import Row, TokenMeans
@@ -36,6 +37,10 @@ class Cell(NamedTuple):
 
     value: Tensor
     number: Tensor
+
+    @classmethod
+    def empty(cls, device: torch.device) -> "Cell":
+        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
 
 
 class Target(NamedTuple):
@@ -127,6 +132,7 @@ class Probe:
         self.due: list[Span] = []  # what this step measures
         self.reduced: set[str] = set()  # keys of sources in `ONCE` that this step has measured
         self.device = next(model.parameters()).device
+        self.indices = Indices(self.device)
         self.first = len(self.scalars)  # they are the first values in the buffer
         self.spans = self._layout(cores if config.every else ())
         self.hooked = [span for span in self.spans if span.counts is not None]
@@ -139,11 +145,7 @@ class Probe:
         starts = ((span.start - self.first, len(span.present)) for span in by_token)
         self.tokens = TokenMeans((start + n for start, count in starts for n in range(count)), self.device)
         # Of this micro-batch, place among the values of hooks → cell.
-        self.cells = {
-            place: Cell(*(torch.zeros((), device=self.device) for _ in range(2)))
-            for place in range(places)
-            if place not in self.tokens.rows
-        }
+        self.cells = {place: Cell.empty(self.device) for place in range(places) if place not in self.tokens.rows}
         self.cadences = {span.metric.slow for span in self.hooked if not is_token_mean(span.metric)}
         self.targets = self._targets()
         self.values = torch.zeros(self.size, device=self.device)  # the step
@@ -168,9 +170,8 @@ class Probe:
         # Where each is, its module's dictionary and its name there: quicker to check than the modules are to walk.
         self.slots: list[tuple[dict[str, Any], str, nn.Parameter | None]] = []
         self.before: list[Tensor] = []  # copies of them before the update
-        self.indices: dict[tuple[int, ...], Tensor] = {}
         self.look_up()
-        self.cell_places = self._indices([*self.cells])
+        self.cell_places = self.indices.of([*self.cells])
         self._clear()
 
     # Layout
@@ -230,7 +231,7 @@ class Probe:
         apart = list[Target]()
         for target in targets:
             place = next(place for place, cell in self.cells.items() if cell is target.into)
-            own = Cell(*(torch.zeros((), device=self.device) for _ in range(2)))
+            own = Cell.empty(self.device)
             self.more.append((place, own))
             apart.append(target._replace(into=own))
         return apart
@@ -247,7 +248,7 @@ class Probe:
         weights, owners = self._owned([layer.weights() if layer else [] for layer in layers])
         self.weights, self.owners, self.parameters = weights, owners, parameters
         numbers = {id(p): i for i, p in enumerate(parameters)}
-        self.weight_index = self._indices([numbers[id(weight)] for weight in weights])
+        self.weight_index = self.indices.of([numbers[id(weight)] for weight in weights])
         blocks = [block for blocks in self.sites.stacks.values() for block in blocks.values()]
         self.block_members = torch.zeros(len(blocks), len(parameters), device=self.device)
         for row, block in zip(self.block_members, blocks, strict=True):
@@ -261,14 +262,7 @@ class Probe:
         if pairs == [(n, n) for n in range(len(layers))]:
             return [*weights.values()], None
         owners, owned = ([pair[side] for pair in pairs] for side in range(2))
-        return [*weights.values()], Owners(self._indices(owners), self._indices(owned), len(layers))
-
-    def _indices(self, numbers: Sequence[int]) -> Tensor:
-        """Numbers on the device, made once, because the copy of a list waits for a GPU."""
-        key = tuple(numbers)
-        if key not in self.indices:
-            self.indices[key] = torch.tensor(key, dtype=torch.long, device=self.device)
-        return self.indices[key]
+        return [*weights.values()], Owners(self.indices.of(owners), self.indices.of(owned), len(layers))
 
     # Hooks
 

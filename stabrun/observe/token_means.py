@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stabrun.observe.indices import Indices
+
 KEPT = 4096  # tensors kept before they are added up
-INDICES = 256  # index tensors kept
 
 
 @dataclass(eq=False)
@@ -35,8 +36,8 @@ class TokenMeans:
         self.rows = {place: Row(n, torch.zeros(2, device=device)) for n, place in enumerate(places)}
         self.kept: list[tuple[int, Tensor]] = []  # position, and values
         self.sums = torch.zeros(len(self.rows), 2, device=device)
-        self.indices: dict[tuple[int, ...], Tensor] = {}
-        self.places = self._index(self.rows)
+        self.indices = Indices(device)
+        self.places = self.indices.of(self.rows)
 
     def add(self, row: Row, values: Tensor) -> None:
         """Add values of any shape, which nothing changes before `collect`."""
@@ -70,14 +71,5 @@ class TokenMeans:
         for (shape, _), group in alike.items():
             totals = torch.stack([values for _, values in group]).reshape(len(group), -1).sum(1).to(self.sums.dtype)
             both = torch.stack([totals, torch.full_like(totals, shape.numel())], dim=1)
-            self.sums.index_add_(0, self._index(position for position, _ in group), both)
+            self.sums.index_add_(0, self.indices.of(position for position, _ in group), both)
         self.kept.clear()
-
-    def _index(self, numbers: Iterable[int]) -> Tensor:
-        """Numbers on the device; usual ones are made once, because the copy of a list waits for a GPU."""
-        key = tuple(numbers)
-        if key not in self.indices:
-            if len(self.indices) == INDICES:
-                self.indices.clear()
-            self.indices[key] = torch.tensor(key, dtype=torch.long, device=self.sums.device)
-        return self.indices[key]
