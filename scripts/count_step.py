@@ -22,8 +22,8 @@ from torch.utils.flop_counter import flop_registry
 from stabrun.composition import compose
 from stabrun.config import AttentionConfig, Config, ObserveConfig, micro_batch
 from stabrun.model.gpt import GPT
-from stabrun.model.switches import FLEX, sequence_parts
-from stabrun.observe.probe import SAMPLED, Probe
+from stabrun.model.switches import FLEX, SAMPLED, sequence_parts
+from stabrun.observe.probe import Probe
 from stabrun.observe.sites import model_sites
 from stabrun.training.objective import Objective
 from stabrun.training.precision import autocast

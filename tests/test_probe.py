@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from stabrun.config import ObserveConfig
 from stabrun.data.batches import training_batch
-from stabrun.observe.probe import SAMPLED, Probe
+from stabrun.model.switches import SAMPLED
+from stabrun.observe.probe import Probe
 from stabrun.observe.sites import Sites, linear_sites
 from stabrun.observe.token_means import TokenMeans
 

@@ -10,11 +10,13 @@ from stabrun.model.switches import (
     EXPLICIT,
     NORMS,
     QUERIES,
+    SAMPLED,
     attention_path,
     clips,
     divisors,
     layers,
     linears,
+    scores_at_once,
     sequence_parts,
 )
 
@@ -36,9 +38,9 @@ def memory(config: Config, device: str | None = None) -> dict[str, int]:
     """Bytes of a training step on one device, by default the one that the run would use.
 
     fp32 weights, gradients and Adam's moments, the activations of a micro-batch that autograd keeps, and the logits of
-    a part of the sequence with their gradients. `peak_bytes` is the largest of three moments: the loss, the backward
-    pass of a block and the optimizer's step. This is an estimate: kernel workspaces, the allocator's overhead and
-    what torch.compile saves are not counted.
+    a part of the sequence with their gradients. `peak_bytes` is the largest of four moments: the statistics of the last
+    block's attention, the loss, the backward pass of a block and the optimizer's step. This is an estimate: kernel
+    workspaces, the allocator's overhead and what torch.compile saves are not counted.
     """
     model, seq_len, train = config.model, config.data.seq_len, config.train
     device = device or device_type(config)
@@ -58,10 +60,12 @@ def memory(config: Config, device: str | None = None) -> dict[str, int]:
     loss = logits * (3 + 2 * (config.optim.z_loss > 0)) + low * head
     backward = tokens * cost.gradients() + max(blocks) * again
     slow = bool(config.observe.every and config.observe.slow_every)
+    half = tokens * cost.attention_branch(layers(model)[-1])  # the last block has no feed-forward activations yet
+    statistics = (cost.statistics(sequences) + half - blocks[-1] * (not again)) * slow
     before_update = 4 * (sum(matrices) + head) * slow  # a copy of the weights, for the norm of the update
     steady = 12 * count + gradients + kept + outside
     return {
-        "peak_bytes": max(steady + max(loss, backward), 16 * count + before_update),
+        "peak_bytes": max(steady + max(loss, backward, statistics), 16 * count + before_update),
         "weights_bytes": 4 * count,
         "gradients_bytes": 4 * count,
         "optimizer_bytes": 8 * count,
@@ -102,7 +106,10 @@ class BlockMemory:
 
     def kept(self, model: ModelConfig) -> int:
         hidden = self.low * ACTIVATIONS[model.mlp.activation].kept * linears(model)["fc2"][0]
-        return self.branch(model, model.attn) + self.branch(model, model.mlp) + self.attention(model) + hidden
+        return self.attention_branch(model) + self.branch(model, model.mlp) + hidden
+
+    def attention_branch(self, model: ModelConfig) -> int:
+        return self.branch(model, model.attn) + self.attention(model)
 
     def branch(self, model: ModelConfig, switches: AttentionConfig | MlpConfig) -> int:
         """The residual stream before the branch, the input of its first linear layer, its outer norms and its scale."""
@@ -132,6 +139,12 @@ class BlockMemory:
         attn, dropped = self.model.attn, bool(self.mask)
         kinds = 1 + (attn.soft_cap is not None) + clips(attn)
         return 4 * kinds + 2 * self.cast + self.mask + 4 * (dropped and not self.cast)
+
+    def statistics(self, sequences: int) -> int:
+        """Of the logits, of which there are three copies at a time, while the statistics of attention are computed."""
+        heads = min(sequences, SAMPLED) * self.model.n_head
+        queries = min(self.seq_len, max(1, scores_at_once(CPU if self.cpu else CUDA) // (heads * self.seq_len)))
+        return 3 * 4 * heads * queries * self.seq_len
 
     def gradients(self) -> int:
         """Of a token while its block is differentiated: at the hidden layer, or at the explicit attention weights."""

@@ -113,6 +113,14 @@ def attention_path(attn: AttentionConfig, head_dim: int, dropout: float, device:
 LOGITS = 1 << 29  # outputs of the model in memory at a time: above, the weights' traffic for each part is small
 
 
+SAMPLED = 64  # sequences of a batch that attention is measured on: at long contexts all would cost too much
+
+
+def scores_at_once(device: str) -> int:
+    """Attention logits in memory at a time for their statistics: few on the CPU, whose caches are small."""
+    return 1 << (22 if device == "cpu" else 27)
+
+
 def divisors(number: int) -> list[int]:
     """The divisors of a positive number, in order."""
     lower = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]

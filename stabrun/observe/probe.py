@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stabrun.config import ObserveConfig, UserError
+from stabrun.model.switches import SAMPLED
 from stabrun.observe.hooks import Hook
 from stabrun.observe.indices import Indices
 from stabrun.observe.reductions import REDUCTIONS, AdamState, Core, Owners, Parameters, Update, has_adam_state
@@ -29,7 +30,6 @@ LINEAR = (metrics.OUTPUT, metrics.INPUT, metrics.INPUT_GRADIENT)  # sources at e
 BY_TOKEN = (metrics.OUTPUT, metrics.INPUT, metrics.BLOCK)  # sources whose reductions return a value of each token
 ONCE = (metrics.PARAMETERS, metrics.UPDATE, metrics.ADAM)  # sources that are read once per step, and not by hooks
 WEIGHT = "norm/weight/{site}"  # the sites that have it have weights
-SAMPLED = 64  # sequences of a batch that attention is measured on: at long contexts all would cost too much
 
 
 class Cell(NamedTuple):

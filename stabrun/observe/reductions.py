@@ -18,9 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from stabrun.model.switches import scores_at_once
 from stabrun.observe.norms import tensor_norms
 
-LOGITS_AT_ONCE = 1 << 27  # attention logits in memory at a time
 FAR_BELOW = -1e30  # masks future positions; finite, because 0 · −∞ is NaN in the entropy
 
 
@@ -141,7 +141,7 @@ def attention_statistics(core: Core, q: Tensor, k: Tensor) -> dict[str, Tensor]:
     −Σ p log p, is therefore −Σ p·s − log max p: no logarithm of a full matrix, and no difference of large numbers.
     """
     batch, heads, time, _ = q.shape
-    queries = min(time, max(1, LOGITS_AT_ONCE // (batch * heads * k.shape[2])))
+    queries = min(time, max(1, scores_at_once(q.device.type) // (batch * heads * k.shape[2])))
     peaks, entropies = [], []
     for start in range(0, time, queries):
         stop = min(start + queries, time)

@@ -14,9 +14,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabrun.config import AttentionConfig, Config, micro_batch
+from stabrun.model.attention import AttentionCore
 from stabrun.model.gpt import GPT
 from stabrun.model.memory import device_type
-from stabrun.model.switches import FLEX, sequence_parts
+from stabrun.model.switches import FLEX, SAMPLED, sequence_parts
+from stabrun.observe.reductions import attention_statistics
 from stabrun.training.objective import Objective
 from stabrun.training.optimizer import make_optimizer
 from stabrun.training.precision import autocast
@@ -51,6 +53,13 @@ class LiveMemory(TorchDispatchMode):
         self.now -= size
 
 
+@torch.no_grad()
+def measure(core: AttentionCore, qkv: tuple[Tensor, ...], output: Tensor) -> None:
+    """The statistics of attention, whose logits exist for a moment."""
+    if output.requires_grad:
+        attention_statistics(core, *(x[:SAMPLED] for x in qkv[:2]))
+
+
 def traced_memory(config: Config) -> int:
     """Peak bytes of the second step of a run, when Adam's moments exist; nothing is allocated.
 
@@ -69,6 +78,8 @@ def traced_memory(config: Config) -> int:
         objective = Objective(model, config.optim.z_loss, parts, partial(autocast, train, torch.device("cpu")))
         tokens = torch.zeros(sequences, seq_len + 1, dtype=torch.long)
         slow = config.observe.every and config.observe.slow_every
+        for core in model.cores if slow else ():
+            core.register_forward_hook(measure)
         for _ in range(2):
             memory.peak = memory.now
             for _ in range(min(2, train.batch_size // train.ranks // sequences)):

@@ -12,9 +12,9 @@ from stabrun.data.batches import starts, validation_batch, windows
 from stabrun.data.degenerate import Finding, digest, findings
 from stabrun.data.shards import Prepared
 from stabrun.model.gpt import GPT
-from stabrun.model.switches import sequence_parts
+from stabrun.model.switches import SAMPLED, sequence_parts
 from stabrun.observe.norms import tensor_norms
-from stabrun.observe.probe import SAMPLED, PendingRow, Probe
+from stabrun.observe.probe import PendingRow, Probe
 from stabrun.observe.sites import model_sites
 from stabrun.training.compilation import compile_parts, compiles
 from stabrun.training.memory import refuse_too_large
