@@ -81,11 +81,17 @@ def group(cls: type) -> Any:
 @dataclass
 class NormConfig:
     kind: str = key(
-        "layernorm", RESULT, "kind of every norm in the model; layernorm1p stores its gain minus one",
-        allowed=("layernorm", "rmsnorm", "layernorm1p", "none"),
+        "layernorm", RESULT, "kind of every norm in the model; those on 1p store their gain minus one",
+        allowed=("layernorm", "rmsnorm", "layernorm1p", "rmsnorm1p", "dyt", "batchnorm", "none"),
     )  # fmt: skip
     eps: float = key(1e-5, RESULT, "added to the variance", above=0)
-    affine: bool = key(True, RESULT, "whether norms learn a gain (and a bias if model.bias is set)")
+    affine: bool = key(True, RESULT, "whether norms learn a gain (and a bias if model.norm.bias is set)")
+    bias: bool | None = key(None, RESULT, "whether norms with a gain have a bias; null: as model.bias", absent=None)
+    alpha: float = key(0.5, RESULT, "dyt: initial value of α in tanh(α·x)", absent=0.5, above=0)
+    depth_scaled: bool = key(
+        False, RESULT, "whether the pre-norms of block l, counted from 1, are multiplied by 1/√l", absent=False
+    )
+    doubled: bool = key(False, RESULT, "whether each pre-norm is applied twice: a control", absent=False)
 
 
 @dataclass
@@ -102,6 +108,10 @@ class AttentionConfig:
     soft_cap: float | None = key(None, RESULT, "c in c·tanh(logit/c); null for none", above=0)
     clip_low: float = key(0.0, RESULT, "γ in clip((ζ−γ)·softmax+γ, 0, 1)", at_most=0)
     clip_high: float = key(1.0, RESULT, "ζ in clip((ζ−γ)·softmax+γ, 0, 1)", at_least=1)
+    gate: bool = key(
+        False, RESULT, "whether the input of Proj is multiplied by a sigmoid that is linear in the input of QKV",
+        absent=False,
+    )  # fmt: skip
 
 
 @dataclass
@@ -109,10 +119,11 @@ class MlpConfig:
     pre_norm: bool = key(True, RESULT, "norm before FC1")
     out_norm: bool = key(False, RESULT, "norm of FC2's output, before the residual add")
     post_norm: bool = key(False, RESULT, "norm after the residual add")
-    width: int | None = key(None, RESULT, "hidden width; null for 4 × model.d_model", at_least=1)
+    width: int | None = key(None, RESULT, "hidden width; null for ratio × model.d_model, rounded", at_least=1)
+    ratio: float = key(4.0, RESULT, "hidden width as a multiple of model.d_model", absent=4.0, above=0)
     activation: str = key(
-        "relu2", RESULT, "relu2 is the squared ReLU; swiglu and geglu are gated: FC1 has twice the width",
-        allowed=("gelu", "gelu_tanh", "relu2", "swiglu", "geglu"),
+        "relu2", RESULT, "relu2 is the squared ReLU; swiglu, geglu and geglu_tanh are gated: FC1 has twice the width",
+        allowed=("gelu", "gelu_tanh", "relu2", "swiglu", "geglu", "geglu_tanh"),
     )  # fmt: skip
 
 
@@ -150,6 +161,14 @@ class ModelConfig:
         allowed=("plain", "scaled", "norm"),
     )  # fmt: skip
     residual: bool = key(True, RESULT, "whether blocks have residual connections")
+    post_ln_share: float = key(
+        0.0, RESULT, "share of the blocks, the first ones, with norms after the residual adds, not before the branches",
+        absent=0.0, at_least=0, at_most=1,
+    )  # fmt: skip
+    final_norm: bool = key(True, RESULT, "norm before the output layer", absent=True)
+    final_cap: float | None = key(
+        None, RESULT, "c in c·tanh(logit/c) of the output layer; null for none", absent=None, above=0
+    )
 
 
 @dataclass
@@ -542,6 +561,9 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
            f"of the {model.d_model // model.n_head} channels of a head.")
     yield (model.embedding == "norm" and model.norm.kind == "none",
            "model.embedding=norm: not possible with model.norm.kind=none.")
+    yield (model.norm.kind == "batchnorm" and (train.ranks > 1 or micro_batch(config) != train.batch_size),
+           f"model.norm.kind=batchnorm: its statistics are those of the whole batch, so train.ranks={train.ranks} must "
+           f"be 1 and train.micro_batch_size={train.micro_batch_size} must be null.")
     yield (model.sigma_reparam != "none" and model.init in ("zero", "zero_out"),
            f"model.init={model.init}: model.sigma_reparam={model.sigma_reparam} divides by the spectral norm, "
            "which is 0.")

@@ -5,6 +5,7 @@ in the precision of the tensors it is given.
 """
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -31,10 +32,19 @@ def logits(tensors, config, tokens):
         x = math.sqrt(config.d_model) * x
     if config.position.kind == "learned":
         x = x + tensors["position.weight"][: tokens.shape[1]]
+    post_ln = math.floor(config.post_ln_share * config.n_layer)
     for layer in range(config.n_layer):
         for part, body in (("attn", attention), ("mlp", feed_forward)):
             at, switches = f"blocks.{layer}.{part}.", getattr(config, part)
-            branch = norm(tensors, config, at + "pre_norm", x) if switches.pre_norm else x
+            if layer < post_ln:
+                switches = replace(switches, pre_norm=False, post_norm=True)
+            branch = x
+            if switches.pre_norm and config.norm.doubled:
+                branch = norm(tensors, config, at + "pre_norm.1", norm(tensors, config, at + "pre_norm.0", x))
+            elif switches.pre_norm:
+                branch = norm(tensors, config, at + "pre_norm", x)
+            if switches.pre_norm and config.norm.depth_scaled and config.norm.kind != "none":
+                branch = branch / math.sqrt(layer + 1)
             branch = body(tensors, config, at + "layer.", branch)
             branch = norm(tensors, config, at + "out_norm", branch) if switches.out_norm else branch
             if config.layer_scale is not None:
@@ -42,22 +52,27 @@ def logits(tensors, config, tokens):
             x = x + branch if config.residual else branch
             x = norm(tensors, config, at + "post_norm", x) if switches.post_norm else x
     head = embed if config.tied else tensors["head.weight"]
-    return norm(tensors, config, "norm", x) @ head.T
+    out = (norm(tensors, config, "norm", x) if config.final_norm else x) @ head.T
+    return out if config.final_cap is None else config.final_cap * torch.tanh(out / config.final_cap)
 
 
 def norm(tensors, config, name, x):
     kind, eps = config.norm.kind, config.norm.eps
-    assert kind in ("layernorm", "rmsnorm", "layernorm1p", "none"), f"no formula for norm {kind}"
+    over = tuple(range(x.dim() - 1)) if kind == "batchnorm" else -1
     if kind == "none":
         return x
-    if kind != "rmsnorm":
-        x = x - x.mean(-1, keepdim=True)
-    x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+    if kind == "dyt":
+        x = torch.tanh(tensors[name + ".alpha"] * x)
+    elif kind in ("layernorm", "layernorm1p", "batchnorm", "rmsnorm", "rmsnorm1p"):
+        x = x if kind.startswith("rms") else x - x.mean(over, keepdim=True)
+        x = x / torch.sqrt((x * x).mean(over, keepdim=True) + eps)
+    else:
+        raise AssertionError(f"no formula for norm {kind}")
     if not config.norm.affine:
         return x
     gain = tensors[name + ".weight"]
-    x = x * (1 + gain if kind == "layernorm1p" else gain)
-    return x + tensors[name + ".bias"] if config.bias else x
+    x = x * (1 + gain if kind.endswith("1p") else gain)
+    return x + tensors[name + ".bias"] if (config.bias if config.norm.bias is None else config.norm.bias) else x
 
 
 def linear(tensors, config, name, x):
@@ -73,16 +88,16 @@ def linear(tensors, config, name, x):
 def attention(tensors, config, at, x):
     width, head = config.d_model, config.d_model // config.n_head
     qkv = linear(tensors, config, at + "qkv", x)
-    parts = {"q": qkv[..., :width], "k": qkv[..., width : 2 * width], "v": qkv[..., 2 * width :]}
+    parts = {"q": qkv[..., :width], "k": qkv[..., width : 2 * width], "v": qkv[..., 2 * width : 3 * width]}
     wheres = {"q": config.attn.qk_norm, "k": config.attn.qk_norm, "v": config.attn.v_norm}
 
     def normed(part, y):
         """`y` is one part at full width."""
         if wheres[part] == "full":
             return norm(tensors, config, f"{at}{part}_norm.norm", y)
-        if wheres[part] == "head":
-            pieces = [norm(tensors, config, f"{at}{part}_norm", piece) for piece in y.split(head, -1)]
-            return torch.cat(pieces, -1)
+        if wheres[part] == "head":  # each head is one more row of numbers to normalize
+            pieces = norm(tensors, config, f"{at}{part}_norm", torch.stack(y.split(head, -1), 2))
+            return torch.cat(pieces.unbind(2), -1)
         return y
 
     def placed(y):
@@ -96,7 +111,10 @@ def attention(tensors, config, at, x):
         q, k = placed(normed("q", parts["q"])), placed(normed("k", parts["k"]))
     v = normed("v", parts["v"])
     each = zip(q.split(head, -1), k.split(head, -1), v.split(head, -1), strict=True)
-    return linear(tensors, config, at + "proj", torch.cat([attend(config.attn, *qkv) for qkv in each], -1))
+    out = torch.cat([attend(config.attn, *head) for head in each], -1)
+    if config.attn.gate:
+        out = out / (1 + torch.exp(-qkv[..., 3 * width :]))
+    return linear(tensors, config, at + "proj", out)
 
 
 def turned(config, x):
@@ -143,6 +161,8 @@ def activation(name, x):
     gate, up = x[..., :half], x[..., half:]
     if name == "swiglu":
         return gate / 2 * (1 + torch.tanh(gate / 2)) * up  # silu(x) = x / (1 + exp(−x)), without overflow
+    if name == "geglu_tanh":
+        return activation("gelu_tanh", gate) * up
     if name == "geglu":
         return gate / 2 * (1 + torch.erf(gate / math.sqrt(2))) * up
     raise AssertionError(f"no formula for activation {name}")

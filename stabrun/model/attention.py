@@ -128,7 +128,11 @@ def causal_mask(logits: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Projection to Q, K and V, their norms and positions, attention, projection: `[B, T, d_model]` → same."""
+    """Projection to Q, K and V, their norms and positions, attention, projection: `[B, T, d_model]` → same.
+
+    With `model.attn.gate`, a fourth part of the first projection gates the output of attention, before the second, by
+    its sigmoid (arXiv 2505.06708, the gate G1).
+    """
 
     def __init__(self, config: ModelConfig, seq_len: int) -> None:
         super().__init__()
@@ -150,10 +154,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, width = x.shape
-        q, k, v = self.qkv(x).view(batch, time, 3, self.n_head, self.head_dim).unbind(2)
+        q, k, v, *gate = self.qkv(x).view(batch, time, -1, self.n_head, self.head_dim).unbind(2)
         q, k, v = self.encode(q, self.q_norm), self.encode(k, self.k_norm), self.v_norm(v)
-        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.proj(out.transpose(1, 2).reshape(batch, time, width))
+        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        if gate:
+            out = out * torch.sigmoid(gate[0])
+        return self.proj(out.reshape(batch, time, width))
 
     def encode(self, x: Tensor, norm: nn.Module) -> Tensor:
         """Norm and position encoding of Q or K, in the configured order: `[B, T, h, d]` → same."""

@@ -7,7 +7,7 @@ from stabrun.config import AttentionConfig, MlpConfig, ModelConfig
 from stabrun.model import functional as F
 from stabrun.model.attention import Attention
 from stabrun.model.linear import make_linear
-from stabrun.model.norm import make_norm
+from stabrun.model.norm import make_norm, make_pre_norm
 from stabrun.model.switches import ACTIVATIONS
 
 
@@ -38,9 +38,9 @@ class LayerScale(nn.Module):
 class Residual(nn.Module):
     """A sub-layer on the residual stream with its norms before, inside and after: `[B, T, d_model]` → same."""
 
-    def __init__(self, config: ModelConfig, norms: AttentionConfig | MlpConfig, layer: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, norms: AttentionConfig | MlpConfig, layer: nn.Module, number: int) -> None:
         super().__init__()
-        self.pre_norm = make_norm(config, config.d_model, norms.pre_norm)
+        self.pre_norm = make_pre_norm(config, norms.pre_norm, number)
         self.layer = layer
         self.out_norm = make_norm(config, config.d_model, norms.out_norm)
         start = config.layer_scale
@@ -55,12 +55,12 @@ class Residual(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward network."""
+    """Attention, then the feed-forward network. `number` counts the blocks from 1."""
 
-    def __init__(self, config: ModelConfig, seq_len: int) -> None:
+    def __init__(self, config: ModelConfig, seq_len: int, number: int) -> None:
         super().__init__()
-        self.attn = Residual(config, config.attn, Attention(config, seq_len))
-        self.mlp = Residual(config, config.mlp, Mlp(config))
+        self.attn = Residual(config, config.attn, Attention(config, seq_len), number)
+        self.mlp = Residual(config, config.mlp, Mlp(config), number)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.attn(x))

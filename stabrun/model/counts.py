@@ -3,7 +3,7 @@
 from collections import Counter
 
 from stabrun.config import ModelConfig
-from stabrun.model.switches import NORMS, layers, linears
+from stabrun.model.switches import NORMS, layers, linears, norm_vectors
 
 
 def parameters(model: ModelConfig, seq_len: int) -> dict[str, int]:
@@ -12,7 +12,7 @@ def parameters(model: ModelConfig, seq_len: int) -> dict[str, int]:
     blocks: Counter[str] = Counter()
     for layer in layers(model):
         blocks.update(block_parameters(layer))
-    blocks["norms_and_scales"] += norm_parameters(model, d) * (1 + (model.embedding == "norm"))
+    blocks["norms_and_scales"] += norm_parameters(model, [d] * (model.final_norm + (model.embedding == "norm")))
     parts = {
         "embedding": model.vocab_size * d,
         "position": seq_len * d if model.position.kind == "learned" else 0,
@@ -25,19 +25,20 @@ def parameters(model: ModelConfig, seq_len: int) -> dict[str, int]:
 def block_parameters(model: ModelConfig) -> dict[str, int]:
     """Parameters of one block by part."""
     attn, mlp, d = model.attn, model.mlp, model.d_model
-    widths = {"none": 0, "head": d // model.n_head, "full": d}
-    branches = sum(branch.pre_norm + branch.out_norm + branch.post_norm for branch in (attn, mlp))
-    normed = branches * d + 2 * widths[attn.qk_norm] + widths[attn.v_norm]
+    widths = {"head": d // model.n_head, "full": d}
+    pre = 1 + model.norm.doubled
+    branches = sum(pre * branch.pre_norm + branch.out_norm + branch.post_norm for branch in (attn, mlp))
+    normed = [d] * branches + [widths[where] for where in (attn.qk_norm, attn.qk_norm, attn.v_norm) if where != "none"]
     scales = 2 * d if model.layer_scale is not None else 0
     extra = model.sigma_reparam != "none"  # γ
     parts = {site: n_in * n_out + n_out * model.bias + extra for site, (n_in, n_out) in linears(model).items()}
     return parts | {"norms_and_scales": norm_parameters(model, normed) + scales}
 
 
-def norm_parameters(model: ModelConfig, width: int) -> int:
-    """Gains, and biases if there are any, of norms over `width` channels in all."""
-    learned = NORMS[model.norm.kind] is not None and model.norm.affine
-    return width * (1 + model.bias) if learned else 0
+def norm_parameters(model: ModelConfig, widths: list[int]) -> int:
+    """Gains, and biases and α if there are any, of a norm over each number of channels."""
+    kind = NORMS[model.norm.kind]
+    return sum(widths) * sum(norm_vectors(model)) + len(widths) * (kind is not None and kind.learned_alpha)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:

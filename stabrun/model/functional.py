@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, relu, rms_norm, silu
+from torch import Tensor, tanh
+from torch.nn.functional import batch_norm, gelu, layer_norm, relu, rms_norm, silu
 
-__all__ = ["gelu", "layer_norm", "relu2", "rms_norm", "silu"]
+__all__ = ["batch_norm", "gelu", "layer_norm", "relu2", "rms_norm", "silu", "tanh"]
 
 
 class SquaredReLU(torch.autograd.Function):

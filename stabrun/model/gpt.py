@@ -28,11 +28,12 @@ class GPT(nn.Module):
         self.embed_scale = config.d_model**0.5 if config.embedding == "scaled" else None
         self.position = nn.Embedding(seq_len, config.d_model) if learned else None
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.blocks = nn.ModuleList(Block(layer, seq_len) for layer in layers(config))
-        self.norm = make_norm(config, config.d_model)
+        self.blocks = nn.ModuleList(Block(layer, seq_len, number) for number, layer in enumerate(layers(config), 1))
+        self.norm = make_norm(config, config.d_model, config.final_norm)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+        self.final_cap = config.final_cap
         self.recompute = False
         self.run = run
         self.dropout_rate = config.dropout
@@ -61,7 +62,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer: `[B, T, d_model]` → `[B, T, vocab_size]`."""
-        return wide(self.head(hidden))
+        logits = wide(self.head(hidden))
+        return logits if self.final_cap is None else self.final_cap * torch.tanh(logits / self.final_cap)
 
     def recomputed(self, block: nn.Module, x: Tensor) -> Tensor:
         """A block whose activations are computed again in the backward pass instead of being kept."""

@@ -57,7 +57,7 @@ def memory(config: Config, device: str | None = None) -> dict[str, int]:
     outside = stream * (2 + (parts > 1)) + tokens * model.d_model * cost.mask
     gradients = 4 * (count if sequences * train.ranks < train.batch_size else head * (parts > 1))
     logits = 4 * tokens // parts * model.vocab_size
-    loss = logits * (3 + 2 * (config.optim.z_loss > 0)) + low * head
+    loss = logits * (3 + 2 * (config.optim.z_loss > 0) + (model.final_cap is not None)) + low * head
     backward = tokens * cost.gradients() + max(blocks) * again
     slow = bool(config.observe.every and config.observe.slow_every)
     half = tokens * cost.attention_branch(layers(model)[-1])  # the last block has no feed-forward activations yet
@@ -98,8 +98,8 @@ class BlockMemory:
         self.low = 2 if config.train.precision in LOW else 4
         self.cast = self.low < 4  # the fp32 output of a norm is kept a second time, as its low-precision copy
         norm = NORMS[self.model.norm.kind]
-        unfused = self.cpu and self.model.norm.kind == "rmsnorm" and self.model.norm.affine
-        self.norm = 0 if norm is None else 4 * (1 + unfused)  # bytes of a channel that a norm keeps
+        unfused = self.cpu and self.model.norm.affine and norm is not None
+        self.norm = 4 * (norm.kept + unfused * norm.kept_on_cpu) if norm else 0  # bytes of a channel that a norm keeps
         self.mask = (4 if self.cpu else 1) * bool(self.model.dropout)  # bytes that dropout keeps of a value
         head_dim = self.model.d_model // self.model.n_head
         self.path = attention_path(self.model.attn, head_dim, self.model.dropout, device)
@@ -114,7 +114,8 @@ class BlockMemory:
     def branch(self, model: ModelConfig, switches: AttentionConfig | MlpConfig) -> int:
         """The residual stream before the branch, the input of its first linear layer, its outer norms and its scale."""
         d, low, normed = model.d_model, self.low, self.norm > 0
-        kept = self.norm * d * (switches.pre_norm + switches.out_norm + switches.post_norm) + low * d
+        norms = switches.pre_norm * (1 + model.norm.doubled) + switches.out_norm + switches.post_norm
+        kept = self.norm * d * norms + low * d
         wide = 4 if switches.out_norm and normed else low
         scaled = wide * d if model.layer_scale is not None else 0
         return kept + scaled + self.mask * d
@@ -124,7 +125,9 @@ class BlockMemory:
         explicit, whole = self.path == EXPLICIT, self.seq_len <= QUERIES  # whole: the weights are kept
         qk_norm, v_norm = (self.norm and where != "none" for where in (attn.qk_norm, attn.v_norm))
         # Under autocast a norm's input is kept in fp32; if Q, K and V are all normed, the projection's output is freed.
-        kept = 3 * d * low * (not (self.cast and qk_norm and v_norm)) + d * low * (1 + (whole or not explicit))
+        projected = self.cast and qk_norm and v_norm and not attn.gate
+        kept = linears(model)["qkv"][1] * low * (not projected) + d * low * (1 + (whole or not explicit))
+        kept += 2 * d * low * attn.gate  # what it multiplies, and its sigmoid
         if qk_norm or rotated(model) or (explicit and whole and self.cast):
             kept += 2 * d * (4 if explicit else low)
         kept += 8 * d * bool(self.cast and qk_norm) + (low + 4 * self.cast) * d * bool(v_norm)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from stabrun.config import ModelConfig
 from stabrun.model import functional as F
-from stabrun.model.switches import NORMS, NormKind
+from stabrun.model.switches import NORMS, NormKind, norm_vectors
 
 
 def wide(x: Tensor) -> Tensor:
@@ -14,24 +14,33 @@ def wide(x: Tensor) -> Tensor:
 
 
 class Norm(nn.Module):
-    """A norm over the last dimension, `[..., width]` → `[..., width]` in fp32, with an optional gain and bias."""
+    """A norm over the last dimension, `[..., width]` → `[..., width]` in fp32, times a constant `scale`."""
 
-    def __init__(self, kind: NormKind, width: int, eps: float, affine: bool, bias: bool) -> None:
+    def __init__(self, model: ModelConfig, kind: NormKind, width: int, scale: float) -> None:
         super().__init__()
-        self.kind, self.eps = kind, eps
-        self.weight = nn.Parameter(torch.full((width,), 1.0 - kind.gain_offset)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(width)) if affine and bias else None
+        self.kind, self.eps, self.scale = kind, model.norm.eps, scale
+        gain, bias = norm_vectors(model)
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - kind.gain_offset)) if gain else None
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.alpha = nn.Parameter(torch.tensor(model.norm.alpha)) if kind.learned_alpha else None
 
     def forward(self, x: Tensor) -> Tensor:
         gain: Tensor | None = self.weight
         if gain is not None and self.kind.gain_offset:
             gain = gain + self.kind.gain_offset
-        return self.kind.function(F, wide(x), gain, self.bias, self.eps)
+        y: Tensor = self.kind.function(F, wide(x), gain, self.bias, self.eps if self.alpha is None else self.alpha)
+        return y if self.scale == 1 else y * self.scale
 
 
-def make_norm(model: ModelConfig, width: int, present: bool = True) -> nn.Module:
+def make_norm(model: ModelConfig, width: int, present: bool = True, scale: float = 1.0) -> nn.Module:
     """The configured norm over `width` channels; the identity if it is not `present` or its kind is `none`."""
     kind = NORMS[model.norm.kind]
     if kind is None or not present:
         return nn.Identity()
-    return Norm(kind, width, model.norm.eps, model.norm.affine, model.bias)
+    return Norm(model, kind, width, scale)
+
+
+def make_pre_norm(model: ModelConfig, present: bool, number: int) -> nn.Module:
+    """The norm before a sub-layer of block `number`, counted from 1."""
+    norm = make_norm(model, model.d_model, present, number**-0.5 if model.norm.depth_scaled else 1.0)
+    return nn.Sequential(make_norm(model, model.d_model, present), norm) if model.norm.doubled else norm

@@ -6,7 +6,7 @@ This module imports no torch, so that counting parameters stays quick. Functions
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stabrun.config import AttentionConfig, ModelConfig
@@ -36,6 +36,12 @@ def geglu(F: Any, x: Any) -> Any:
     return F.gelu(gate) * up
 
 
+def geglu_tanh(F: Any, x: Any) -> Any:
+    """`geglu` with the approximation of gelu by tanh: `[..., 2w]` → `[..., w]`."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
 @dataclass(frozen=True)
 class Activation:
     """An activation `function(F, x)`.
@@ -57,34 +63,71 @@ ACTIVATIONS = {
     "relu2": Activation(relu2),
     "swiglu": Activation(swiglu, widths=2, kept=4, needed=1),
     "geglu": Activation(geglu, widths=2, kept=4, needed=1),
+    "geglu_tanh": Activation(geglu_tanh, widths=2, kept=4, needed=1),
 }
 
 
-def layer_norm(F: Any, x: Any, gain: Any, bias: Any, eps: float) -> Any:
+def layer_norm(F: Any, x: Any, gain: Any, bias: Any, eps: Any) -> Any:
     """(x − mean) / √(var + ε) · gain + bias, over the last dimension."""
     return F.layer_norm(x, x.shape[-1:], gain, bias, eps)
 
 
-def rms_norm(F: Any, x: Any, gain: Any, bias: Any, eps: float) -> Any:
+def rms_norm(F: Any, x: Any, gain: Any, bias: Any, eps: Any) -> Any:
     """x / √(mean(x²) + ε) · gain + bias, over the last dimension (arXiv 1910.07467)."""
-    y = F.rms_norm(x, x.shape[-1:], gain, eps)
+    return shifted(F.rms_norm(x, x.shape[-1:], gain, eps), bias)
+
+
+def dyt(F: Any, x: Any, gain: Any, bias: Any, alpha: Any) -> Any:
+    """tanh(α·x) · gain + bias with a learned number α (arXiv 2503.10622, equation 1)."""
+    y = F.tanh(alpha * x)
+    return shifted(y if gain is None else y * gain, bias)
+
+
+def batch_norm(F: Any, x: Any, gain: Any, bias: Any, eps: Any) -> Any:
+    """(x − mean) / √(var + ε) · gain + bias, over all dimensions but the last (arXiv 1502.03167).
+
+    The statistics are those of the present batch, in validation too: each token sees the tokens after it.
+    """
+    return F.batch_norm(x.flatten(0, -2), None, None, gain, bias, training=True, eps=eps).view(x.shape)
+
+
+def shifted(y: Any, bias: Any) -> Any:
     return y if bias is None else y + bias
 
 
 @dataclass(frozen=True)
 class NormKind:
-    """A norm `function(F, x, gain, bias, eps)`; `gain_offset` is added to the stored gain."""
+    """A norm `function(F, x, gain, bias, eps)`; `gain_offset` is added to the stored gain.
+
+    With `learned_alpha`, the last argument is a learned number in place of ε. `kept` counts the values of the
+    width that autograd keeps, and `kept_on_cpu` more of them where the CPU has no fused kernel. `causal`: whether a
+    token sees no later ones.
+    """
 
     function: Callable[..., Any]
     gain_offset: float = 0.0
+    learned_alpha: bool = False
+    kept: int = 1
+    kept_on_cpu: int = 0
+    causal: bool = True
 
 
 NORMS: dict[str, NormKind | None] = {
     "layernorm": NormKind(layer_norm),
-    "rmsnorm": NormKind(rms_norm),
+    "rmsnorm": NormKind(rms_norm, kept_on_cpu=1),
     "layernorm1p": NormKind(layer_norm, gain_offset=1.0),  # NeMo: weight decay pulls the gain toward 1
+    "rmsnorm1p": NormKind(rms_norm, gain_offset=1.0, kept_on_cpu=1),  # Gemma
+    "dyt": NormKind(dyt, learned_alpha=True, kept=2),
+    "batchnorm": NormKind(batch_norm, causal=False),
     "none": None,
 }
+
+
+def norm_vectors(model: ModelConfig) -> tuple[bool, bool]:
+    """Whether norms have a gain, and a bias."""
+    bias = model.bias if model.norm.bias is None else model.norm.bias
+    learned = NORMS[model.norm.kind] is not None and model.norm.affine
+    return learned, learned and bias
 
 
 SDPA, FLEX, EXPLICIT = "sdpa", "flex", "explicit"
@@ -135,6 +178,9 @@ def sequence_parts(vocab_size: int, sequences: int, seq_len: int) -> int:
 
 def of_layer(model: ModelConfig, index: int) -> ModelConfig:
     """The configuration of block `index`, counted from 0. A difference between layers is made here and nowhere else."""
+    if index < int(model.post_ln_share * model.n_layer):
+        attn = replace(model.attn, pre_norm=False, post_norm=True)
+        return replace(model, attn=attn, mlp=replace(model.mlp, pre_norm=False, post_norm=True))
     return model
 
 
@@ -145,9 +191,9 @@ def layers(model: ModelConfig) -> list[ModelConfig]:
 
 def linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """The linear layers of a block: site → (inputs, outputs)."""
-    d, hidden = model.d_model, model.mlp.width or 4 * model.d_model
+    d, hidden = model.d_model, model.mlp.width or max(1, round(model.mlp.ratio * model.d_model))
     return {
-        "qkv": (d, 3 * d),
+        "qkv": (d, (3 + model.attn.gate) * d),
         "proj": (d, d),
         "fc1": (d, hidden * ACTIVATIONS[model.mlp.activation].widths),
         "fc2": (hidden, d),
