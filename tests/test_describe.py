@@ -69,9 +69,8 @@ def test_830m_has_the_size_given_in_the_paper():
     assert 826e6 <= parameters(config.model, config.data.seq_len)["total"] <= 831e6
 
 
-TRACED = ("baseline", "qkv_norm", "qk_fc_norm", "layer_scale", "qk_norm_cap")
 MEMORY = {
-    **{variant: [f"+variant={variant}"] for variant in TRACED},
+    **{variant: [f"+variant={variant}"] for variant in VARIANTS},
     "swiglu-micro-batch": ["model.mlp.activation=swiglu", "train.micro_batch_size=8"],
     "geglu": ["model.mlp.activation=geglu"],
     "mini-soft_clip": ["model=mini", "+variant=soft_clip"],

@@ -54,12 +54,12 @@ def records(tmp_path, monkeypatch):
 
 @pytest.fixture
 def later_key(monkeypatch):
-    """A version of the schema with another result key, `model.final_cap`."""
+    """A version of the schema with another result key, `model.later_key`."""
     cap = key(None, RESULT, "cap of the logits", absent=None, above=0)
-    later = make_dataclass("ModelConfig", [("final_cap", float | None, cap)], bases=(ModelConfig,))
+    later = make_dataclass("ModelConfig", [("later_key", float | None, cap)], bases=(ModelConfig,))
     monkeypatch.setattr(Config.__dataclass_fields__["model"], "default_factory", later)
     keys.cache_clear()
-    assert "model.final_cap" in {k.path for k in keys()}
+    assert "model.later_key" in {k.path for k in keys()}
     yield
     monkeypatch.undo()
     keys.cache_clear()
@@ -104,12 +104,12 @@ def test_ids_stay(version):
 
 
 def test_a_later_key_makes_another_run_only_if_it_differs(later_key):
-    assert run_id(compose([*RUN, "model.final_cap=null"])) == RUN_ID
-    assert run_id(compose([*RUN, "model.final_cap=30"])) != RUN_ID
-    plan, directory = asked(LRS, "model.final_cap=30")
+    assert run_id(compose([*RUN, "model.later_key=null"])) == RUN_ID
+    assert run_id(compose([*RUN, "model.later_key=30"])) != RUN_ID
+    plan, directory = asked(LRS, "model.later_key=30")
     assert not set(plan.cells) & set(CELLS)
     assert directory != asked(LRS)[1]
-    with pytest.raises(UserError, match=r"model\.final_cap=None \(now 30\.0\)"):
+    with pytest.raises(UserError, match=r"model\.later_key=None \(now 30\.0\)"):
         extended(load(Path("study")), plan)
 
 
@@ -201,7 +201,7 @@ def test_a_study_is_resumed_and_extended(version, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.yaml", lambda facts: facts["model"].update(final_cap=30.0), "model.final_cap is a key of a newer"),
+        ("config.yaml", lambda facts: facts["model"].update(later_key=30.0), "model.later_key is a key of a newer"),
         ("config.yaml", lambda facts: facts.update(moe={"experts": 8}), "moe is a key of a newer version"),
         ("environment.json", lambda facts: facts.update(format=2), "format 2 was written by a newer version"),
     ],
@@ -221,7 +221,7 @@ def test_a_run_of_a_newer_version_is_read_and_not_trained(capsys, file, change, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda facts: facts["arms"]["qk_norm"]["model"].update(final_cap=30.0), "model.final_cap is a key of a newer"),
+        (lambda facts: facts["arms"]["qk_norm"]["model"].update(later_key=30.0), "model.later_key is a key of a newer"),
         (lambda facts: facts.update(format=2, priority="high"), "format 2 was written by a newer version"),
         (lambda facts: facts.update(cells=[[*cell, "new"] for cell in facts["cells"]], format=2), "format 2 was"),
     ],

@@ -124,9 +124,10 @@ class BlockMemory:
         attn, d, low = model.attn, model.d_model, self.low
         explicit, whole = self.path == EXPLICIT, self.seq_len <= QUERIES  # whole: the weights are kept
         qk_norm, v_norm = (self.norm and where != "none" for where in (attn.qk_norm, attn.v_norm))
-        # Under autocast a norm's input is kept in fp32; if Q, K and V are all normed, the projection's output is freed.
-        projected = self.cast and qk_norm and v_norm and not attn.gate
-        kept = linears(model)["qkv"][1] * low * (not projected) + d * low * (1 + (whole or not explicit))
+        # The projection's output is freed where nothing keeps a part of it: norms under autocast keep a copy in fp32,
+        # and explicit weights are multiplied by a copy of V.
+        freed = (self.cast and qk_norm and v_norm) or (explicit and whole and not qk_norm and not v_norm)
+        kept = linears(model)["qkv"][1] * low * (not freed) + d * low * (1 + (whole or not explicit))
         kept += 2 * d * low * attn.gate  # what it multiplies, and its sigmoid
         if qk_norm or rotated(model) or (explicit and whole and self.cast):
             kept += 2 * d * (4 if explicit else low)
@@ -140,7 +141,7 @@ class BlockMemory:
     def score(self) -> int:
         """Of one explicit attention weight."""
         attn, dropped = self.model.attn, bool(self.mask)
-        kinds = 1 + (attn.soft_cap is not None) + clips(attn)
+        kinds = 1 + (attn.soft_cap is not None) + 2 * clips(attn)
         return 4 * kinds + 2 * self.cast + self.mask + 4 * (dropped and not self.cast)
 
     def statistics(self, sequences: int) -> int:
@@ -154,6 +155,7 @@ class BlockMemory:
         model, low = self.model, self.low
         needed = [ACTIVATIONS[layer.mlp.activation].needed * linears(layer)["fc2"][0] for layer in layers(model)]
         hidden = low * max(needed) + 5 * low * model.d_model // 2
-        block = self.score() * (self.seq_len > QUERIES)  # of the queries whose weights are computed again
+        # Of the queries whose weights are computed again; clipped ones are free once they are differentiated.
+        block = (self.score() - 4 * clips(self.model.attn)) * (self.seq_len > QUERIES)
         weights = min(QUERIES, self.seq_len) * model.n_head * (block + 8)
         return max(hidden, weights * (self.path == EXPLICIT))
