@@ -28,8 +28,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stabrun.bounds import refuse_nesting, refuse_yaml
 from stabrun.config import Config, UserError, added_groups, check, conf_dir, groups, keys
-from stabrun.safety import BASIC_SWEEPER, CheckedFiles, guarded_environment, refuse_code, refuse_nesting, refuse_yaml
+from stabrun.safety import BASIC_SWEEPER, CheckedFiles, guarded_environment, refuse_code
 
 MOST_RUNS = 100_000
 UNUSED: dict[str, Any] = {

@@ -9,6 +9,7 @@ import stabrun
 ROOT = Path(stabrun.__file__).parent
 FLOORS = (  # from the ground up; rooms of one floor do not import each other
     ("config", "interpreter", "text", "version"),
+    ("bounds",),
     ("safety",),
     ("composition",),
     ("record",),
