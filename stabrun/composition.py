@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from stabrun.bounds import refuse_nesting, refuse_yaml
 from stabrun.config import Config, UserError, added_groups, check, conf_dir, groups, keys
 from stabrun.safety import BASIC_SWEEPER, CheckedFiles, guarded_environment, refuse_code
+from stabrun.variants import combined
 
 MOST_RUNS = 100_000
 UNUSED: dict[str, Any] = {
@@ -105,6 +106,10 @@ MESSAGES: tuple[tuple[str, str | Callable[..., str]], ...] = (
     (r"Could not find '(\S+)/(\S+)'\s+Available options in '\S+':((?:\s+\S+)*?)\s+Config search", no_such_choice),
     (r"Could not load '(\S+)/(\S+)'", "{0}={1}: no such {0}."),
     (r"Could not override '(\w+)'. No match in the defaults", "{0}=NAME: has no default to replace; use +{0}=NAME."),
+    (
+        r"Multiple values for variant\.|^variant appears more than once",
+        "+variant: is given twice; combine variants as +variant=[A,B].",
+    ),
     (r"([\w.]+)(?:'\.|=)[^\n]*\n.*Key '\w+' (?:not|is not) in", no_such_key),
     (r"An item is already at '([\w.]+)'", "{0}: exists already; leave out the + before it."),
     (r"Error merging override (\S+)\n(.*)", "{0}: {1}."),
@@ -297,6 +302,8 @@ def to_config(whole: DictConfig, facts: Any = None) -> Config:
     config: Any = OmegaConf.to_object(whole)
     if chosen:
         config.variant = "+".join(chosen)
+        sources = [Path(source.path) for source in facts.runtime.config_sources if source.schema == "file"]
+        combined(chosen, sources, {word.lstrip("+").partition("=")[0] for word in facts.overrides.task})
     check(config)
     return config
 
@@ -368,7 +375,8 @@ def override(config: Config, words: Sequence[str]) -> Config:
 def _chosen(override: str) -> tuple[str, list[str]]:
     """Group and names of `+variant=NAME` or `+variant=[A,B]`."""
     found = re.fullmatch(r"\+{0,2}(\w+)=\[?([^\]]*)\]?", override)
-    return (found[1], found[2].replace(" ", "").split(",")) if found else ("", [])
+    names = (name.strip(" '\"") for name in found[2].split(",")) if found else ()
+    return (found[1] if found else ""), [name for name in names if name]
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[str]:

@@ -42,10 +42,15 @@ def added_groups() -> list[str]:
 
 
 def choices(group: str, config_dir: Path | None = None) -> dict[str, str]:
-    """Name → first comment line of each file of a config group, those of a user's directory included."""
-    found = [directory / group for directory in (conf_dir(), config_dir) if directory is not None]
-    files = sorted((file for directory in found for file in directory.glob("*.yaml")), key=lambda file: file.stem)
-    return {file.stem: _first_comment(file) for file in files}
+    """Name → first comment line of each file of a config group, those of a user's directory included, by name.
+
+    A name is the path below the group's directory. Hidden files, which editors leave behind, are not among them.
+    """
+    found = dict[str, Path]()
+    for directory in (parent / group for parent in (conf_dir(), config_dir) if parent is not None):
+        names = {file.relative_to(directory).with_suffix("").as_posix(): file for file in directory.rglob("*.yaml")}
+        found |= {name: file for name, file in names.items() if file.is_file() and not re.search(r"(^|/)\.", name)}
+    return {name: _first_comment(found[name]) for name in sorted(found)}
 
 
 def _first_comment(file: Path) -> str:

@@ -9,6 +9,7 @@ import pytest
 from helpers import PRESETS, VARIANTS, run
 
 from stabrun.cli.completion import SHELLS
+from stabrun.cli.overrides import complete
 from stabrun.config import keys
 
 EXPECTED = [
@@ -33,6 +34,9 @@ EXPECTED = [
     ("stabrun train train.compile=", {"train.compile=true"}, set()),
     ("stabrun ramp schedule.", {"schedule.min_lr="}, set()),
     ("stabrun sweep study.str", {"study.strategy="}, set()),
+    ("stabrun sweep study.variants=", {f"study.variants={name}" for name in VARIANTS}, set()),
+    ("stabrun sweep study.variants=[qk_norm+soft_c", {"study.variants=[qk_norm+soft_cap"}, set()),
+    ("stabrun sweep study.variants=[qk_norm+soft_cap,bas", {"study.variants=[qk_norm+soft_cap,baseline"}, set()),
     ("stabrun upload run tracker.pro", {"tracker.project="}, set()),
     ("stabrun rerun run ", {"optim.", "seed="}, {"+variant=", "model="}),
     ("stabrun upload run op", set(), {"optim."}),
@@ -108,6 +112,13 @@ def test_a_directory_of_one_s_own_is_completed_too(capsys, monkeypatch, tmp_path
     (tmp_path / "variant" / "calm.yaml").write_text("# @package _global_\n")
     found = in_process(capsys, monkeypatch, f"stabrun train -cd {tmp_path} +variant=ca")
     assert found == {"+variant=calm"}
+    found = in_process(capsys, monkeypatch, f"stabrun sweep --config-dir={tmp_path} study.variants=[qk_norm+ca")
+    assert found == {"study.variants=[qk_norm+calm"}
+
+
+def test_the_description_of_a_variant_is_its_definition_without_its_group():
+    described = dict(complete("+variant="))
+    assert described["+variant=soft_cap"] == "softmax(c·tanh(logit/c)) with c = 50. [2410.16682]"
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

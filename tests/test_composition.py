@@ -173,14 +173,6 @@ def test_sweeps_without_a_list_of_values_are_refused(capsys, tmp_path, words):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_variants_of_one_s_own_are_listed(capsys, mine):
-    folder = mine("variant/calm", "# @package _global_\n# Soft capping at 10. [mine]\n")
-    out = run(capsys, "variants", "-cd", folder)[1]
-    assert "calm Soft capping at 10. [mine]" in [" ".join(line.split()) for line in out.splitlines()]
-    assert out.startswith("baseline ")
-    assert run(capsys, "variants", "--config-dir", "nowhere")[0] == 2
-
-
 @pytest.mark.plugins
 @plugins_there
 def test_joblib_s_launcher_trains_each_job(tmp_path):

@@ -10,7 +10,7 @@ ROOT = Path(stabrun.__file__).parent
 FLOORS = (  # from the ground up; rooms of one floor do not import each other
     ("config", "interpreter", "text", "version"),
     ("bounds",),
-    ("safety",),
+    ("safety", "variants"),
     ("composition",),
     ("record",),
     ("foreign", "verdict"),

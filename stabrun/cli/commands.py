@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -429,15 +430,16 @@ def model(overrides: list[str], config_dir: Path | None, as_json: bool, trace: b
     print(json.dumps(jsonable(facts), indent=1) if as_json else "\n".join(lines))
 
 
-@cli.command(examples=("stabrun variants", "stabrun variants --config-dir my_conf"))
+@cli.command(examples=("stabrun variants", "stabrun variants --config-dir my_conf --json"))
 @config_dir_option
-def variants(config_dir: Path | None) -> None:
-    """List the variants and their sources."""
-    if config_dir is not None and not config_dir.is_dir():
-        raise UserError(f"--config-dir {config_dir}: no such directory.")
-    found = choices("variant", config_dir)
-    for name in sorted(found, key=lambda name: (name != "baseline", name)):
-        print(shown(f"{name:<15} {found[name]}".rstrip()))
+@json_option
+def variants(config_dir: Path | None, as_json: bool) -> None:
+    """List the variants by group, with their definitions, sources and switches."""
+    from stabrun.cli.variants import entries, facts, lines
+
+    listed = entries(config_dir)
+    text = "\n".join(lines(listed, get_terminal_size().columns))
+    print(json.dumps(facts(listed), indent=1, default=str) if as_json else text)
 
 
 @cli.group(cls=Group, no_args_is_help=False)

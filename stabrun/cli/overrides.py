@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stabrun.config import added_groups, choices, groups, keys
+from stabrun.variants import variants
 
 Candidate = tuple[str, str]  # a completed word, and a description
 
@@ -28,7 +29,7 @@ def complete(word: str, config_dir: Path | None = None, only: str | None = None)
     """
     name, equals, value = word.partition("=")
     if equals:
-        head = re.match(r"(.*[\[,])?", value)  # `[a,b` and `a,b` complete the last item
+        head = re.match(r"(.*[\[,+])?", value)  # `[a,b`, `a,b` and `[a+b` complete the last item
         done = f"{name}={head[0] if head else ''}"
         known = values(name, config_dir) if only is None else key_values(name)
         yield from ((done + item, text) for item, text in known if (done + item).startswith(word))
@@ -45,6 +46,8 @@ def complete(word: str, config_dir: Path | None = None, only: str | None = None)
 def values(name: str, config_dir: Path | None) -> list[Candidate]:
     """The values of a group or a key."""
     group = name.removeprefix("+")
+    if group in ("variant", "study.variants"):
+        return [(variant.name, variant.text) for variant in variants(config_dir)]
     return list(choices(group, config_dir).items()) if group in groups() else key_values(name)
 
 

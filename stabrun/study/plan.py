@@ -114,8 +114,18 @@ def extended(old: Plan, new: Plan) -> Plan:
     common = [(_arm_keys(old.arms[arm]), _arm_keys(new.arms[arm])) for arm in old.arms if arm in new.arms]
     if differing := differences((_settings(old), _settings(new)), *common):
         raise UserError(f"the existing study has {differing}. Choose another study_dir.")
+    refuse_same(old.arms | new.arms)
     seeds = list(dict.fromkeys([*old.seeds, *new.seeds]))
     return replace(new, arms=old.arms | new.arms, seeds=seeds, cells=old.cells | new.cells)
+
+
+def refuse_same(arms: dict[str, Config]) -> None:
+    """UserError if two arms would have the same runs, which belong to one arm only."""
+    seen = dict[str, str]()
+    for name, config in arms.items():
+        other = seen.setdefault(run_id(at(config, 1.0, 0)), name)
+        if other != name:
+            raise UserError(f"{other} and {name} are the same configuration; leave one of them out of the study.")
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from stabrun.composition import MOST_RUNS, SHIPPED, Sources, compose_each, parsed, user_errors
 from stabrun.config import RESULT, Config, StudyConfig, UserError, check, hashed, keys, value_of
-from stabrun.study.plan import CELL_KEYS, FRONTIER, GRID, Plan, at
+from stabrun.study.plan import CELL_KEYS, FRONTIER, GRID, Plan, at, refuse_same
 
 EITHER = {"+variant": "study.variants", "optim.lr": "study.lrs", "seed": "study.seeds"}  # ways to give the same
 
@@ -44,6 +44,7 @@ def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Pat
     if study.strategy == FRONTIER:
         _refuse_schedules(fixed, axes)
         common, arms = for_search(common), {name: for_search(arm) for name, arm in arms.items()}
+    refuse_same(arms)
     directory = Path(common.study_dir or f"studies/{study.name}-{identity(common, axes)}")
     arms = {name: in_group(arm, directory.resolve().name) for name, arm in arms.items()}
     plan = Plan(study.name, study.strategy, arms, list(study.lr_range), seeds, study.width, study.max_runs)
