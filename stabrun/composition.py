@@ -108,7 +108,7 @@ MESSAGES: tuple[tuple[str, str | Callable[..., str]], ...] = (
     (r"Could not override '(\w+)'. No match in the defaults", "{0}=NAME: has no default to replace; use +{0}=NAME."),
     (
         r"Multiple values for variant\.|^variant appears more than once",
-        "+variant: is given twice; combine variants as +variant=[A,B].",
+        "+variant: is given twice, or by a configuration file too; combine variants as +variant=[A,B].",
     ),
     (r"([\w.]+)(?:'\.|=)[^\n]*\n.*Key '\w+' (?:not|is not) in", no_such_key),
     (r"An item is already at '([\w.]+)'", "{0}: exists already; leave out the + before it."),
