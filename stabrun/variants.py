@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,32 +59,47 @@ def directories(config_dir: Path | None) -> list[Path]:
 def combined(names: Iterable[str], directories: list[Path], decided: Collection[str] = ()) -> Values:
     """The keys that variants set together, and their values.
 
-    Raises UserError if a name is given twice, or if two of them set a key to different values that is not `decided`.
+    `decided`: keys that may be set to different values, because the command line sets them.
+
+    Raises UserError if a name is given twice, or if two of the variants set another key to different values.
     """
     names = list(names)
     title = f"variant={'+'.join(names)}"
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise UserError(f"{title}: {repeated[0]} is given twice; each variant may be given once.")
-    return _merged(title, [(name, file_values("variant", name, directories)) for name in names], decided)
+    return _merged(title, [(name, file_values("variant", name, directories, decided)) for name in names], decided)
 
 
-def file_values(group: str, name: str, directories: list[Path], above: tuple[Path, ...] = ()) -> Values:
+def file_values(
+    group: str, name: str, directories: list[Path], decided: Collection[str] = (), above: tuple[Path, ...] = ()
+) -> Values:
     """The keys that a file of a config group sets, those of the files in its defaults list included.
 
     Raises UserError if the file is missing or not YAML of keys and values, if its defaults list leads back to itself
-    (`above`: the files that include this one), or if two files in that list set a key, that the file itself does not
-    set after them, to different values.
+    (`above`: the files that include this one), or if two files in that list set a key to different values, unless the
+    key is `decided` or the file itself sets it after them.
     """
-    import yaml
-
-    from stabrun.bounds import LONGEST, refuse_yaml
-
     places = [directory / group / f"{name}.yaml" for directory in directories if ".." not in Path(group, name).parts]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise UserError(f"{group}={name}: no such {group}{f', in the defaults list of {above[-1]}' if above else ''}.")
     if file in above:
         raise UserError(f"{file}: its defaults list leads back to itself.")
+    defaults, own = _read(file, group)
+    included = list(_included(defaults, group))
+    parts = [
+        (name, own) if other == SELF else (other, file_values(where, other, directories, decided, (*above, file)))
+        for where, other in included
+    ]
+    return _merged(str(file), parts, {*decided, *(own if included[-1][1] == SELF else ())})
+
+
+def _read(file: Path, group: str) -> tuple[list[Any], Values]:
+    """The defaults list of a file, and its own keys with their values."""
+    import yaml
+
+    from stabrun.bounds import LONGEST, refuse_yaml
+
     with open(file, "rb") as opened:
         raw = opened.read(LONGEST + 1)
     refuse_yaml(raw, str(file))
@@ -97,13 +113,7 @@ def file_values(group: str, name: str, directories: list[Path], above: tuple[Pat
         raise UserError(f"{file}: must hold keys and their values, and a list as `defaults`.")
     header = PACKAGE.search(raw.decode(errors="replace"))
     package = header[1] if header else "_global_" if group in added_groups() else group.replace("/", ".")
-    own = dict(_flat(content, "" if package == "_global_" else f"{package}."))
-    included = list(_included(defaults, group))
-    parts = [
-        (name, own) if other == SELF else (other, file_values(where, other, directories, (*above, file)))
-        for where, other in included
-    ]
-    return _merged(str(file), parts, own if included[-1][1] == SELF else ())
+    return defaults, dict(_flat(content, "" if package == "_global_" else f"{package}."))
 
 
 def _included(defaults: list[Any], group: str) -> Iterator[tuple[str, str]]:
@@ -116,7 +126,7 @@ def _included(defaults: list[Any], group: str) -> Iterator[tuple[str, str]]:
             yield (where.lstrip("/") if entry.startswith("/") else f"{group}/{where}".rstrip("/")), name
         elif isinstance(entry, dict):
             for key, chosen in entry.items():
-                where = str(key).split()[-1].partition("@")[0]  # `override /schedule`
+                where = str(key).rpartition(" ")[2].partition("@")[0]  # `override /schedule`
                 where = where[1:] if where.startswith("/") else f"{group}/{where}"
                 yield from ((where, str(name)) for name in (chosen if isinstance(chosen, list) else [chosen]) if name)
 
@@ -143,6 +153,7 @@ def _flat(node: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
+@cache
 def _loader() -> Any:
     """A loader of YAML that reads 1e-4 as a number, as OmegaConf does."""
     import yaml

@@ -174,6 +174,7 @@ def test_a_file_of_the_user_replaces_a_shipped_one_and_editors_leftovers_are_not
         ({"x": "defaults: qk_norm"}, "x.yaml: must hold keys"),
         ({"x": "defaults: [nope]"}, "variant=nope: no such variant, in the defaults list of"),
         ({"x": "defaults: [../../x]"}, "no such variant/../.."),
+        ({"x": "defaults: [{'': y}]"}, "=y: no such "),
         ({"x": "defaults: [y]", "y": "defaults: [x]"}, "leads back to itself"),
         ({"x": "defaults: [soft_cap, calm]", "calm": CALM}, "soft_cap=50.0 and calm sets model.attn.soft_cap=10.0"),
     ],
@@ -290,6 +291,7 @@ def test_a_file_that_sets_the_key_itself_decides_between_those_that_it_includes(
         compose(["+variant=clashes"], folder)
     with pytest.raises(UserError, match=r"clashes.yaml: soft_cap sets"):
         compose(["+variant=[qk_norm,clashes]"], folder)
+    assert compose(["+variant=clashes", "model.attn.soft_cap=3.0"], folder).model.attn.soft_cap == 3
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,7 @@ def worker_pool(overrides: list[str], sources: Sources, directory: Path, count: 
     """The pool that a sweep's overrides ask for; creates nothing yet. UserError if the launcher is not available."""
     if Place.here().started:
         raise UserError("sweep: cannot be started by torchrun; set study.workers and train.ranks.")
-    fixed, axes = split_axes(overrides)
-    if swept := [key for key in axes if key.startswith("hydra")]:
-        raise UserError(f"{swept[0]}={','.join(axes[swept[0]])}: all workers use one launcher; give one value.")
+    fixed, _ = split_axes(overrides)
     with hydra(sources) as application:
         launcher = with_launcher(application, sources, fixed, directory).hydra.launcher
     if launcher._target_.endswith(".BasicLauncher"):

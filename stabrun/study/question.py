@@ -64,6 +64,8 @@ def _refuse_conflicts(fixed: list[str], axes: dict[str, list[str]]) -> None:
             raise UserError(f"{one}={given[one]} and {other}={given[other]} both say what to train; give one of them.")
     marks = {key.path: key.mark for key in keys()}
     for key in axes:
+        if key.startswith("hydra"):
+            raise UserError(f"{key}={given[key]}: all workers use one launcher; give one value.")
         if key != "run_dir" and marks.get(key, RESULT) != RESULT:
             raise UserError(f"{key}={given[key]}: does not change what is computed; all its runs would be the same.")
 
