@@ -36,11 +36,11 @@ def test_the_same_result_keys_are_the_same_run():
 def test_variant_is_named_and_is_a_few_lines(name):
     config = tiny(f"+variant={name}")
     assert config.variant == name
-    lines = (conf_dir() / "variant" / f"{name}.yaml").read_text().splitlines()
-    assert len([line for line in lines if not line.startswith("#")]) <= 4
+    text = (conf_dir() / "variant" / f"{name}.yaml").read_text()
+    assert len([line for line in text.splitlines() if not line.startswith("#")]) <= (9 if "# architecture" in text else 5)
     touched = marked(config, RESULT).items() - marked(tiny(), RESULT).items()
     assert bool(touched) == (name != "baseline")
-    assert all(path.startswith("model.") for path, _ in touched)
+    assert all(path.startswith(("model.", "optim.")) for path, _ in touched)
 
 
 def test_variants_combine():

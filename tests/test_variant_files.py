@@ -13,7 +13,7 @@ from stabrun.config import UserError, conf_dir, keys, run_id, value_of
 from stabrun.record.run_dir import RunDir
 from stabrun.variants import GROUPS, Variant, directories, file_values, read_header, typed, variants
 
-SAME = dict[frozenset[str], str]()
+SAME = {frozenset({"fc_norm", "sandwich"}): "an ablation of the paper, and the name that the placement is known by"}
 """Pairs of shipped variants that set the same keys to the same values → why both are there."""
 
 QUICK = (*TINY, "train.steps=3", "train.checkpoint_every=0", "train.val_every=0")
