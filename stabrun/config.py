@@ -217,7 +217,11 @@ class OptimConfig:
         "decoupled decay that follows the schedule but not the peak learning rate; typical weight_decay: 1e-4",
     )  # fmt: skip
     clip: float | None = key(1.0, RESULT, "gradient clipping threshold; null for none", above=0)
-    clip_by: str = key("norm", RESULT, "clip by global norm, or each value", allowed=("norm", "value"))
+    clip_by: str = key(
+        "norm", RESULT,
+        "clip by global norm, or each value; adagc, zclip: also by the recent norms of each tensor, or of all",
+        allowed=("norm", "value", "adagc", "zclip"),
+    )  # fmt: skip
     z_loss: float = key(0.0, RESULT, "coefficient of the z-loss (log Z)²; 1e-4 in PaLM", at_least=0)
 
 

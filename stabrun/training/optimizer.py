@@ -1,11 +1,10 @@
-"""Adam with decoupled or L2 weight decay, and gradient clipping."""
+"""Adam with decoupled or L2 weight decay."""
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stabrun.config import OptimConfig
 
@@ -41,17 +40,3 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def clip_by_norm(parameters: Sequence[Tensor], limit: float, total: Tensor) -> Tensor:
-    """Scale all gradients in place by min(1, limit / (total + 1e-6)). Returns 1 if that changed them, else 0; 0-dim."""
-    nn.utils.clip_grads_with_norm_(parameters, limit, total)
-    return (limit / (total + 1e-6) < 1).float()
-
-
-def clip_by_value(parameters: Sequence[Tensor], limit: float) -> Tensor:
-    """Clamp each value of the gradients to ±limit in place. Returns the share of values that it changed, 0-dim."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    large = torch.stack([(gradient.abs() > limit).sum() for gradient in gradients]).sum()
-    nn.utils.clip_grad_value_(parameters, limit)
-    return large.float() / sum(gradient.numel() for gradient in gradients)

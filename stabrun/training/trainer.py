@@ -16,10 +16,11 @@ from stabrun.model.switches import SAMPLED, sequence_parts
 from stabrun.observe.norms import tensor_norms
 from stabrun.observe.probe import PendingRow, Probe
 from stabrun.observe.sites import model_sites
+from stabrun.training.clipping import make_clipping
 from stabrun.training.compilation import compile_parts, compiles
 from stabrun.training.memory import refuse_too_large
 from stabrun.training.objective import Objective
-from stabrun.training.optimizer import clip_by_norm, clip_by_value, make_optimizer, set_rate
+from stabrun.training.optimizer import make_optimizer, set_rate
 from stabrun.training.outliers import Outliers
 from stabrun.training.precision import autocast, pick_device, prepare_backend
 from stabrun.training.ranks import Ranks
@@ -43,10 +44,10 @@ class Trainer:
         self.matrices = self.model.matrices()
         self.optimizer = make_optimizer(self.model, config.optim)
         self.scaling = LossScale(config.train, self.device)
-        clipped = ("grad/clipped",) * (config.optim.clip is not None)
+        self.clipping = make_clipping(config.optim, self.parameters)
         z_term = ("train/z_loss",) * (config.optim.z_loss > 0)
         self.outliers = Outliers(config.train, self.device)
-        scalars = ("train/loss", *z_term, "grad/norm", *clipped, *self.outliers.keys, *self.scaling.keys)
+        scalars = ("train/loss", *z_term, "grad/norm", *self.clipping.keys, *self.outliers.keys, *self.scaling.keys)
         self.micro_batch_size = micro_batch(config)
         shape = self.micro_batch_size, config.data.seq_len
         parts, sampled = sequence_parts(config.model.vocab_size, *shape), max(1, SAMPLED // self.ranks.count)
@@ -80,7 +81,7 @@ class Trainer:
         norms = tensor_norms([p.grad for p in self.parameters if p.grad is not None])
         norm = torch.linalg.vector_norm(norms)
         skipped = self.outliers.judge(self.mean(losses[0]), norm)
-        clipped = self.clip(norm)
+        clipped = self.clipping.clip(norms, norm, skipped)
         self.probe.before_update(norms, scale)
         self.rate = learning_rate(self.config, step) * self.config.train.recovery_lr**self.rewinds.count
         set_rate(self.optimizer, self.rate)
@@ -97,15 +98,6 @@ class Trainer:
         total = loss.clone()
         self.ranks.add([total])
         return total / self.ranks.count
-
-    def clip(self, norm: Tensor) -> tuple[Tensor, ...]:
-        """Clip the gradients as configured; returns the share of them that it changed, if there is a limit."""
-        limit = self.config.optim.clip
-        if limit is None:
-            return ()
-        if self.config.optim.clip_by == "value":
-            return (clip_by_value(self.parameters, limit),)
-        return (clip_by_norm(self.parameters, limit, norm),)
 
     def backward(self, step: int) -> tuple[Tensor, ...]:
         """Accumulate this rank's share of the gradient of the batch's mean objective, times the loss scale.
@@ -149,13 +141,17 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What decides the next steps beside weights, moments and the step: of JSON's types, for a checkpoint."""
         return {
-            "scaler": self.scaling.state(), "outliers": self.outliers.state(), "rewinds": asdict(self.rewinds)
-        }  # fmt: skip
+            "scaler": self.scaling.state(),
+            "outliers": self.outliers.state(),
+            "clipping": self.clipping.state(),
+            "rewinds": asdict(self.rewinds),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a `state`; one of an earlier version may lack parts."""
         self.scaling.load(state.get("scaler") or {})
         self.outliers.load(state.get("outliers") or {})
+        self.clipping.load(state.get("clipping") or {})
         self.rewinds = Rewinds(**state.get("rewinds") or {})
 
     def on_device(self, batch: Tensor) -> Tensor:
