@@ -203,6 +203,12 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
+    kind: str = key(
+        "adam", RESULT,
+        "muon: Muon for the matrices inside the blocks, AdamW for the rest; stable_adamw: AdamW with a lower "
+        "rate for tensors with unusual gradients",
+        absent="adam", allowed=("adam", "muon", "stable_adamw"),
+    )  # fmt: skip
     lr: float = key(1e-2, RESULT, "peak learning rate", above=0)
     beta1: float = key(0.9, RESULT, "decay of Adam's first moment", at_least=0, below=1)
     beta2: float = key(0.95, RESULT, "decay of Adam's second moment", at_least=0, below=1)
@@ -590,6 +596,8 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
     optim = config.optim
     yield (optim.decay == "l2" and optim.decay_independent,
            "optim.decay_independent=true: requires optim.decay=decoupled, not l2.")
+    yield (optim.decay == "l2" and optim.kind != "adam",
+           f"optim.decay=l2: requires optim.kind=adam, not {optim.kind}.")
     decay = optim.weight_decay * (1 if optim.decay_independent else optim.lr)
     yield (optim.decay == "decoupled" and decay >= 1,
            f"optim.weight_decay={optim.weight_decay}: "

@@ -1,11 +1,13 @@
 import pytest
 import torch
-from helpers import a_trainer, tiny
+from helpers import RICH, a_trainer, metrics, tiny, train_interrupted
 from torch import nn
 
+from stabrun.config import UserError
 from stabrun.model.gpt import GPT
 from stabrun.training.objective import cross_entropy, z_loss
 from stabrun.training.optimizer import make_optimizer, set_rate
+from stabrun.training.run import train
 
 
 def test_only_matrices_decay():
@@ -82,3 +84,125 @@ def test_micro_batches_add_up_to_the_batch():
     for whole, half, single in zip(gradients[4], gradients[2], gradients[1], strict=True):
         torch.testing.assert_close(half, whole, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(single, whole, rtol=1e-10, atol=1e-12)
+
+
+def fill(parameters, generator, size=1.0):
+    """Give parameters gradients, larger or smaller ones from tensor to tensor. Returns them."""
+    gradients = [size * 10.0**-n * torch.randn(p.shape, dtype=p.dtype, generator=generator) for n, p in parameters]
+    for (_, parameter), gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    return gradients
+
+
+@pytest.mark.parametrize(("beta1", "beta2", "eps"), [(0.9, 0.95, 1e-8), (0.0, 0.999, 1e-15), (0.5, 0.5, 1e-2)])
+@pytest.mark.parametrize("independent", [False, True])
+def test_stable_adamw_equals_the_formula(beta1, beta2, eps, independent):
+    """Algorithm 2 of arXiv 2304.13013, with its debiased β, which it calls β̂, and gradients of very different sizes."""
+    words = f"optim.beta1={beta1}", f"optim.beta2={beta2}", f"optim.eps={eps}", "optim.weight_decay=0.03"
+    config = tiny("optim.kind=stable_adamw", *words, f"optim.decay_independent={independent}".lower()).optim
+    layer, generator = nn.Linear(5, 3).double(), torch.Generator().manual_seed(0)
+    optimizer = make_optimizer(layer, config)
+    parameters = list(enumerate([layer.weight, layer.bias]))
+    states = [[p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)] for _, p in parameters]
+    lowered = 0
+    for t in range(1, 9):
+        rate = 0.01 * t / 8
+        gradients = fill(parameters, generator, 30.0 if t == 6 else 1.0)
+        set_rate(optimizer, rate)
+        optimizer.step()
+        one, two = ((beta - beta**t) / (1 - beta**t) for beta in (beta1, beta2))
+        for state, g, decay in zip(states, gradients, (0.03, 0.0), strict=True):
+            theta, v, u = state
+            v = one * v + (1 - one) * g
+            u = two * u + (1 - two) * g**2
+            rms = float((g**2 / u.clamp(min=eps**2)).mean().sqrt())
+            lowered += rms > 1
+            own = rate / max(1.0, rms)
+            theta = theta - own * (decay / (0.01 if independent else 1)) * theta - own * v / (u.sqrt() + eps)
+            state[:] = theta, v, u
+        for (_, parameter), (theta, *_) in zip(parameters, states, strict=True):
+            torch.testing.assert_close(parameter.detach(), theta, rtol=1e-10, atol=1e-12)
+    assert [group["lr"] for group in optimizer.param_groups] == [rate] * 2
+    assert lowered
+
+
+def orthogonal(matrix):
+    """What Muon's iteration is an approximation of: U·Vᵀ of the SVD."""
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ v
+
+
+def test_muon_updates_the_matrices_of_blocks_and_adamw_the_rest():
+    """Each part against an optimizer of its own, and Muon's step against the SVD that it approximates."""
+    config = tiny("optim.kind=muon", "model.bias=true", "model.position.kind=learned", "optim.weight_decay=0.1")
+    model, other = (GPT(config.model, config.data.seq_len) for _ in range(2))
+    optimizer, adamw = make_optimizer(model, config.optim), make_optimizer(other, tiny("model.bias=true").optim)
+    inside = {f"{name}.weight" for name, layer in model.blocks.named_modules() if isinstance(layer, nn.Linear)}
+    inside = {f"blocks.{name}" for name in inside}
+    assert len(inside) == 2 * 4
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    gradients = {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
+    for step, of in ((optimizer, model), (adamw, other)):
+        for name, parameter in of.named_parameters():
+            parameter.grad = gradients[name].clone()
+        set_rate(step, 0.01)
+        step.step()
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        if name not in inside:
+            assert torch.equal(ours, theirs), name
+            assert set(optimizer.state[ours]) == {"step", "exp_avg", "exp_avg_sq"}
+            continue
+        assert set(optimizer.state[ours]) == {"momentum_buffer"}
+        change = (start[name] * (1 - 0.01 * 0.1) - ours.detach()) / (0.01 * 0.2 * max(ours.shape) ** 0.5)
+        exact = orthogonal(gradients[name])
+        cosine = float((change * exact).sum() / change.norm() / exact.norm())
+        assert cosine > 0.95, name
+        assert 0.6 < float(change.norm() / exact.norm()) < 1.3, "singular values of 0.7 to 1.2"
+
+
+@pytest.mark.parametrize("kind", ["muon", "stable_adamw"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_is_not_finite_or_an_outlier_changes_nothing(kind, precision):
+    """The first step as well, before which there are no moments."""
+    words = f"optim.kind={kind}", f"train.precision={precision}", "train.loss_scale=1", "train.recovery=skip"
+    trainer = a_trainer(tiny(*words))
+    judge = trainer.outliers.judge
+    for step in range(4):
+        before = [p.detach().clone() for p in trainer.parameters]
+        moments = [{k: v.clone() for k, v in trainer.optimizer.state[p].items()} for p in trainer.parameters]
+        skipped = step % 2 == 0
+        trainer.outliers.judge = lambda *values: torch.ones(()) if skipped else judge(*values)  # noqa: B023
+        trainer.step(step).read()
+        assert skipped == all(map(torch.equal, before, trainer.parameters))
+        for parameter, parts in zip(trainer.parameters, moments, strict=True):
+            state = trainer.optimizer.state[parameter]
+            if skipped:
+                assert all(
+                    torch.equal(value, parts.get(k, torch.zeros(()))) for k, value in state.items() if k in parts
+                )
+                assert all(torch.isfinite(value).all() for value in state.values())
+
+
+@pytest.mark.parametrize("kind", ["muon", "stable_adamw"])
+def test_a_gradient_that_overflows_fp16_changes_nothing(kind):
+    trainer = a_trainer(tiny(f"optim.kind={kind}", "train.precision=fp16", "train.loss_scale=4294967296"))
+    before = [p.detach().clone() for p in trainer.parameters]
+    assert trainer.step(0).read()["scale/skipped"] == 1
+    assert all(map(torch.equal, before, trainer.parameters))
+
+
+@pytest.mark.parametrize("kind", ["muon", "stable_adamw"])
+def test_an_interrupted_run_is_the_whole_one(tmp_path, monkeypatch, kind):
+    words = (*RICH, f"optim.kind={kind}", "model.bias=true")
+    train(tiny(*words, f"run_dir={tmp_path / 'whole'}"))
+    config = tiny(*words, f"run_dir={tmp_path / 'cut'}")
+    assert train_interrupted(config, monkeypatch, 19)["status"] == "interrupted"
+    train(config)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["muon", "stable_adamw"])
+def test_l2_is_refused(kind):
+    with pytest.raises(UserError, match=f"optim.decay=l2: requires optim.kind=adam, not {kind}"):
+        tiny(f"optim.kind={kind}", "optim.decay=l2")
