@@ -228,6 +228,10 @@ class OptimConfig:
         "clip by global norm, or each value; adagc, zclip: also by the recent norms of each tensor, or of all",
         allowed=("norm", "value", "adagc", "zclip"),
     )  # fmt: skip
+    qk_clip: float | None = key(
+        None, RESULT, "largest attention logit: after an update the Q and K weights of heads above are scaled down",
+        absent=None, above=0,
+    )  # fmt: skip
     z_loss: float = key(0.0, RESULT, "coefficient of the z-loss (log Z)²; 1e-4 in PaLM", at_least=0)
 
 
@@ -598,6 +602,10 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
            "optim.decay_independent=true: requires optim.decay=decoupled, not l2.")
     yield (optim.decay == "l2" and optim.kind != "adam",
            f"optim.decay=l2: requires optim.kind=adam, not {optim.kind}.")
+    for name, value in (("attn.qk_norm", model.attn.qk_norm), ("sigma_reparam", model.sigma_reparam)):
+        yield (optim.qk_clip is not None and value != "none",
+               f"optim.qk_clip={optim.qk_clip}: not possible with model.{name}={value}, which undoes a scaling of the "
+               "weights of Q and K.")
     decay = optim.weight_decay * (1 if optim.decay_independent else optim.lr)
     yield (optim.decay == "decoupled" and decay >= 1,
            f"optim.weight_decay={optim.weight_decay}: "

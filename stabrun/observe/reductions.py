@@ -134,6 +134,18 @@ def past_logits(core: Core, q: Tensor, k: Tensor, start: int, stop: int) -> Tens
     return logits.add_(torch.full(logits.shape[-2:], FAR_BELOW, device=q.device).triu(1 + start))
 
 
+def query_blocks(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
+    """First and last query, the latter excluded, of blocks whose logits at all keys are in memory at a time."""
+    batch, heads, time, _ = q.shape
+    queries = min(time, max(1, scores_at_once(q.device.type) // (batch * heads * k.shape[2])))
+    return [(start, min(start + queries, time)) for start in range(0, time, queries)]
+
+
+def largest_logits(core: Core, q: Tensor, k: Tensor) -> Tensor:
+    """Largest logit of each head over visible positions, `[heads]`: of the past, as in a core without a mask."""
+    return torch.stack([past_logits(core, q, k, *block).amax((0, 2, 3)) for block in query_blocks(q, k)]).amax(0)
+
+
 def attention_statistics(core: Core, q: Tensor, k: Tensor) -> dict[str, Tensor]:
     """Largest logit over visible positions, and mean entropy of the rows of the softmax, some queries at a time.
 
@@ -141,10 +153,8 @@ def attention_statistics(core: Core, q: Tensor, k: Tensor) -> dict[str, Tensor]:
     −Σ p log p, is therefore −Σ p·s − log max p: no logarithm of a full matrix, and no difference of large numbers.
     """
     batch, heads, time, _ = q.shape
-    queries = min(time, max(1, scores_at_once(q.device.type) // (batch * heads * k.shape[2])))
     peaks, entropies = [], []
-    for start in range(0, time, queries):
-        stop = min(start + queries, time)
+    for start, stop in query_blocks(q, k):
         logits = core.masked(q, k, start, stop) if isinstance(core, Masked) else past_logits(core, q, k, start, stop)
         peaks.append(logits.amax())
         shaped = core.shaped(logits)

@@ -23,6 +23,7 @@ from stabrun.training.objective import Objective
 from stabrun.training.optimizer import make_optimizer, set_rate
 from stabrun.training.outliers import Outliers
 from stabrun.training.precision import autocast, pick_device, prepare_backend
+from stabrun.training.qk_clip import QKClip
 from stabrun.training.ranks import Ranks
 from stabrun.training.rewinds import Rewinds
 from stabrun.training.scaling import LossScale
@@ -47,6 +48,7 @@ class Trainer:
         self.clipping = make_clipping(config.optim, self.parameters)
         z_term = ("train/z_loss",) * (config.optim.z_loss > 0)
         self.outliers = Outliers(config.train, self.device)
+        self.qk_clip = None if config.optim.qk_clip is None else QKClip(self.model, config.optim.qk_clip)
         scalars = ("train/loss", *z_term, "grad/norm", *self.clipping.keys, *self.outliers.keys, *self.scaling.keys)
         self.micro_batch_size = micro_batch(config)
         shape = self.micro_batch_size, config.data.seq_len
@@ -86,6 +88,8 @@ class Trainer:
         self.rate = learning_rate(self.config, step) * self.config.train.recovery_lr**self.rewinds.count
         set_rate(self.optimizer, self.rate)
         self.scaling.step(self.optimizer, skipped)
+        if self.qk_clip:
+            self.qk_clip.step(self.ranks, norm, skipped)
         self.probe.after_update(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         left_out = () if skipped is None else (skipped,)
