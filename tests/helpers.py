@@ -30,7 +30,9 @@ TINY = (
     "tracker=none",
 )
 RICH = ("+variant=qk_norm_cap", "model.dropout=0.1", "train.val_every=9", "train.checkpoint_every=8")
-VARIANTS = sorted(file.stem for file in (conf_dir() / "variant").glob("*.yaml"))
+FILES = sorted((conf_dir() / "variant").glob("*.yaml"))
+ALL_VARIANTS = [file.stem for file in FILES]
+VARIANTS = [file.stem for file in FILES if "\noptim:" not in file.read_text()]  # those of the model
 PRESETS = sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml"))
 
 

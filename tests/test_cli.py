@@ -4,7 +4,7 @@ import resource
 import subprocess
 
 import pytest
-from helpers import PRESETS, TINY, VARIANTS, run, stabrun, tiny
+from helpers import ALL_VARIANTS, PRESETS, TINY, run, stabrun, tiny
 
 import stabrun as package
 from stabrun.training.run import train
@@ -293,7 +293,7 @@ def test_help_of_each_command(capsys, command):
     for part in ("Examples:", f"stabrun {command}", "Exit status: ", *COMMANDS[command]):
         assert part in out
     if command in ("train", "sweep", "model"):
-        for name in (*VARIANTS, *PRESETS, "quickstart", "inverse_sqrt"):
+        for name in (*ALL_VARIANTS, *PRESETS, "quickstart", "inverse_sqrt"):
             assert re.search(rf"\b{name}\b", out)
     assert out in run(capsys, *command.split(), "-h")[1]
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import PRESETS, VARIANTS, run
+from helpers import ALL_VARIANTS, PRESETS, run
 
 from stabrun.cli.completion import SHELLS
 from stabrun.cli.overrides import complete
@@ -22,7 +22,7 @@ EXPECTED = [
     ("stabrun train --c", {"--cfg", "--config-dir", "--config-name"}, {"--resolve"}),
     ("stabrun train --cfg ", {"job", "hydra", "all"}, set()),
     ("stabrun train ", {"+variant=", "model=", "optim.", "seed="}, {"variant=", "+model="}),
-    ("stabrun train +variant=", {f"+variant={name}" for name in VARIANTS}, set()),
+    ("stabrun train +variant=", {f"+variant={name}" for name in ALL_VARIANTS}, set()),
     ("stabrun train +variant=qk", {"+variant=qk_norm", "+variant=qk_norm_cap"}, {"+variant=baseline"}),
     ("stabrun train +variant=[qk_norm,soft_c", {"+variant=[qk_norm,soft_cap"}, {"+variant=[qk_norm,qk_norm"}),
     ("stabrun train model=", {f"model={name}" for name in PRESETS}, set()),

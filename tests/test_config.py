@@ -7,7 +7,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from helpers import PRESETS, VARIANTS, configured, stabrun, tiny
+from helpers import ALL_VARIANTS, PRESETS, configured, stabrun, tiny
 
 from stabrun.config import RESULT, Config, UserError, check, conf_dir, keys, marked, run_id
 
@@ -32,7 +32,7 @@ def test_the_same_result_keys_are_the_same_run():
     assert run_id(tiny("+variant=soft_cap")) == run_id(tiny("model.attn.soft_cap=50"))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ALL_VARIANTS)
 def test_variant_is_named_and_is_a_few_lines(name):
     config = tiny(f"+variant={name}")
     assert config.variant == name

@@ -5,7 +5,7 @@ On a GPU each of the operations below would. They are found by dispatch, and by 
 
 import pytest
 import torch
-from helpers import VARIANTS, tiny
+from helpers import ALL_VARIANTS, tiny
 from waiting import waits
 
 from stabrun.training.run import Run, train
@@ -32,7 +32,7 @@ def waits_of(monkeypatch, config):
 
 
 SETTINGS = {
-    **{variant: (f"+variant={variant}", "optim.z_loss=1e-3") for variant in VARIANTS},
+    **{variant: (f"+variant={variant}", "optim.z_loss=1e-3") for variant in ALL_VARIANTS},
     "by value": ("optim.clip_by=value", "train.micro_batch_size=1", "observe.slow_every=1"),
     "recomputed": ("train.recompute=blocks", "model.dropout=0.1", "+variant=soft_cap"),
     "bf16": ("train.precision=bf16",),
