@@ -17,6 +17,7 @@ RETURNED = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_MMAP_MAX_": "1000000"}  #
 TINY = ["model.n_layer=1", "model.d_model=96", "train.batch_size=2", "train.micro_batch_size=1"]
 # Large models in small batches of two micro-batches, for the sake of time. The vocabulary of the bytes is the model's.
 LARGE = ["data.tokenizer=bytes", "train.precision=fp32", "train.batch_size=2", "train.micro_batch_size=1"]
+UPDATE = ["model=micro", "data.tokenizer=bytes", "train.batch_size=1"]  # the optimizer's step has the peak
 CASES = {
     "nano": ["model=nano", "train.batch_size=64"],
     "mini": ["model=mini"],
@@ -27,6 +28,11 @@ CASES = {
     "micro": ["model=micro", "data.tokenizer=bytes"],
     "micro, z-loss": ["model=micro", "data.tokenizer=bytes", "optim.z_loss=1e-4"],
     "micro, 512 tokens, soft_cap": ["model=micro", "data.tokenizer=bytes", "data.seq_len=512", "+variant=soft_cap"],
+    "mini, qk_clip": ["model=mini", "optim.qk_clip=100"],
+    "micro, one sequence": UPDATE,
+    "micro, one sequence, muon": [*UPDATE, "optim.kind=muon"],
+    "micro, one sequence, muon, skip": [*UPDATE, "optim.kind=muon", "train.recovery=skip"],
+    "micro, one sequence, stable_adamw": [*UPDATE, "optim.kind=stable_adamw"],
     "small": ["model=small", *LARGE],
     "small, recomputed": ["model=small", *LARGE, "train.recompute=blocks"],
     "medium": ["model=medium", *LARGE],

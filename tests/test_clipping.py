@@ -180,3 +180,22 @@ def test_an_outlier_changes_nothing_that_is_remembered(early, by, precision):
     trainer.outliers.judge = lambda loss, norm: torch.zeros(())
     trainer.step(9).read()
     assert trainer.clipping.state() != before
+
+
+@pytest.mark.parametrize(
+    ("by", "words"),
+    [("adagc", ("train.steps=130", "optim.lr=1e-3")), ("zclip", ("train.steps=75", "optim.lr=3e-2"))],
+)
+def test_two_ranks_clip_as_one(tmp_path, by, words):
+    """The runs are long enough to be clipped after the first steps of the rules."""
+    found = {}
+    for count in (1, 2):
+        own = f"train.ranks={count}", f"run_dir={tmp_path / str(count)}"
+        train(tiny(f"optim.clip_by={by}", "schedule=constant", "train.val_every=0", *words, *own))
+        found[count] = list(RunDir(tmp_path / str(count)).rows())
+    for key in ("train/loss", "grad/norm"):
+        one, two = ([row[key] for row in found[count]] for count in (1, 2))
+        assert two == pytest.approx(one, rel=1e-2)
+    clipped = [[row["grad/clipped"] for row in found[count]] for count in (1, 2)]
+    assert clipped[0] == pytest.approx(clipped[1], abs=1e-6)
+    assert any(clipped[0])

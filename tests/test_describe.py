@@ -69,6 +69,10 @@ def test_830m_has_the_size_given_in_the_paper():
     assert 826e6 <= parameters(config.model, config.data.seq_len)["total"] <= 831e6
 
 
+# Small batches, so that the optimizer's step has the peak.
+UPDATE = ["model=micro", "train.batch_size=1", "data.seq_len=64", "data.tokenizer=bytes"]
+# Many heads and few outputs, so that the logits of attention have the peak.
+HEADS = ["model=mini", "model.n_head=16", "model.vocab_size=256", "data.tokenizer=bytes", "observe.every=0"]
 MEMORY = {
     **{variant: [f"+variant={variant}"] for variant in VARIANTS},
     "swiglu-micro-batch": ["model.mlp.activation=swiglu", "train.micro_batch_size=8"],
@@ -85,6 +89,9 @@ MEMORY = {
     "micro-long-cap": ["model=micro", "data.seq_len=512", "+variant=soft_cap"],
     "micro-long-clip-recompute": ["model=micro", "data.seq_len=512", "+variant=soft_clip", "train.recompute=blocks"],
     "mini-gpt2": ["model=mini", "model.position.kind=learned", "model.mlp.activation=gelu_tanh", "model.bias=true"],
+    "mini-recompute-qk_clip": [*HEADS, "optim.qk_clip=100", "train.recompute=blocks"],
+    "micro-muon": [*UPDATE, "optim.kind=muon"],
+    "micro-stable_adamw": [*UPDATE, "optim.kind=stable_adamw", "model.vocab_size=8192"],
     **{
         f"mini-bf16-{variant}": ["model=mini", "train.precision=bf16", f"+variant={variant}"]
         for variant in ("baseline", "qkv_norm", "soft_cap", "qk_fc_norm", "layer_scale", "qk_norm_cap")

@@ -37,10 +37,10 @@ def device_type(config: Config, gpu: str | None = None) -> str:
 def memory(config: Config, device: str | None = None) -> dict[str, int]:
     """Bytes of a training step on one device, by default the one that the run would use.
 
-    fp32 weights, gradients and Adam's moments, the activations of a micro-batch that autograd keeps, and the logits of
-    a part of the sequence with their gradients. `peak_bytes` is the largest of four moments: the statistics of the last
-    block's attention, the loss, the backward pass of a block and the optimizer's step. This is an estimate: kernel
-    workspaces, the allocator's overhead and what torch.compile saves are not counted.
+    fp32 weights, gradients and moments, the activations of a micro-batch that autograd keeps, and the logits of a part
+    of the sequence with their gradients. `peak_bytes` is the largest of four moments: the logits of the last block's
+    attention, where they are measured, the loss, the backward pass of a block and the optimizer's step. This is an
+    estimate: kernel workspaces, the allocator's overhead and what torch.compile saves are not counted.
     """
     model, seq_len, train = config.model, config.data.seq_len, config.train
     device = device or device_type(config)
@@ -60,18 +60,35 @@ def memory(config: Config, device: str | None = None) -> dict[str, int]:
     loss = logits * (3 + 2 * (config.optim.z_loss > 0) + (model.final_cap is not None)) + low * head
     backward = tokens * cost.gradients() + max(blocks) * again
     slow = bool(config.observe.every and config.observe.slow_every)
+    clips_qk = config.optim.qk_clip is not None
     half = tokens * cost.attention_branch(layers(model)[-1])  # the last block has no feed-forward activations yet
-    statistics = (cost.statistics(sequences) + half - blocks[-1] * (not again)) * slow
+    measured = max(cost.scores(min(sequences, SAMPLED), 3) * slow, cost.scores(sequences, 1) * clips_qk)
+    scores = (measured + half - blocks[-1] * (not again)) * (measured > 0)
     before_update = 4 * (sum(matrices) + head) * slow  # a copy of the weights, for the norm of the update
-    steady = 12 * count + gradients + kept + outside
+    moments, temporary = optimizer_memory(config, count)
+    steady = 4 * count + moments + gradients + kept + outside
     return {
-        "peak_bytes": max(steady + max(loss, backward, statistics), 16 * count + before_update),
+        "peak_bytes": max(steady + max(loss, backward, scores), 8 * count + moments + before_update + temporary),
         "weights_bytes": 4 * count,
         "gradients_bytes": 4 * count,
-        "optimizer_bytes": 8 * count,
+        "optimizer_bytes": moments,
         "activations_bytes": kept + outside,
         "logits_bytes": loss,
     }
+
+
+def optimizer_memory(config: Config, count: int) -> tuple[int, int]:
+    """Bytes of the moments of `count` parameters, and of temporary tensors of the optimizer's step."""
+    model, optim, train = config.model, config.optim, config.train
+    shapes = [shape for layer in layers(model) for shape in linears(layer).values()]
+    if optim.kind == "muon":  # one moment; the iteration in bf16 of one matrix at a time, see torch.optim.Muon
+        inside = sum(n_in * n_out for n_in, n_out in shapes)
+        iteration = max(8 * n_in * n_out + 4 * min(n_in, n_out) ** 2 for n_in, n_out in shapes)
+        copies = 8 * inside * (train.precision == "fp16" or train.recovery == "skip")
+        return 8 * count - 4 * inside, iteration + copies
+    if optim.kind == "stable_adamw":  # g² and v̂ of one tensor at a time
+        return 8 * count, 8 * max(model.vocab_size * model.d_model, *(n_in * n_out for n_in, n_out in shapes))
+    return 8 * count, 0
 
 
 def fitting(config: Config, device: str, free: int) -> list[str]:
@@ -144,11 +161,11 @@ class BlockMemory:
         kinds = 1 + (attn.soft_cap is not None) + 2 * clips(attn)
         return 4 * kinds + 2 * self.cast + self.mask + 4 * (dropped and not self.cast)
 
-    def statistics(self, sequences: int) -> int:
-        """Of the logits, of which there are three copies at a time, while the statistics of attention are computed."""
-        heads = min(sequences, SAMPLED) * self.model.n_head
+    def scores(self, sequences: int, copies: int) -> int:
+        """Of attention logits outside the attention itself, of which there are so many copies at a time."""
+        heads = sequences * self.model.n_head
         queries = min(self.seq_len, max(1, scores_at_once(CPU if self.cpu else CUDA) // (heads * self.seq_len)))
-        return 3 * 4 * heads * queries * self.seq_len
+        return copies * 4 * heads * queries * self.seq_len
 
     def gradients(self) -> int:
         """Of a token while its block is differentiated: at the hidden layer, or at the explicit attention weights."""

@@ -22,6 +22,7 @@ from stabrun.observe.reductions import attention_statistics
 from stabrun.training.objective import Objective
 from stabrun.training.optimizer import make_optimizer
 from stabrun.training.precision import autocast
+from stabrun.training.qk_clip import QKClip
 
 
 class LiveMemory(TorchDispatchMode):
@@ -80,6 +81,8 @@ def traced_memory(config: Config) -> int:
         slow = config.observe.every and config.observe.slow_every
         for core in model.cores if slow else ():
             core.register_forward_hook(measure)
+        if config.optim.qk_clip:
+            QKClip(model, config.optim.qk_clip)
         for _ in range(2):
             memory.peak = memory.now
             for _ in range(min(2, train.batch_size // train.ranks // sequences)):
