@@ -32,7 +32,7 @@ TINY = (
 RICH = ("+variant=qk_norm_cap", "model.dropout=0.1", "train.val_every=9", "train.checkpoint_every=8")
 FILES = sorted((conf_dir() / "variant").glob("*.yaml"))
 ALL_VARIANTS = [file.stem for file in FILES]
-VARIANTS = [file.stem for file in FILES if "\noptim:" not in file.read_text()]  # those of the model
+VARIANTS = ["baseline", *(file.stem for file in FILES if "\nmodel:" in file.read_text())]  # those of the model
 PRESETS = sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml"))
 
 

@@ -34,7 +34,7 @@ EXPECTED = [
     ("stabrun train train.compile=", {"train.compile=true"}, set()),
     ("stabrun ramp schedule.", {"schedule.min_lr="}, set()),
     ("stabrun sweep study.str", {"study.strategy="}, set()),
-    ("stabrun sweep study.variants=", {f"study.variants={name}" for name in VARIANTS}, set()),
+    ("stabrun sweep study.variants=", {f"study.variants={name}" for name in ALL_VARIANTS}, set()),
     ("stabrun sweep study.variants=[qk_norm+soft_c", {"study.variants=[qk_norm+soft_cap"}, set()),
     ("stabrun sweep study.variants=[qk_norm+soft_cap,bas", {"study.variants=[qk_norm+soft_cap,baseline"}, set()),
     ("stabrun upload run tracker.pro", {"tracker.project="}, set()),

@@ -37,7 +37,9 @@ def test_variant_is_named_and_is_a_few_lines(name):
     config = tiny(f"+variant={name}")
     assert config.variant == name
     text = (conf_dir() / "variant" / f"{name}.yaml").read_text()
-    assert len([line for line in text.splitlines() if not line.startswith("#")]) <= (9 if "# architecture" in text else 5)
+    assert len([line for line in text.splitlines() if not line.startswith("#")]) <= (
+        9 if "# architecture" in text else 5
+    )
     touched = marked(config, RESULT).items() - marked(tiny(), RESULT).items()
     assert bool(touched) == (name != "baseline")
     assert all(path.startswith(("model.", "optim.")) for path, _ in touched)

@@ -39,8 +39,9 @@ class QKClip:
         for layer, own, peak in zip(self.layers, split, self.peaks, strict=True):
             peak.fill_(-math.inf)
             for tensor in (layer.qkv.weight, layer.qkv.bias):
-                if tensor is not None:  # rows: Q of all heads, then K, then V
-                    tensor.view(3, layer.n_head, -1)[:2].mul_(own[:, None])
+                if tensor is not None:  # rows: Q of all heads, then K, then the others
+                    parts = len(tensor) // (layer.n_head * layer.head_dim)
+                    tensor.view(parts, layer.n_head, -1)[:2].mul_(own[:, None])
 
 
 def watch(core: AttentionCore, peak: Tensor) -> None:
