@@ -71,7 +71,10 @@ def test_five_arms_in_one_process_compile_in_their_first_cell_only(by):
 
 
 # The backward graph of these, and of all by the slow test.
-QUICK = [(variant, "aot_eager" if variant in ("qkv_norm", "soft_clip") else "eager") for variant in VARIANTS]
+QUICK = [
+    (variant, "aot_eager" if variant in ("qkv_norm", "soft_clip", "gemma2") else "eager")
+    for variant in (*VARIANTS, "qk_clip")
+]
 FULL = [pytest.param(variant, "aot_eager", marks=pytest.mark.slow) for variant, how in QUICK if how == "eager"]
 
 

@@ -7,16 +7,17 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from helpers import VARIANTS
+from helpers import ALL_VARIANTS, TINY, VARIANTS, a_trainer, configured, run, tiny
 from reference import small
 from torch import nn
 from torch.nn import functional as F
 
-from stabrun.config import AttentionConfig, Config, ModelConfig, keys, value_of
+from stabrun.config import AttentionConfig, Config, ModelConfig, UserError, keys, value_of
 from stabrun.model.attention import AttentionCore
 from stabrun.model.gpt import GPT
 from stabrun.model.linear import SigmaLinear
 from stabrun.model.norm import Norm
+from stabrun.model.switches import leak
 
 TOLERANCE = 1e-9  # of each tensor's largest element, in float64
 ROUNDING = 1e-14  # of the largest gradient: the error of gradients that are zero by formula, or nearly so
@@ -315,8 +316,18 @@ def test_no_token_sees_the_future(variant):
     assert (moved[6:] > 1e-6).all()
 
 
-def test_batch_norm_lets_each_token_see_the_future():
+def test_batch_norm_lets_each_token_see_the_future(capsys, tmp_path):
     assert (moved_by_a_token("batch_norm") > 1e-6).all()
+    sentence = "model.norm.kind=batchnorm: each token sees the tokens after it"
+    assert [name for name in VARIANTS if leak(small(name).model)] == ["batch_norm"]
+    assert sentence in run(capsys, "model", "+variant=batch_norm")[1]
+    assert sentence in run(capsys, "train", *TINY, "+variant=batch_norm", "train.steps=2", f"run_dir={tmp_path}")[1]
+
+
+@pytest.mark.parametrize("word", ["train.micro_batch_size=2", "train.ranks=2"])
+def test_batch_norm_needs_the_whole_batch(word):
+    with pytest.raises(UserError, match=r"model\.norm\.kind=batchnorm: .* must be null\."):
+        tiny("+variant=batch_norm", word)
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), [(16, 48), (24, 8)])
@@ -453,6 +464,13 @@ def test_bf16_keeps_norms_softmax_stream_and_logits_in_fp32(variant, monkeypatch
         assert set(seen[kind]) == {torch.float32}, kind
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
     torch.testing.assert_close(out, model(tokens), rtol=0, atol=0.3)
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_each_variant_learns_at_nano(variant):
+    trainer = a_trainer(configured("model=nano", f"+variant={variant}", "optim.lr=3e-3", "schedule.warmup_steps=10"))
+    losses = [trainer.step(step).read()["train/loss"] for step in range(20)]
+    assert losses[-1] < losses[0] - 0.2
 
 
 def test_bf16_logits_of_the_plain_path_are_not_rounded():

@@ -5,6 +5,7 @@ from typing import Any
 from stabrun.config import Config, ModelConfig, keys, micro_batch, rotated, value_of
 from stabrun.model.counts import flops_per_token, parameters
 from stabrun.model.memory import device_type, memory
+from stabrun.model.switches import leak
 from stabrun.text import human
 
 
@@ -57,4 +58,8 @@ def report(facts: dict[str, Any], config: Config) -> str:
         "switches",
         *(f"  {path} = {value}" for path, value in facts["switches"].items()),
     ]
-    return "\n".join(lines if facts["switches"] else [*lines, "  none: all at their defaults"])
+    if not facts["switches"]:
+        lines.append("  none: all at their defaults")
+    if sentence := leak(config.model):
+        lines += ["", sentence]
+    return "\n".join(lines)

@@ -123,6 +123,14 @@ NORMS: dict[str, NormKind | None] = {
 }
 
 
+def leak(model: ModelConfig) -> str | None:
+    """A sentence if tokens see later ones; else None."""
+    kind = NORMS[model.norm.kind]
+    if kind is None or kind.causal:
+        return None
+    return f"model.norm.kind={model.norm.kind}: each token sees the tokens after it, so that the losses are too low."
+
+
 def norm_vectors(model: ModelConfig) -> tuple[bool, bool]:
     """Whether norms have a gain, and a bias."""
     bias = model.bias if model.norm.bias is None else model.norm.bias

@@ -11,6 +11,7 @@ from typing import cast
 from stabrun.config import Config, UserError, check, run_dir, run_id
 from stabrun.data.degenerate import Finding
 from stabrun.data.shards import Prepared, prepare
+from stabrun.model.switches import leak
 from stabrun.observe.initial import findings
 from stabrun.record import checkpoints
 from stabrun.record.jsonl import jsonable
@@ -187,7 +188,7 @@ class Run:
         config = self.config
         title = f"{config.variant}  lr {rate_text(config.optim.lr)}  seed {config.seed}  → {self.run_dir.path}"
         self.console = Console(title, self.done, config.train.steps, lambda: self.judge.verdict())
-        if sentence := unreached(config):
+        for sentence in filter(None, (unreached(config), leak(config.model))):
             self.console.say(sentence)
 
     def loop(self, stop: Stop) -> str:
