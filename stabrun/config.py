@@ -580,9 +580,11 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
            f"of the {model.d_model // model.n_head} channels of a head.")
     yield (model.embedding == "norm" and model.norm.kind == "none",
            "model.embedding=norm: not possible with model.norm.kind=none.")
-    yield (model.norm.kind == "batchnorm" and (train.ranks > 1 or micro_batch(config) != train.batch_size),
-           f"model.norm.kind=batchnorm: its statistics are those of the whole batch, so train.ranks={train.ranks} must "
-           f"be 1 and train.micro_batch_size={train.micro_batch_size} must be null.")
+    yield (model.norm.kind == "batchnorm" and train.ranks > 1,
+           f"train.ranks={train.ranks}: must be 1 with model.norm.kind=batchnorm, whose statistics are of a whole batch.")
+    yield (model.norm.kind == "batchnorm" and micro_batch(config) * train.ranks < train.batch_size,
+           f"train.micro_batch_size={train.micro_batch_size}: must be null with model.norm.kind=batchnorm, whose "
+           "statistics are of a whole batch.")
     yield (model.sigma_reparam != "none" and model.init in ("zero", "zero_out"),
            f"model.init={model.init}: model.sigma_reparam={model.sigma_reparam} divides by the spectral norm, "
            "which is 0.")

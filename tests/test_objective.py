@@ -78,7 +78,7 @@ def test_rows_of_a_run_in_parts(in_parts, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "batch_norm"])  # refuses micro-batches
 def test_recomputed_blocks_give_the_same_bits(variant, precision):
     words = f"+variant={variant}", *OBSERVED, f"train.precision={precision}", "model.dropout=0.1"
     kept, _ = rows(*words)
