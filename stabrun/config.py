@@ -581,7 +581,8 @@ def _misfits(config: Config) -> Iterator[tuple[bool, str]]:
     yield (model.embedding == "norm" and model.norm.kind == "none",
            "model.embedding=norm: not possible with model.norm.kind=none.")
     yield (model.norm.kind == "batchnorm" and train.ranks > 1,
-           f"train.ranks={train.ranks}: must be 1 with model.norm.kind=batchnorm, whose statistics are of a whole batch.")
+           f"train.ranks={train.ranks}: must be 1 with model.norm.kind=batchnorm, whose statistics are of a whole "
+           "batch.")
     yield (model.norm.kind == "batchnorm" and micro_batch(config) * train.ranks < train.batch_size,
            f"train.micro_batch_size={train.micro_batch_size}: must be null with model.norm.kind=batchnorm, whose "
            "statistics are of a whole batch.")
