@@ -3,6 +3,7 @@
 import itertools
 import re
 
+from helpers import ALL_VARIANTS
 from matplotlib.markers import MarkerStyle
 
 from stabrun.report import style
@@ -29,6 +30,14 @@ def test_shipped_variants_have_colors_and_markers_of_their_own():
     shipped = list(style.SHIPPED)
     assert len(shipped) == len({style.color(name) for name in shipped}) == len({style.marker(name) for name in shipped})
     assert (style.color("baseline"), style.marker("qk_norm")) == ("#767676", "square"), "as in earlier reports"
+
+
+def test_no_two_shipped_variants_look_the_same():
+    named = [*style.SHIPPED, *style.FURTHER]
+    assert set(named) <= set(ALL_VARIANTS)
+    looks = [style.of_variant(name) for name in named]
+    assert len(set(looks)) == len(looks)
+    assert not set(looks) & {style.of_variant(f"mine_{number}") for number in range(400)}
 
 
 def test_a_13th_variant_looks_like_no_shipped_one():

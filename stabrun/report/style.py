@@ -22,6 +22,12 @@ SHIPPED = {
     "sigma_reparam": ("#2E9C9C", "pentagon"),
     "small_sublayers": ("#A0673A", "diamond-tall"),
 }
+FURTHER = (  # other shipped variants: the first eight have colors that SHIPPED lacks, the others share colors
+    "post_ln", "peri_ln", "reordered_norm", "hybrid_norm", "mix_ln", "dyt", "no_norm", "layer_norm_scaling",
+    "embedding_norm", "v_norm", "sandwich", "double_norm", "batch_norm", "gated_attention", "qk_clip", "final_cap",
+    "z_loss", "gpt2", "llama", "olmo2", "gemma2", "nemotron", "muon", "stable_adamw", "adagc", "zclip", "no_clip",
+    "high_beta2", "small_eps",
+)  # fmt: skip
 OTHER_COLORS = "#713DFF", "#0088FF", "#9B2DD2", "#C2009B", "#719F60", "#FF3D57", "#496979", "#97560C"
 OTHER_MARKERS = "octagon", "hexagon2", "star-diamond", "hexagram", "star-triangle-up"
 
@@ -58,6 +64,9 @@ def marker(arm: str) -> str:
 
 def of_variant(variant: str) -> tuple[str, str]:
     """Color and marker. Those of a user's own variant depend on its name alone."""
+    if variant in FURTHER:
+        place, (colors, markers) = FURTHER.index(variant), zip(*SHIPPED.values(), strict=True)
+        return (*OTHER_COLORS, *colors)[place % (len(OTHER_COLORS) + len(colors))], markers[(place + 1) % len(markers)]
     number = int(hashlib.sha256(variant.encode()).hexdigest()[:8], 16)
     other = OTHER_COLORS[number % len(OTHER_COLORS)], OTHER_MARKERS[number % len(OTHER_MARKERS)]
     return SHIPPED.get(variant, other)
