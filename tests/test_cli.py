@@ -277,6 +277,8 @@ COMMANDS = {
     "rerun": ("--cfg",),
     "judge": ("--follow", "--against", "--step", "--loss", "--split", "--json"),
     "report": ("[OTHER]",),
+    "pack": ("--every",),
+    "unpack": ("[DIR]",),
     "upload": ("--dry-run",),
     "dashboard": ("[STUDY_DIR]", "--dry-run"),
     "model": ("--trace", "--json", "--config-dir"),

@@ -14,7 +14,7 @@ import click
 from stabrun.cli import completion
 from stabrun.cli.overrides import COMMON, COMMON_OF_STUDY
 from stabrun.config import Config, UserError, added_groups, choices, config_yaml, groups, keys, run_dir
-from stabrun.text import shown, warn
+from stabrun.text import human, shown, warn
 from stabrun.version import __version__
 
 if TYPE_CHECKING:
@@ -378,6 +378,29 @@ def report(directory: Path, other: Path | None) -> None:
     from stabrun.report.report import write_report
 
     write_report(directory, other)
+
+
+@cli.command(examples=("stabrun pack studies/quickstart-1a2b3c4d quickstart.tar.xz",))
+@click.argument("directory", metavar="DIR", type=DIRECTORY)
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--every", metavar="N", default=50, show_default=True, help="Keep statistics every N steps.",
+              type=click.IntRange(min=1))  # fmt: skip
+def pack(directory: Path, file: Path, every: int) -> None:
+    """Write the record of a study to a small file: losses of each step, statistics of some. DIR is a study."""
+    from stabrun.publish.pack import pack
+
+    pack(directory, file, every)
+    print(f"{file}: {human(file.stat().st_size)}")
+
+
+@cli.command(examples=("stabrun unpack quickstart.tar.xz studies",))
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("parent", metavar="[DIR]", type=DIRECTORY, default=Path("."))
+def unpack(file: Path, parent: Path) -> None:
+    """Write a packed study to a new directory in DIR, by default the working directory."""
+    from stabrun.publish.pack import unpack
+
+    print(unpack(file, parent))
 
 
 @cli.command(override_prefix="tracker.", examples=("stabrun upload studies/quickstart-1a2b3c4d tracker.project=edges",))
