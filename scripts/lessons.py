@@ -87,7 +87,7 @@ def no_warmup() -> Lesson:
 
     return Lesson(
         "Without warmup the loss is more sensitive to the learning rate",
-        "A longer warmup lowers LR sensitivity (arXiv 2309.14322, section 3.1.3). LR sensitivity is the mean over the "
+        "A longer warmup lowers LR sensitivity (arXiv 2309.14322, section 3.2.1). LR sensitivity is the mean over the "
         "learning rates of min(loss, first loss) minus the lowest loss. Mean of two seeds, cosine schedule.",
         "stabrun train -m +variant=baseline,qk_norm schedule.warmup_steps=0,75 "
         f"optim.lr={','.join(map(str, RATES))} seed=0,1 train.steps=300",
