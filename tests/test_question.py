@@ -38,8 +38,11 @@ def test_a_cell_is_the_run_of_the_same_overrides():
         (("model.n_layer=2,4", "study.lrs=[0.1]", "study.seeds=1", "seed=3"), [
             ("baseline n_layer=2", 0.1, 3), ("baseline n_layer=4", 0.1, 3)
         ]),
+        (("optim.weight_decay=0.1,1.1", "study.lrs=[0.1]", "study.seeds=1"), [
+            ("baseline weight_decay=0.1", 0.1, 0), ("baseline weight_decay=1.1", 0.1, 0)
+        ]),
     ],
-    ids=["Hydra's syntax", "a variant of two", "as for train", "a further axis"],
+    ids=["Hydra's syntax", "a variant of two", "as for train", "a further axis", "values with a point"],
 )  # fmt: skip
 def test_equivalent_overrides(words, expected):
     assert points(asked(*words)) == sorted(expected)

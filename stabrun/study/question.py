@@ -131,7 +131,7 @@ def _arms(fixed: list[str], variants: Iterable[str], axes: dict[str, list[str]])
     """Name and overrides of each arm: a variant, and one value of each further axis."""
     for variant, *values in itertools.product(variants, *axes.values()):
         settings = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
-        names = [setting.rsplit(".", 1)[-1].lstrip("+") for setting in settings]
+        names = [f"{key.rpartition('.')[2].lstrip('+')}={value}" for key, value in zip(axes, values, strict=True)]
         yield " ".join([variant, *names]), [*fixed, f"+variant=[{variant.replace('+', ',')}]", *settings]
 
 
