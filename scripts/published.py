@@ -1,11 +1,12 @@
-"""The tables of docs/published.md that need more than `results.csv`: log Z, attention logits, spikes.
+"""The tables of docs/published.md, of what `stabrun sweep` does not print.
 
+    python scripts/published.py edges studies/placements-…
     python scripts/published.py z_loss studies/z_loss-…
     python scripts/published.py qk_clip studies/qk_clip-…
     python scripts/published.py spikes studies/spikes-…
     python scripts/published.py coverage
 
-The first three read a study of `stabrun sweep`. `coverage` simulates grids like those of the page's first section: how
+The first four read a study of `stabrun sweep`. `coverage` simulates grids like those of the page's first section: how
 often the intervals of lr50 and of its ratio cover the truth.
 """
 
@@ -21,8 +22,11 @@ from scipy.stats import binomtest, ttest_1samp
 
 from stabrun.api import Run, load_study
 from stabrun.record.jsonl import number
+from stabrun.study.facts import frontier_of, interval_text, lr50_over
 from stabrun.study.frontier import Floats, Frontier, Interval, ParameterGrid, ratio
+from stabrun.study.summary import BASELINE
 from stabrun.text import rate_text
+from stabrun.verdict.judge import STANDARD
 
 LAST = 100  # steps at the end of a run that its median is of
 RATES = (0.022, 2.0)  # lowest and highest rate of the simulated study
@@ -56,13 +60,26 @@ def log_z(run: Run) -> "Series[float]":
     return (run.metrics()["train/z_loss"] / run.config.optim.z_loss) ** 0.5
 
 
-def z_loss(runs: Runs) -> Rows:
+def edges(directory: Path) -> Rows:
+    yield "variant", "diverged of three by LR", "lr50", "lr50 / baseline's"
+    for arm, found in load_study(directory).summary["variants"].items():
+        counts = (f"{rate_text(one['lr'])}: {one['diverged']}{unknown(one['undecided'])}" for one in found["runs"])
+        lr50, over = frontier_of(found, STANDARD).get("lr50"), lr50_over(found, BASELINE)
+        yield f"`{arm}`", ", ".join(counts), interval_text(lr50), interval_text(over)
+
+
+def unknown(undecided: int) -> str:
+    return f" ({undecided} undecided)" if undecided else ""
+
+
+def z_loss(directory: Path) -> Rows:
+    runs = runs_of(directory)
     yield "LR", "z-loss", "at step 0", "last 100 steps", "final loss", "verdicts"
     for (_, lr), own in runs.items():
         series = [log_z(run) for run in own]
         yield (
             rate_text(lr), f"{own[0].config.optim.z_loss:g}", listed(each.iloc[0] for each in series),
-            listed(map(last_median, series)), listed(map(final_loss, own)), verdicts(own),
+            listed(map(last_median, series), 3), listed(map(final_loss, own)), verdicts(own),
         )  # fmt: skip
 
 
@@ -71,14 +88,15 @@ def max_logit(run: Run) -> "Series[float]":
     return run.metrics().filter(like="attn/max_logit").max(axis=1).dropna()
 
 
-def qk_clip(runs: Runs) -> Rows:
+def qk_clip(directory: Path) -> Rows:
+    runs = runs_of(directory)
     yield (
         "arm",
         "LR",
         "median of the last 100 steps",
         "largest after warmup",
         "final loss",
-        "less with QK-Clip",
+        "lower by",
         "verdicts",
     )
     for plain, clipped in (("baseline", "qk_clip"), ("muon", "muon+qk_clip")):
@@ -100,7 +118,8 @@ def lowered(plain: list[Run], changed: list[Run]) -> str:
     return f"{statistics.fmean(differences):.3f} ({low:.3f}–{high:.3f})"
 
 
-def spikes(runs: Runs) -> Rows:
+def spikes(directory: Path) -> Rows:
+    runs = runs_of(directory)
     yield "LR", "arm", "spikes", "final loss", "verdicts"
     arms = list(dict.fromkeys(arm for arm, _ in runs))
     for (arm, lr), own in runs.items():
@@ -112,7 +131,13 @@ def spikes(runs: Runs) -> Rows:
         )
         if other != stable and fewer + more:
             p = binomtest(fewer, fewer + more).pvalue
-            yield "all", f"{other}, {stable}", f"{fewer} pairs fewer with the latter, {more} more: p = {p:.3f}", "", ""
+            yield (
+                "all",
+                f"{other} and {stable}",
+                f"fewer with the latter in {fewer}, more in {more} pairs: p = {p:.3f}",
+                "",
+                "",
+            )
 
 
 def compared(runs: Runs, arm: str, other: str) -> Iterator[tuple[int, int]]:
@@ -179,7 +204,7 @@ def covers(interval: Interval, octaves: float) -> bool:
 
 
 GRID = ParameterGrid(*RATES)
-TABLES: dict[str, Callable[[Runs], Rows]] = {"z_loss": z_loss, "qk_clip": qk_clip, "spikes": spikes}
+TABLES: dict[str, Callable[[Path], Rows]] = {"edges": edges, "z_loss": z_loss, "qk_clip": qk_clip, "spikes": spikes}
 
 
 def main() -> None:
@@ -187,7 +212,7 @@ def main() -> None:
     parser.add_argument("table", choices=[*TABLES, "coverage"])
     parser.add_argument("study", type=Path, nargs="?", help="directory of the study")
     words = parser.parse_args()
-    head, *rows = coverage() if words.table == "coverage" else TABLES[words.table](runs_of(words.study))
+    head, *rows = coverage() if words.table == "coverage" else TABLES[words.table](words.study)
     for row in (head, ["---"] * len(head), *rows):
         print(f"| {' | '.join(row)} |")
 

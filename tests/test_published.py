@@ -47,13 +47,14 @@ def test_the_interval_of_a_difference_is_students():
     assert text == f"0.800 ({0.8 - half:.3f}–{0.8 + half:.3f})"
 
 
-def test_spikes_are_compared_by_a_sign_test():
+def test_spikes_are_compared_by_a_sign_test(monkeypatch, tmp_path):
     runs = {
         ("no_clip+high_beta2", 0.1): [ended(spikes=count) for count in (3, 2, 1, 2, 5, 1, 0)],
         ("stable_adamw+high_beta2", 0.1): [ended(spikes=0) for _ in range(7)],
     }
-    *_, last = published.spikes(runs)
-    assert last[2] == f"6 pairs fewer with the latter, 0 more: p = {2 * 0.5**6:.3f}"
+    monkeypatch.setattr(published, "runs_of", lambda directory: runs)
+    *_, last = published.spikes(tmp_path)
+    assert last[2] == f"fewer with the latter in 6, more in 0 pairs: p = {2 * 0.5**6:.3f}"
 
 
 def test_a_simulated_grid_has_both_outcomes_and_an_interval_that_covers_a_sharp_edge():
