@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stabrun.bounds import refuse_nesting, refuse_yaml
-from stabrun.config import Config, UserError, added_groups, check, conf_dir, groups, keys
+from stabrun.config import Config, UserError, added_groups, check, choices, conf_dir, groups, keys
 from stabrun.safety import BASIC_SWEEPER, CheckedFiles, guarded_environment, refuse_code
 from stabrun.variants import combined
 
@@ -89,10 +89,18 @@ def sentence(error: BaseException) -> str:
     return words if not key or key in words else f"{key}: {words}"
 
 
-def no_such_choice(group: str, name: str, options: str) -> str:
+def no_such_choice(group: str, name: str, options: str = "") -> str:
     if (extra := EXTRAS.get(name)) and group in ("hydra/launcher", "hydra/sweeper"):
         return f"{group}={name}: its package is not installed: pip install 'stabrun[{extra}]'."
-    return f"{group}={name}: no such {group}; must be one of {', '.join(options.split())}."
+    if (first := group.partition("/")[0]) in groups():  # a name may have slashes, too
+        group, name = first, f"{group}/{name}".removeprefix(f"{first}/")
+    names = options.split() or (list(choices(group)) if group in groups() else [])
+    if group != "variant":
+        allowed = f"; must be one of {', '.join(names)}" if names else ""
+        return f"{group}={name}: no such {group}{allowed}."
+    near = difflib.get_close_matches(name, names)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"variant={name}: no such variant; `stabrun variants` lists them, and --config-dir DIR adds your own.{hint}"
 
 
 def no_such_key(path: str) -> str:
@@ -104,7 +112,7 @@ def no_such_key(path: str) -> str:
 MESSAGES: tuple[tuple[str, str | Callable[..., str]], ...] = (
     (r"UserError raised while resolving interpolation: (.*)", "{0}"),
     (r"Could not find '(\S+)/(\S+)'\s+Available options in '\S+':((?:\s+\S+)*?)\s+Config search", no_such_choice),
-    (r"Could not load '(\S+)/(\S+)'", "{0}={1}: no such {0}."),
+    (r"Could not load '(\S+)/(\S+)'", no_such_choice),
     (r"Could not override '(\w+)'. No match in the defaults", "{0}=NAME: has no default to replace; use +{0}=NAME."),
     (
         r"Multiple values for variant\.|^variant appears more than once",

@@ -19,8 +19,9 @@ def elsewhere(tmp_path, monkeypatch):
 USER_ERRORS = [
     # words, and parts of the message: the key, the value given, the values allowed
     (["frobnicate"], ["frobnicate", "train"]),
-    (["train", "+variant=nope"], ["variant=nope", "qk_norm_cap"]),
-    (["train", "+variant=[nope,qk_norm]"], ["variant=nope"]),
+    (["train", "+variant=nope"], ["variant=nope", "`stabrun variants`"]),
+    (["train", "+variant=[qk_nrom,soft_cap]"], ["variant=qk_nrom", "Did you mean qk_norm"]),
+    (["train", "+variant=perl_ln"], ["variant=perl_ln", "Did you mean peri_ln?"]),
     (["train", "variant=qk_norm"], ["+variant"]),
     (["train", "model=huge"], ["model=huge", "nano"]),
     (["train", "schedule=sawtooth"], ["schedule=sawtooth", "cosine"]),
