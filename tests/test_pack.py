@@ -98,4 +98,6 @@ def test_mistakes_are_one_sentence(again, capsys, words, sentence):
     status, _, err = run(capsys, *words)
     assert (status, len(err.splitlines())) == (2, 1)
     assert sentence in err
+    left = {path.name for path in again.path.parent.iterdir()}
+    assert left == {"study", "study.tar.xz", "other.tar.xz", "two.tar.xz", "outside.tar.xz", "text"}
     assert not again.path.parent.with_name("outside").exists()

@@ -93,9 +93,10 @@ def unpack(file: Path, parent: Path) -> Path:
             target = parent / names.pop()
             if target.exists():
                 raise UserError(f"{target}: exists already; give another directory to unpack into.")
+            plan = StudyDir(target).plan_file
+            if plan.relative_to(parent).as_posix() not in archive.getnames():
+                raise UserError(f"{file}: not a packed study: {plan.name} is missing.")
             archive.extractall(parent, entries, filter="data")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{file}: cannot be unpacked: {error}.") from error
-    if not StudyDir(target).is_study():
-        raise UserError(f"{file}: not a packed study: {StudyDir(target).plan_file.name} is missing.")
     return target
