@@ -343,7 +343,7 @@ class StudyConfig:
     strategy: str = key(
         "grid", VIEW, "grid: every learning rate; frontier: adaptive search for lr50", allowed=("grid", "frontier")
     )
-    variants: list[str] = key([], VIEW, "names of variants; A+B combines two")
+    variants: list[str] = key([], VIEW, "variants; A+B combines two, and settings may follow: 'A model.n_layer=2'")
     lrs: list[float] = key([], VIEW, "learning rates of a grid")
     lr_range: list[float] = key([], VIEW, "lowest and highest learning rate of a search")
     seeds: int = key(3, VIEW, "seeds per learning rate, starting at `seed`", at_least=1, at_most=10_000)

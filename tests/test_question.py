@@ -57,6 +57,18 @@ def test_a_further_axis_is_in_the_configuration():
     assert {plan.config(cell).model.n_layer for cell in plan.cells.values()} == {2, 4}
 
 
+def test_an_arm_with_settings_of_its_own():
+    """It is the run of the same words of `stabrun train`, and its name tells keys with the same last part apart."""
+    entries = "baseline", "qk_norm model.attn.out_norm=true", "qk_norm  model.mlp.out_norm=true", "soft_cap model=mini"
+    plan = asked(f"study.variants=[{','.join(map(repr, entries))}]", "study.lrs=[0.1]", "study.seeds=1")
+    assert list(plan.arms) == [
+        "baseline", "qk_norm attn.out_norm=true", "qk_norm mlp.out_norm=true", "soft_cap model=mini"
+    ]  # fmt: skip
+    for cell, entry in zip(plan.cells.values(), entries, strict=True):
+        variant, *words = entry.split()
+        assert cell.id == run_id(configured(f"+variant={variant}", *words, "optim.lr=0.1"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -67,6 +79,14 @@ def test_a_further_axis_is_in_the_configuration():
         (("study.lrs=[fast]",), "study.lrs"),
         (("study.lrs=[1e-2]", "study.variants=[baseline,qk_nrom]"), "qk_nrom"),
         (("study.lrs=[1e-2]", "study.variants=[qk_norm,qk_norm]"), "qk_norm is given twice"),
+        (("study.lrs=[1e-2]", "study.variants=['qk_norm optim.lr=1']"), "optim.lr cannot be set for a single arm"),
+        (("study.lrs=[1e-2]", "study.variants=['qk_norm study.seeds=1']"), "study.seeds cannot be set for a single"),
+        (("study.lrs=[1e-2]", "study.variants=['qk_norm model.n_layer']"), "model.n_layer is not KEY=VALUE"),
+        (("study.lrs=[1e-2]", "study.variants=['qk_norm model.n_layer=1,2']"), "model.n_layer takes one value"),
+        (("study.lrs=[1e-2]", "study.variants=['qk_norm train.threads=2']"), "does not change what is computed"),
+        (("study.lrs=[1e-2]", "study.variants=['qk_norm model.n_layer=1']", "model.n_layer=2,3"), "is swept as well"),
+        (("study.lrs=[1e-2]", "study.variants=['qk_norm model.n_layer=4',qk_norm]"), "are the same configuration"),
+        (("study.lrs=[1e-2]", "study.variants=['']"), "study.variants: an entry is empty"),
         (("study.lrs=[1e-2]", "seed=0,0"), "seed: 0 is given twice"),
         (("study.lrs=[1e-2]", "study.seeds=0"), "study.seeds=0: must be at least 1"),
         (("study.lrs=[1e-2]", "study.strategy=guess"), "study.strategy=guess"),
@@ -111,7 +131,10 @@ EXPERIMENTS = {
     "frontier": (5, 0, 3, "constant"),
     "rybakov_nano": (11, 0, 3, "constant"),
     "rybakov_nano_cosine": (11, 66, 5, "cosine"),
-    "placements_nano": (13, 0, 3, "constant"),
+    "placements_nano": (12, 0, 3, "constant"),
+    "ablations_nano": (23, 0, 3, "constant"),
+    "rybakov_mini": (10, 60, 3, "cosine"),
+    "scale_nano_mini_micro": (16, 0, 3, "constant"),
     "rybakov2024_divergence": (10, 60, 1, "cosine"),
     "rybakov2024_perplexity": (6, 6, 1, "cosine"),
     "wortsman2023_sensitivity": (2, 14, 3, "cosine"),

@@ -28,3 +28,14 @@ def test_the_overrides_of_a_search_with_a_further_axis(tmp_path):
     again, _, _ = planned(overrides(read(tmp_path)))
     assert [marked(arm, RESULT) for arm in again.arms.values()] == [marked(arm, RESULT) for arm in plan.arms.values()]
     assert (again.strategy, again.lr_range) == (plan.strategy, plan.lr_range)
+
+
+def test_the_overrides_of_arms_with_settings_of_their_own(tmp_path):
+    entries = "study.variants=[baseline,'qk_norm model.n_layer=1','baseline model.n_layer=3 model.attn.out_norm=true']"
+    plan, _, _ = planned([*TINY, entries, "study.lrs=[0.1]", "study.seeds=2"])
+    for name in ("runs", "ledger"):
+        (tmp_path / name).mkdir()
+    plan.save(tmp_path)
+    again, _, _ = planned(overrides(read(tmp_path)))
+    assert list(again.arms) == list(plan.arms)
+    assert set(again.cells) == set(plan.cells)

@@ -28,12 +28,15 @@ def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Pat
     study = common.study
     if common.run_dir is not None or "run_dir" in axes:
         raise UserError("run_dir: has no effect in a study; use study_dir=DIR.")
-    variants = axes.pop("+variant", None) or study.variants or [common.variant]
+    variants = axes.pop("+variant", None) or [" ".join(entry.split()) for entry in study.variants] or [common.variant]
+    if "" in variants:
+        raise UserError("study.variants: an entry is empty; give the name of a variant.")
     rates = [_number("optim.lr", value) for value in axes.pop("optim.lr", [])] or list(study.lrs)
     seeds = [_whole_number("seed", value) for value in axes.pop("seed", [])]
     seeds = seeds or list(range(common.seed, common.seed + study.seeds))
     _refuse_duplicates({"study.variants": variants, "study.lrs": rates, "seed": seeds, **axes})
     _refuse_rates(study, rates)
+    _refuse_settings(variants, axes)
     runs = len(variants) * (len(rates) or 1) * len(seeds) * math.prod(map(len, axes.values()))
     if runs > MOST_RUNS:
         raise UserError(f"the study would have {runs:,} runs; at most {MOST_RUNS:,} are possible.")
@@ -62,12 +65,34 @@ def _refuse_conflicts(fixed: list[str], axes: dict[str, list[str]]) -> None:
     for one, other in EITHER.items():
         if one in axes and other in given:
             raise UserError(f"{one}={given[one]} and {other}={given[other]} both say what to train; give one of them.")
-    marks = {key.path: key.mark for key in keys()}
     for key in axes:
-        if key.startswith("hydra"):
-            raise UserError(f"{key}={given[key]}: all workers use one launcher; give one value.")
-        if key != "run_dir" and marks.get(key, RESULT) != RESULT:
-            raise UserError(f"{key}={given[key]}: does not change what is computed; all its runs would be the same.")
+        if key != "run_dir":
+            _refuse_axis(key, f"{key}={given[key]}")
+
+
+def _refuse_axis(key: str, word: str) -> None:
+    """Raise UserError if a key cannot make arms."""
+    if key.startswith("hydra"):
+        raise UserError(f"{word}: all workers use one launcher; give one value.")
+    if any(path == key and mark != RESULT for path, mark in ((item.path, item.mark) for item in keys())):
+        raise UserError(f"{word}: does not change what is computed; all its runs would be the same.")
+
+
+def _refuse_settings(entries: Iterable[str], axes: dict[str, list[str]]) -> None:
+    """Raise UserError if the settings of an entry of `study.variants` are not those of a single arm."""
+    for entry in entries:
+        for word in entry.split()[1:]:
+            key, equals, _ = word.partition("=")
+            if not equals:
+                raise UserError(f"study.variants={entry}: {word} is not KEY=VALUE.")
+            name = key.lstrip("+~")
+            if name in CELL_KEYS or name.split(".")[0] in ("variant", "study", "experiment", "hydra"):
+                raise UserError(f"study.variants={entry}: {key} cannot be set for a single arm.")
+            if key in axes:
+                raise UserError(f"study.variants={entry}: {key} is swept as well; give one of them.")
+            if split_axes([word])[1]:
+                raise UserError(f"study.variants={entry}: {key} takes one value; each entry makes one arm.")
+            _refuse_axis(key, f"study.variants={entry}: {word}")
 
 
 def _refuse_interpolations(arms: dict[str, Config], overrides: dict[str, list[str]], sources: Sources) -> None:
@@ -127,12 +152,24 @@ def in_group(config: Config, group: str) -> Config:
     return replace(config, tracker=replace(config.tracker, group=config.tracker.group or group))
 
 
-def _arms(fixed: list[str], variants: Iterable[str], axes: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
-    """Name and overrides of each arm: a variant, and one value of each further axis."""
-    for variant, *values in itertools.product(variants, *axes.values()):
-        settings = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
-        names = [f"{key.rpartition('.')[2].lstrip('+')}={value}" for key, value in zip(axes, values, strict=True)]
-        yield " ".join([variant, *names]), [*fixed, f"+variant=[{variant.replace('+', ',')}]", *settings]
+def _arms(fixed: list[str], entries: Iterable[str], axes: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
+    """Name and overrides of each arm: a variant with its own settings, and one value of each further axis."""
+    for entry, *values in itertools.product(entries, *axes.values()):
+        variant, *settings = entry.split()
+        settings += [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
+        yield (
+            " ".join([variant, *map(short_name, settings)]),
+            [*fixed, f"+variant=[{variant.replace('+', ',')}]", *settings],
+        )
+
+
+def short_name(setting: str) -> str:
+    """`n_layer=2` of `model.n_layer=2`: the shortest end of the key that no other key has."""
+    key, _, value = setting.partition("=")
+    parts = key.lstrip("+").split(".")
+    ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+    alone = (end for end in ends if sum(f".{item.path}".endswith(f".{end}") for item in keys()) < 2)
+    return f"{next(alone, ends[-1])}={value}"
 
 
 def split_axes(overrides: list[str]) -> tuple[list[str], dict[str, list[str]]]:
