@@ -11,6 +11,8 @@ from studies import trained_alone
 from stabrun.record.run_dir import RunDir
 from stabrun.record.study_dir import StudyDir
 from stabrun.report.report import write_report
+from stabrun.report.selection import sides
+from stabrun.report.study_data import read
 
 WORDS = ("train.steps=25", "study.variants=[baseline,qk_norm]", "study.lrs=[1e-2]", "study.seeds=2")
 EVERY = 10
@@ -34,12 +36,14 @@ def again(study, tmp_path, capsys, monkeypatch):
 
 def test_losses_stay_exact_and_statistics_are_kept_at_some_steps(study, again):
     runs = StudyDir(study).recorded_runs()
+    detailed = [row["run_id"] for row in sides(read(study).rows)]
+    assert len(detailed) == 1
     assert len(runs) == len(again.recorded_runs()) == 4
     for before, after in zip(runs, again.recorded_runs(), strict=True):
         for row, kept in zip(before.rows(), after.rows(), strict=True):
             step = {key: value for key, value in row.items() if not isinstance(value, list)}
             assert {"step", "train/loss", "grad/norm"} <= step.keys() < row.keys()
-            if row["step"] % EVERY:
+            if row["step"] % EVERY and before.path.name not in detailed:
                 assert kept == step
                 continue
             assert kept.keys() == row.keys()
@@ -47,6 +51,15 @@ def test_losses_stay_exact_and_statistics_are_kept_at_some_steps(study, again):
             for key in row.keys() - step.keys():
                 assert kept[key] == pytest.approx(row[key], rel=5e-4)
                 assert kept[key] != row[key] or all(len(str(value)) < 8 for value in row[key])
+
+
+def test_statistics_of_the_first_bad_step_are_kept(made_study, tmp_path, capsys):
+    assert run(capsys, "pack", made_study, tmp_path / "made.tar.xz", "--every", 1000)[0] == 0
+    assert run(capsys, "unpack", tmp_path / "made.tar.xz", tmp_path)[0] == 0
+    for row in read(made_study).rows:
+        rows = RunDir(tmp_path / made_study.name / "runs" / row["run_id"]).rows()
+        whole = [kept["step"] for kept in rows if "norm/out/qkv" in kept]
+        assert len(whole) > 2 or whole == ([0, row["first_bad_step"]] if row["verdict"] == "diverged" else [0])
 
 
 def test_reports_verdicts_and_reruns_read_it(study, again, capsys):

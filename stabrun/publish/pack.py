@@ -18,6 +18,8 @@ from stabrun.record.metrics import METRICS, STEP
 from stabrun.record.run_dir import RunDir
 from stabrun.record.schema import Row
 from stabrun.record.study_dir import StudyDir
+from stabrun.report.selection import sides
+from stabrun.report.study_data import read
 
 DIGITS = 4  # of a statistic
 LARGEST = 1 << 30  # bytes of an unpacked file: a larger one is not the file of a study
@@ -26,8 +28,9 @@ LARGEST = 1 << 30  # bytes of an unpacked file: a larger one is not the file of 
 def pack(directory: Path, file: Path, every: int) -> None:
     """Write the record of the study in `directory` to `file`; a complete file replaces an older one.
 
-    Each row keeps its exact losses and what else the step itself gives. Its statistics are kept every `every` steps, to
-    DIGITS digits. Checkpoints, W&B files and runs that are not finished are left out.
+    Each row keeps its exact losses and what else the step itself gives. Its statistics are kept every `every` steps and
+    at the first bad step, to DIGITS digits; the two runs that a report compares in detail keep all of theirs.
+    Checkpoints, W&B files and runs that are not finished are left out.
 
     Raises UserError if there is no study, or if a record in it is damaged.
     """
@@ -54,19 +57,25 @@ def members(study: StudyDir, every: int) -> Iterator[tuple[str, bytes]]:
         whole += [run.config_file, run.environment_file, run.tokenizer_file, run.events_file, run.summary_file]
     for path in filter(Path.is_file, whole):
         yield path.relative_to(study.path).as_posix(), path.read_bytes()
+    results = read(study.path).rows
+    detailed = {row["run_id"] for row in sides(results)}
+    bad_steps = {row["run_id"]: row["first_bad_step"] for row in results}
     for run in study.recorded_runs():
-        yield run.metrics.relative_to(study.path).as_posix(), rows(run, every)
+        name = run.path.name
+        content = rows(run, 1 if name in detailed else every, bad_steps.get(name))
+        yield run.metrics.relative_to(study.path).as_posix(), content
 
 
-def rows(run: RunDir, every: int) -> bytes:
-    """The thinned `metrics.jsonl` of a run."""
-    return "".join(f"{dumps(thinned(row, every))}\n" for row in run.rows()).encode()
+def rows(run: RunDir, every: int, bad_step: int | None) -> bytes:
+    """The `metrics.jsonl` of a run, with the statistics of every `every` steps and of `bad_step`."""
+    kept = (thinned(row, whole=row["step"] % every == 0 or row["step"] == bad_step) for row in run.rows())
+    return "".join(f"{dumps(row)}\n" for row in kept).encode()
 
 
-def thinned(row: Row, every: int) -> Row:
-    """What a packed study keeps of a row."""
-    whole = row if row["step"] % every == 0 else {}
-    return {key: rounded(value) for key, value in whole.items()} | {key: row[key] for key in row if key in OF_STEP}
+def thinned(row: Row, whole: bool) -> Row:
+    """What a packed study keeps of a row; `whole`: with its statistics."""
+    statistics = row if whole else {}
+    return {key: rounded(value) for key, value in statistics.items()} | {key: row[key] for key in row if key in OF_STEP}
 
 
 OF_STEP = {metric.key for metric in METRICS.values() if metric.source == STEP}

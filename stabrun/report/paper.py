@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from stabrun.model.counts import parameters
 from stabrun.report.study_data import StudyData
 from stabrun.report.tables import (
+    MISSING,
     Column,
     Table,
     TableCell,
@@ -16,8 +17,8 @@ from stabrun.report.tables import (
     rate,
 )
 from stabrun.study.cost import tokens_per_run
-from stabrun.study.facts import FACTS
-from stabrun.study.summary import BASELINE, counterpart
+from stabrun.study.facts import FACTS, interval_text
+from stabrun.study.summary import BASELINE, QK_NORM, counterpart
 
 # Variant → last stable rate, whether that one is inferred, first diverging rate, perplexity at 3e-4. Sources disagree
 # on whether qk_norm_cap diverges at 80e-3.
@@ -33,32 +34,50 @@ PAPER: dict[str, tuple[float, bool, float | None, float | None]] = {
     "qkv_norm": (60e-3, False, 80e-3, 10.85),
     "qk_norm_cap": (60e-3, False, None, 11.00),
 }
-OURS = [fact for fact in FACTS if fact.key in ("lr50", "max_stable_lr", "min_diverged_lr")]
+OURS = [fact for fact in FACTS if fact.key in ("lr50", "over_qk_norm", "max_stable_lr", "min_diverged_lr")]
+
+
+def over_qk_norm(variant: str) -> TableCell:
+    """The ratio of two edges of the paper: that of the last stable rates, and what both pairs of rates allow.
+
+    An edge is between the last stable and the first diverging rate.
+    """
+    (last, _, first, _), (qk_last, _, qk_first, _) = PAPER[variant], PAPER[QK_NORM]
+    assert qk_first is not None
+    if variant == QK_NORM:
+        return TableCell(MISSING, (None, None, None))
+    ends = last / qk_last, last / qk_first, None if first is None else first / qk_last
+    return TableCell(interval_text(dict(zip(("median", "low", "high"), ends, strict=True))), ends)
 
 
 def paper_comparison(study: StudyData) -> Table | None:
     """None if the study has none of the paper's variants."""
     rows = []
+    plain_arms = [arm for arm in study.arm_summaries if arm in PAPER]  # without further settings
     for arm, summary in study.arm_summaries.items():
-        if (variant := arm.split(" ")[0]) in PAPER:
+        if (variant := arm.split(" ")[0]) in PAPER and (arm in plain_arms or not plain_arms):
             last, inferred, first, perplexity = PAPER[variant]
             stable = rate(last)
             rows.append([
                 plain(arm), TableCell(stable.text + " (inferred)" * inferred, stable.values), rate(first),
-                decimal(perplexity, 2), *(fact_cell(fact, summary) for fact in OURS),
+                over_qk_norm(variant), decimal(perplexity, 2), *(fact_cell(fact, summary) for fact in OURS),
                 decimal(lowest_perplexity(study.rows, arm), 2),
             ])  # fmt: skip
     columns = [
         Column("variant", "variant"),
         Column("paper_last_stable", "paper: last stable LR"),
         Column("paper_first_diverging", "paper: first diverging LR"),
+        Column("paper_over_qk_norm", "paper: edge / qk_norm's", ("", "_low", "_high")),
         Column("paper_perplexity", "paper: perplexity at 3e-4 (± 0.1)"),
         *(fact_column(fact, label="here: ") for fact in OURS),
         Column("val_perplexity", "here: lowest validation perplexity"),
     ]
     if not rows:
         return None
-    note = f"The experiments differ: {'; '.join(differences(study))}."
+    note = (
+        "Edge: the ratio of the last stable rates, and in parentheses what the gaps between the paper's rates allow. "
+        f"The experiments differ: {'; '.join(differences(study))}."
+    )
     return Table("paper", "Compared to arXiv 2410.16682", columns, rows, note)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stabrun.config import UserError
 from stabrun.record.disk import writing
-from stabrun.report import charts, figures, sentences, tables
+from stabrun.report import breaking, charts, figures, sentences, tables
 from stabrun.report.page import Part, page
 from stabrun.report.paper import paper_comparison
 from stabrun.report.run_curves import read_curves
@@ -70,7 +70,10 @@ def part_of(study: StudyData) -> Part:
     curves = {row["run_id"]: read_curves(study, row["run_id"]) for row in selected(study.rows)}
     pair = [row for row in sides(study.rows) if row["run_id"] in curves]
     is_study = study.plan.strategy != RUN
-    found = [tables.variants(study), paper_comparison(study)] if is_study else []
+    found = list[tables.Table | None]()
+    if is_study:
+        found = [tables.variants(study), tables.strictness(study), paper_comparison(study)]
+        found += [breaking.first_sites(study), breaking.growth(study)]
     found += [tables.leads(study), tables.norm_ratios(pair, curves), tables.runs(study)]
     drawn = charts.study_charts(study) if is_study else []
     drawn += charts.run_charts(study, pair, curves)
