@@ -20,6 +20,9 @@ from stabrun.study.cost import tokens_per_run
 from stabrun.study.facts import FACTS, interval_text
 from stabrun.study.summary import BASELINE, QK_NORM, counterpart
 
+D_MODEL = 1024
+STEPS = 1_500  # about, of the runs that test for divergence
+TOKENS = 512 * 4096 * STEPS  # of such a run
 # Variant → last stable rate, whether that one is inferred, first diverging rate, perplexity at 3e-4. Sources disagree
 # on whether qk_norm_cap diverges at 80e-3.
 PAPER: dict[str, tuple[float, bool, float | None, float | None]] = {
@@ -87,8 +90,9 @@ def differences(study: StudyData) -> Iterator[str]:
     config = study.plan.arms.get(counterpart(arm, BASELINE), study.plan.arms[arm])
     size = parameters(config.model, config.data.seq_len)["total"]
     yield f"830M parameters in the paper, {size:,} here"
-    yield f"{512 * 4096:,} tokens per step, {config.train.batch_size * config.data.seq_len:,} here"
-    yield f"about 1,500 steps to test for divergence, {config.train.steps:,} here ({tokens_per_run(config):,} tokens)"
+    yield f"{TOKENS // STEPS:,} tokens per step, {config.train.batch_size * config.data.seq_len:,} here"
+    yield f"about {STEPS:,} steps to test for divergence, {config.train.steps:,} here"
+    yield f"{TOKENS:,} tokens in them, {tokens_per_run(config):,} here"
     yield "a subset of an unnamed text of 1T tokens with a vocabulary of about 256,000, " + (
         f"{config.data.path or config.data.name} with {config.model.vocab_size:,} here"
     )
