@@ -18,7 +18,7 @@ EVERY = "norm/out", "norm/in", "norm/weight", "norm/grad"
 SLOW = "norm/in_grad", "norm/update", "norm/adam_m", "norm/adam_v", "adam/surprise"
 EDGES = {"baseline": 0.05, "qk_norm": 0.3}
 CHARTS = {  # of a report on such a study
-    "loss_by_lr", "divergence_map", "clipped_share", "lead_times", "training_curves", "norms_out", "norms_in",
+    "lr50", "loss_by_lr", "divergence_map", "clipped_share", "lead_times", "training_curves", "norms_out", "norms_in",
     "norms_weight", "norms_grad", "gradient_by_depth", "adam", "attention", "update", "input_gradient", "block_output",
     "parameters",
 }  # fmt: skip

@@ -70,6 +70,19 @@ def test_the_divergence_map_has_the_counts_and_intervals_of_study_json(part, mad
         assert medians == [frontier[name]["median"] for frontier in frontiers for name in ("lr50", "lr10")]
 
 
+def test_lr50_of_each_arm_is_that_of_study_json_the_highest_first(part, made_study):
+    summaries = json.loads((made_study / "study.json").read_text())["variants"]
+    (panel,) = chart(part, "lr50").panels
+    ends = {arm: summary["frontier"]["standard"] for arm, summary in summaries.items()}
+    assert list(panel.y.bands) == sorted(ends, key=lambda arm: -ends[arm]["lr50"]["median"]) == ["qk_norm", "baseline"]
+    for place, arm in enumerate(panel.y.bands):
+        drawn = [(x, y) for marks in panel.marks if marks.arm == arm for x, y in zip(marks.x, marks.y, strict=True)]
+        assert {y for _, y in drawn} == {-place}
+        assert {ends[arm]["lr50"][end] for end in ("low", "median", "high")} < {x for x, _ in drawn}
+        assert ends[arm]["lr10"]["median"] in {x for x, _ in drawn}
+    assert panel.rules[0].at == ends["baseline"]["lr50"]["median"]
+
+
 @pytest.mark.parametrize(
     ("ends", "drawn", "symbols"),
     [
@@ -85,8 +98,18 @@ def test_an_unknown_end_of_an_interval_is_an_arrow(ends, drawn, symbols):
     assert [marks.x for marks in middle] == [[end] for end in ends[:1] if end]
 
 
-def test_squares_that_would_overlap_are_stacked():
-    assert charts.stacked([0.1, 0.101, 0.102, 1.0], 0.1) == pytest.approx([0.1, 0.25, 0.4, 0.1])
+def test_squares_that_would_overlap_are_one():
+    points = [
+        {"lr": lr, "runs": runs, "diverged": diverged, "undecided": 1}
+        for lr, runs, diverged in ((0.1, 2, 0), (0.101, 3, 1), (0.11, 1, 1), (1.0, 4, 4))
+    ]
+    groups = charts.together(points, 0.05)
+    assert [[point["lr"] for point in group] for group in groups] == [[0.1, 0.101], [0.11], [1.0]]
+    rate, share, text, hover = charts.square(groups[0])
+    assert rate == 0.1
+    assert (share, text) == (pytest.approx(0.2), "1/5")
+    assert hover == "learning rate 0.1 to 0.101:\n1 of 5 diverged, 2 undecided"
+    assert charts.square(groups[2])[3] == "learning rate 1:\n4 of 4 diverged, 1 undecided"
 
 
 def test_leads_are_those_of_the_summaries(part, made_study, results):
@@ -142,7 +165,7 @@ def test_charts_of_incomplete_studies(part, missing_runs, made_study):
     assert {chart.name for chart in part.charts} == CHARTS
     assert names["empty"] == set()
     assert names["lost"] == names["alone"] == CHARTS
-    assert names["one"] == CHARTS - {"lead_times"}, "no run diverged"
+    assert names["one"] == CHARTS - {"lr50", "lead_times"}, "one arm has runs, and none diverged"
 
 
 def test_a_legend_names_few_of_many_layers():

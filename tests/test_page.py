@@ -213,7 +213,7 @@ def plotted(page, name):
 def clean(page, directory):
     """Nothing was complained of, and nothing was asked for but the page itself."""
     file = (directory / "report" / "index.html").resolve().as_uri()
-    assert page.errors == []
+    assert page.errors == [], str(page.errors)
     assert {request for request in page.requests if not request.startswith(("data:", "blob:"))} == {file}
 
 

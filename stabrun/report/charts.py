@@ -7,20 +7,21 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 from stabrun.record.jsonl import number
 from stabrun.record.metrics import BY_LAYER, BY_SITE, EVERY, METRICS, find, signals
-from stabrun.record.schema import Interval, Result
+from stabrun.record.schema import Interval, Point, Result
 from stabrun.report import style
 from stabrun.report.run_curves import Curves, RunCurves, Series, spread
 from stabrun.report.selection import is_stable
 from stabrun.report.study_data import StudyData
 from stabrun.report.tables import lead
-from stabrun.study.facts import end_texts, estimate_text
+from stabrun.study.facts import end_texts, estimate_text, frontier_of
+from stabrun.study.summary import BASELINE
 from stabrun.text import rate_text, run_name
-from stabrun.verdict.judge import CONVERGED, DIVERGED
+from stabrun.verdict.judge import CONVERGED, DIVERGED, STANDARD
 
 COLUMN_WIDTH, PAGE_WIDTH, ONE_PANEL_WIDTH = 3.4, 7.0, 5.0  # inches
 INK, FAINT = "ink", "faint"  # colors of text, which depend on the theme
@@ -116,7 +117,7 @@ class Chart:
 
 def study_charts(study: StudyData) -> list[Chart]:
     """The charts of a study with finished runs; one without data is left out."""
-    charts = loss_by_lr(study), divergence_map(study), clipped_share(study), lead_times(study)
+    charts = frontiers(study), loss_by_lr(study), divergence_map(study), clipped_share(study), lead_times(study)
     return [chart for chart in charts if chart]
 
 
@@ -184,21 +185,19 @@ def capped(value: Any, cap: float) -> float:
 
 
 def divergence_map(study: StudyData) -> Chart | None:
-    """A band per arm: share of diverged runs at each rate, and below it the intervals of lr50 and lr10."""
+    """A band per arm: share of diverged runs by learning rate, and below it the intervals of lr50 and lr10."""
     rates = [point["lr"] for summary in study.arm_summaries.values() for point in summary["runs"]]
     if not rates:
         return None
     width = (math.log(max(rates) / min(rates)) + 2) / SQUARES
     marks = list[Marks]()
     for band, (arm, summary) in enumerate(study.arm_summaries.items()):
-        runs, base = summary["runs"], Marks(arm=arm, color=style.color(arm))
-        heights = stacked([point["lr"] for point in runs], width)
+        groups, base = together(summary["runs"], width), Marks(arm=arm, color=style.color(arm))
+        squares = list(map(square, groups))
         marks.append(replace(
-            base, x=[point["lr"] for point in runs], y=[height - band for height in heights], symbol="square", size=7.8,
-            color=[style.share_color(point["diverged"] / point["runs"]) for point in runs],
-            text=[f"{point['diverged']}/{point['runs']}" for point in runs],
-            hover=[f"{arm}, learning rate {rate_text(point['lr'])}:\n{point['diverged']} of {point['runs']} diverged, "
-                   f"{point['undecided']} undecided" for point in runs],
+            base, x=[x for x, _, _, _ in squares], y=[0.15 - band] * len(squares), symbol="square", size=7.8,
+            color=[style.share_color(share) for _, share, _, _ in squares], text=[text for _, _, text, _ in squares],
+            hover=[f"{arm}, {hover}" for _, _, _, hover in squares],
         ))  # fmt: skip
         for level, (strictness, (symbol, opacity)) in enumerate(STRICTNESS.items()):
             frontier, y = summary["frontier"].get(strictness), -0.08 - 0.13 * level - band
@@ -215,17 +214,57 @@ def divergence_map(study: StudyData) -> Chart | None:
     legend.append(Marks(symbol="square", size=7, color=style.share_color(1.0), label="all runs diverged"))
     legend.append(Marks(symbol="square", size=7, color=FAINT, hollow=True, label="none"))
     panel = Panel(Axis("learning rate", RATE), bands(list(study.arm_summaries)), marks)
-    return Chart("divergence_map", [panel], row_height=0.3 + 0.7 * len(study.arm_summaries), legend=legend)
+    return Chart("divergence_map", [panel], row_height=0.3 + 0.55 * len(study.arm_summaries), legend=legend)
 
 
-def stacked(rates: list[float], width: float) -> list[float]:
-    """Heights of squares at these rates: one that would cover its neighbor is placed above it."""
-    ends, heights = [-math.inf] * 3, list[float]()
-    for rate in map(math.log, rates):
-        level = next((level for level in range(3) if rate - ends[level] > width), 2)
-        ends[level] = rate
-        heights.append(0.1 + 0.15 * level)
-    return heights
+def frontiers(study: StudyData) -> Chart | None:
+    """lr50 of each arm with its interval, the highest first, and lr10; None if fewer than two arms have one.
+
+    An arm of which a bound is known only has its place by that.
+    """
+    found = {arm: frontier_of(summary, STANDARD) for arm, summary in study.arm_summaries.items()}
+    known = {
+        arm: end
+        for arm, one in found.items()
+        if one and (end := one["lr50"]["median"] or one["lr50"]["low"] or one["lr50"]["high"])
+    }
+    if len(known) < 2:
+        return None
+    order = sorted(known, key=lambda arm: -known[arm])
+    marks = list[Marks]()
+    for band, arm in enumerate(order):
+        look = Marks(symbol="circle", color=style.color(arm), arm=arm, size=5.0)
+        marks += interval(found[arm]["lr50"], f"{arm}, lr50", -band, look)
+        if lr10 := found[arm]["lr10"]["median"]:
+            marks.append(look.at([(lr10, -band)], hollow=True, hover=[f"{arm}, lr10: {rate_text(lr10)}"]))
+    legend = [Marks(symbol="circle", color=FAINT, label="lr50: half of the seeds diverge")]
+    legend.append(Marks(symbol="circle", color=FAINT, hollow=True, label="lr10: a tenth"))
+    middle = found[BASELINE]["lr50"]["median"] if BASELINE in known else None
+    rules = [Rule("x", middle)] if middle else []
+    panel = Panel(Axis("learning rate", RATE), bands(order), marks, rules=rules)
+    return Chart("lr50", [panel], row_height=0.3 + 0.2 * len(order), width=ONE_PANEL_WIDTH, legend=legend)
+
+
+def together(points: list[Point], width: float) -> list[list[Point]]:
+    """Groups of neighboring learning rates whose squares, `width` wide on a logarithmic axis, would overlap."""
+    groups = list[list[Point]]()
+    for point in points:
+        if groups and math.log(point["lr"] / groups[-1][0]["lr"]) < width:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return groups
+
+
+def square(group: list[Point]) -> tuple[float, float, str, str]:
+    """A square of the divergence map: its learning rate, the share of diverged runs, its text and its hover text."""
+    rates = [point["lr"] for point in group]
+    runs, diverged, undecided = (sum(column) for column in zip(
+        *((point["runs"], point["diverged"], point["undecided"]) for point in group), strict=True
+    ))  # fmt: skip
+    ends = " to ".join(dict.fromkeys(map(rate_text, (rates[0], rates[-1]))))
+    hover = f"learning rate {ends}:\n{diverged} of {runs} diverged, {undecided} undecided"
+    return median_low(rates), diverged / runs, f"{diverged}/{runs}", hover
 
 
 def interval(ends: Interval, label: str, y: float, look: Marks) -> Iterator[Marks]:

@@ -176,7 +176,7 @@ def study_json(part: Part) -> dict[str, Any]:
 
 
 COMPOSED_BY_SCRIPT = {"inside", "gradient_by_depth"}  # of the two runs that the reader selects
-PAGE_CHARTS = "loss_by_lr", "divergence_map", "clipped_share", "training_curves", "lead_times"
+PAGE_CHARTS = "lr50", "loss_by_lr", "divergence_map", "clipped_share", "training_curves", "lead_times"
 
 
 def run_json(row: Result, curves: RunCurves, points: int) -> dict[str, Any]:

@@ -11,20 +11,26 @@ MAX_RUNS = 30
 def selected(rows: list[Result]) -> list[Result]:
     """At most MAX_RUNS runs, in the order of arms and learning rates.
 
-    Of each arm, in this order of priority: the lowest diverged run above the highest stable one, the highest stable
-    one, that of the lowest loss, and the lowest diverged one. A single arm has room for more.
+    The runs to compare in detail; then of each arm, in this order of priority: the lowest diverged run above the
+    highest stable one, the highest stable one, that of the lowest loss, and the lowest diverged one. A single arm has
+    room for more.
     """
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    picks = [pick(rows, arm) for pick in (first_beyond, highest_stable, best, lowest_diverged) for arm in arms]
+    picks: list[Result | None] = [*sides(rows)]
+    picks += [pick(rows, arm) for pick in (first_beyond, highest_stable, best, lowest_diverged) for arm in arms]
     picks += rows[: MAX_RUNS // 3] if len(arms) == 1 else []
     kept = list({row["run_id"]: row for row in picks if row is not None}.values())[:MAX_RUNS]
     return sorted(kept, key=lambda row: (arms.index(row["arm"]), row["lr"], row["seed"]))
 
 
 def stable_and_diverged(rows: list[Result]) -> tuple[Result | None, Result | None]:
-    """A stable and a diverged run to compare, of the baseline or of the first arm that has both."""
+    """A stable and a diverged run to compare, of the baseline or of the first arm that has both.
+
+    The stable one is the converged run of the highest learning rate, or else the recovered one.
+    """
+    converged = [row for row in rows if row["verdict"] == CONVERGED]
     arms = sorted(dict.fromkeys(row["arm"] for row in rows), key=lambda arm: arm.split(" ")[0] != BASELINE)
-    both = [(highest_stable(rows, arm), first_beyond(rows, arm)) for arm in arms]
+    both = [(highest_stable(converged, arm) or highest_stable(rows, arm), first_beyond(rows, arm)) for arm in arms]
     for found in both:
         if None not in found:
             return found
