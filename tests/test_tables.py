@@ -37,6 +37,15 @@ def test_variants_are_those_of_study_json(made_study):
     assert float(rows[1]["gain"]) == expected["qk_norm"]["gain"]["value"]
 
 
+def test_totals_are_sums_over_results_csv(made_study):
+    with open(made_study / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    (total,) = parsed(tables.totals(read(made_study)))
+    assert (int(total["runs"]), int(total["variants"])) == (len(rows), 2)
+    assert int(total["tokens"]) == sum(int(row["tokens"]) for row in rows) > 0
+    assert float(total["hours"]) * 3600 == pytest.approx(sum(float(row["seconds"]) for row in rows))
+
+
 def test_runs_are_those_of_results_csv(made_study):
     with open(made_study / "results.csv", newline="") as file:
         expected = list(csv.DictReader(file))

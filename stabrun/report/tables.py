@@ -117,6 +117,24 @@ def variants(study: StudyData) -> Table:
     return Table("variants", "By variant", columns, rows, note)
 
 
+def totals(study: StudyData) -> Table:
+    """What the finished runs of a study took: one row. Hours are those of all workers together."""
+    counts = [len(study.arm_summaries), len(study.rows), sum(row["tokens"] for row in study.rows)]
+    hours = sum(row["seconds"] or 0.0 for row in study.rows) / 3600
+    rules = sorted({row["rule"] for row in study.rows})
+    cells = [*(TableCell(f"{count:,}", (count,)) for count in counts), decimal(hours, 1)]
+    cells.append(plain(", ".join(map(str, rules))))
+    labels = {
+        "variants": "variants",
+        "runs": "runs",
+        "tokens": "tokens",
+        "hours": "hours",
+        "rule": "version of the rule",
+    }
+    columns = [Column(key, label) for key, label in labels.items()]
+    return Table("totals", "The study", columns, [cells], "Hours from the start to the end of each run, added up.")
+
+
 def strictness(study: StudyData) -> Table | None:
     """One row per arm: lr50, its ratio to qk_norm's, and its rank at each strictness of the rule.
 
