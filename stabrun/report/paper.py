@@ -5,19 +5,20 @@ from collections.abc import Iterator
 from stabrun.model.counts import parameters
 from stabrun.report.study_data import StudyData
 from stabrun.report.tables import (
-    MISSING,
     Column,
     Table,
     TableCell,
     decimal,
     fact_cell,
     fact_column,
+    interval,
+    interval_column,
     lowest_perplexity,
     plain,
     rate,
 )
 from stabrun.study.cost import tokens_per_run
-from stabrun.study.facts import FACTS, interval_text
+from stabrun.study.facts import FACTS
 from stabrun.study.summary import BASELINE, QK_NORM, counterpart
 
 D_MODEL = 1024
@@ -48,9 +49,9 @@ def over_qk_norm(variant: str) -> TableCell:
     (last, _, first, _), (qk_last, _, qk_first, _) = PAPER[variant], PAPER[QK_NORM]
     assert qk_first is not None
     if variant == QK_NORM:
-        return TableCell(MISSING, (None, None, None))
+        return interval(None)
     ends = last / qk_last, last / qk_first, None if first is None else first / qk_last
-    return TableCell(interval_text(dict(zip(("median", "low", "high"), ends, strict=True))), ends)
+    return interval(dict(zip(("median", "low", "high"), ends, strict=True)))
 
 
 def paper_comparison(study: StudyData) -> Table | None:
@@ -70,7 +71,7 @@ def paper_comparison(study: StudyData) -> Table | None:
         Column("variant", "variant"),
         Column("paper_last_stable", "paper: last stable LR"),
         Column("paper_first_diverging", "paper: first diverging LR"),
-        Column("paper_over_qk_norm", "paper: edge / qk_norm's", ("", "_low", "_high")),
+        interval_column("paper_over_qk_norm", "paper: edge / qk_norm's"),
         Column("paper_perplexity", "paper: perplexity at 3e-4 (± 0.1)"),
         *(fact_column(fact, label="here: ") for fact in OURS),
         Column("val_perplexity", "here: lowest validation perplexity"),

@@ -16,6 +16,7 @@ from stabrun.report.paper import paper_comparison
 from stabrun.report.run_curves import read_curves
 from stabrun.report.scaling import scaling
 from stabrun.report.selection import selected, sides
+from stabrun.report.strictness import strictness
 from stabrun.report.study_data import RUN, StudyData, read
 from stabrun.text import shown
 
@@ -73,7 +74,7 @@ def part_of(study: StudyData) -> Part:
     is_study = study.plan.strategy != RUN
     found = list[tables.Table | None]()
     if is_study:
-        found = [tables.totals(study), tables.variants(study), tables.strictness(study), paper_comparison(study)]
+        found = [tables.totals(study), tables.variants(study), strictness(study), paper_comparison(study)]
         found += scaling(study)
         found += [breaking.first_sites(study), breaking.growth(study)]
     found += [tables.leads(study), tables.norm_ratios(pair, curves), tables.runs(study)]

@@ -9,15 +9,14 @@ from scipy.stats import t
 
 from stabrun.report.paper import D_MODEL, PAPER, TOKENS
 from stabrun.report.study_data import StudyData
-from stabrun.report.tables import Column, Table, TableCell, plain, rate
+from stabrun.report.tables import Column, Table, TableCell, interval, interval_column, plain, rate
 from stabrun.study.cost import tokens_per_run
-from stabrun.study.facts import frontier_of, interval_text
+from stabrun.study.facts import frontier_of
 from stabrun.study.frontier import LEVEL
 from stabrun.verdict.judge import STANDARD
 
 Floats = NDArray[np.float64]
 AXES = "width (d_model)", "tokens per run"
-ENDS = "", "_low", "_high"
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def slopes(scale: Scale) -> Table:
         sizes = [size[axis] for size in scale.sizes]
         rows.append([plain(AXES[axis]), *map(size_cell, (min(sizes), max(sizes))), factor(scale.slope(axis))])
     columns = [Column("axis", "axis"), Column("lowest", "from"), Column("highest", "to")]
-    columns.append(Column("factor", "lr50 per doubling", ENDS))
+    columns.append(interval_column("factor", "lr50 per doubling"))
     note = (
         "A line through log₂ lr50 over log₂ of these, with a constant for each variant: least squares over "
         f"{len(scale.sizes)} arms, 95 % intervals by Student's t."
@@ -113,8 +112,8 @@ def extrapolation(scale: Scale) -> Table:
         rows.append([plain(variant), *ends, rate(last), rate(first)])
     columns = [
         Column("variant", "variant"),
-        Column("width_only", f"line at width {D_MODEL:,}, {least:,} tokens", ENDS),
-        Column("both", f"line at width {D_MODEL:,}, {TOKENS:,} tokens", ENDS),
+        interval_column("width_only", f"line at width {D_MODEL:,}, {least:,} tokens"),
+        interval_column("both", f"line at width {D_MODEL:,}, {TOKENS:,} tokens"),
         Column("paper_last_stable", "paper: last stable LR"),
         Column("paper_first_diverging", "paper: first diverging LR"),
     ]
@@ -131,5 +130,4 @@ def size_cell(size: int) -> TableCell:
 
 def factor(octaves: tuple[float, float, float]) -> TableCell:
     """2 to the power of a value and of the ends of its interval."""
-    values = [2.0**value for value in octaves]
-    return TableCell(interval_text(dict(zip(("median", "low", "high"), values, strict=True))), tuple(values))
+    return interval(dict(zip(("median", "low", "high"), (2.0**value for value in octaves), strict=True)))

@@ -1,9 +1,8 @@
 """The tables of a report: as CSV with every digit, and as Markdown and LaTeX to read."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,11 +12,10 @@ from stabrun.record.schema import ArmSummary, Result, Summary
 from stabrun.report.run_curves import Curves, spread
 from stabrun.report.selection import is_stable
 from stabrun.report.study_data import RUN, StudyData
-from stabrun.study.facts import FACTS, GRID_FACTS, Fact, estimate_text, frontier_of, interval_text
+from stabrun.study.facts import FACTS, GRID_FACTS, Fact, estimate_text, interval_text
 from stabrun.study.results import COLUMNS
-from stabrun.study.summary import QK_NORM
 from stabrun.text import csv_text, rate_text, run_name
-from stabrun.verdict.judge import CONVERGED, DIVERGED, STRICTNESS
+from stabrun.verdict.judge import CONVERGED, DIVERGED
 
 MISSING = "-"
 RATIO_STEPS = 5
@@ -135,51 +133,14 @@ def totals(study: StudyData) -> Table:
     return Table("totals", "The study", columns, [cells], "Hours from the start to the end of each run, added up.")
 
 
-def strictness(study: StudyData) -> Table | None:
-    """One row per arm: lr50, its ratio to qk_norm's, and its rank at each strictness of the rule.
-
-    None if the study has fewer than two arms with an lr50.
-    """
-    found = {
-        (arm, level): frontier_of(summary, level)
-        for arm, summary in study.arm_summaries.items()
-        for level in STRICTNESS
-    }
-    middles = {place: one["lr50"]["median"] for place, one in found.items() if one and one["lr50"]["median"]}
-    if len({arm for arm, _ in middles}) < 2:
-        return None
-    columns = [
-        Column("variant", "variant"),
-        *(Column(f"diverged_{level}", f"diverged, {level}") for level in STRICTNESS),
-    ]
-    facts = [Fact(f"{name}_{level}", f"{label}, {level}", partial(read, level), interval_text, "median")
-             for name, label, read in LR50_FACTS for level in STRICTNESS]  # fmt: skip
-    columns += [*map(fact_column, facts), *(Column(f"rank_{level}", f"rank, {level}") for level in STRICTNESS)]
-    rows = []
-    for arm, summary in study.arm_summaries.items():
-        own: list[dict[str, Any]] = [{**row} for row in study.rows if row["arm"] == arm]
-        counts = [sum(row[level] == DIVERGED for row in own) for level in STRICTNESS]
-        ranks = [rank(middles, arm, level) for level in STRICTNESS]
-        rows.append(
-            [plain(arm), *map(plain, counts), *(fact_cell(fact, summary) for fact in facts), *map(plain, ranks)]
-        )
-    note = (
-        "The same runs, judged at three strictnesses of the rule. Rank: that of the median of lr50, the highest first."
-    )
-    return Table("strictness", "By strictness of the rule", columns, rows, note)
+def interval(ends: Mapping[str, Any] | None) -> TableCell:
+    """A median with its interval, or a bound."""
+    values = tuple((ends or {}).get(end) for end in ("median", "low", "high"))
+    return TableCell(interval_text(ends), values)
 
 
-LR50_FACTS = (
-    ("lr50", "lr50", lambda level, arm: frontier_of(arm, level).get("lr50")),
-    ("over_qk_norm", f"lr50 / {QK_NORM}'s", lambda level, arm: frontier_of(arm, level).get("over", {}).get(QK_NORM)),
-)
-
-
-def rank(middles: dict[tuple[str, str], float], arm: str, level: str) -> int | None:
-    """Place of an arm's lr50 among those at this strictness, from 1 for the highest; None if it has none."""
-    if (arm, level) not in middles:
-        return None
-    return 1 + sum(middle > middles[arm, level] for (_, other), middle in middles.items() if other == level)
+def interval_column(key: str, label: str) -> Column:
+    return Column(key, label, ("", "_low", "_high"))
 
 
 def lowest_perplexity(rows: list[Result], arm: str) -> float | None:

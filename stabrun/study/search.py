@@ -51,13 +51,18 @@ def parameter_grid(plan: Plan) -> ParameterGrid | None:
 
 
 def frontier(
-    grid: ParameterGrid, rows: Iterable[Summary], strictness: str = STANDARD, steps: int | None = None
+    grid: ParameterGrid,
+    rows: Iterable[Summary],
+    strictness: str = STANDARD,
+    steps: int | None = None,
+    undecided: bool | None = None,
 ) -> Frontier:
     """The frontier of the runs of one arm. With `steps`, those of each run, outcomes are graded.
 
     Grades are those of a search: with a learning rate that decays, a loss comes back to its lowest level at the end.
+    `undecided`: whether undecided runs count as diverged, or as not; None if they do not count.
     """
-    outcomes = ((row, outcome(row, strictness)) for row in rows)
+    outcomes = ((row, undecided if (diverged := outcome(row, strictness)) is None else diverged) for row in rows)
     return Frontier.of(
         grid,
         (
