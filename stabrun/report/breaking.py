@@ -77,7 +77,8 @@ def growth(study: StudyData) -> Table | None:
     ]  # fmt: skip
     note = (
         "Norm of a diverged run divided by that of the converged run of its variant with the highest learning rate, at "
-        "the step from which the first counts as diverged; geometric mean over layers. The last two columns count runs."
+        "the step from which the first counts as diverged; geometric mean over layers. A run is left out where the "
+        "converged run's norm is 0. The last two columns count runs."
     )
     return Table("growth", "Growth of norms in diverged runs", columns, rows, note) if rows else None
 
