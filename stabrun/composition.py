@@ -357,10 +357,11 @@ def no_effect(path: str) -> str:
 def override(config: Config, words: Sequence[str]) -> Config:
     """A recorded configuration with other values of single keys, checked.
 
-    Raises UserError at anything but KEY=VALUE: what is recorded has no groups to choose from.
+    A choice of a group that sets one key, such as `tracker=none`, is that key. Raises UserError at anything else but
+    KEY=VALUE: what is recorded has no groups to choose from.
     """
     known, node = {k.path for k in keys()}, OmegaConf.structured(config)
-    for word in words:
+    for word in map(as_key, words):
         path, assigned, value = word.partition("=")
         if not assigned or path.lstrip("+~") in groups():
             raise UserError(f"{word}: a recorded configuration accepts single keys, such as optim.lr=3e-2, not groups.")
@@ -378,6 +379,18 @@ def override(config: Config, words: Sequence[str]) -> Config:
     check(changed)
     result: Config = changed
     return result
+
+
+def as_key(word: str) -> str:
+    """`tracker.name=none` of `tracker=none`, if the file of this choice sets one key; else the word itself."""
+    group, _, choice = word.partition("=")
+    if group in groups() and choice in choices(group):
+        text = (conf_dir() / group / f"{choice}.yaml").read_text()
+        values = yaml.safe_load(text)
+        if len(values) == 1 and "@package" not in text:
+            ((key, value),) = values.items()
+            return f"{group}.{key}={value}"
+    return word
 
 
 def _chosen(override: str) -> tuple[str, list[str]]:

@@ -97,3 +97,12 @@ def test_a_rerun_gives_the_same_record_as_a_run(tmp_path, monkeypatch):
     train(tiny("train.steps=5", "model.attn.qk_norm=head", "model.dropout=0.1", "run_dir=run"))
     train(rerun_config(tmp_path / "run", ["run_dir=again"]))
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (tmp_path / "run" / "metrics.jsonl").read_bytes()
+
+
+def test_a_choice_of_a_group_that_sets_one_key(source):
+    config = rerun_config(source, ["tracker=none", "schedule=linear"])
+    assert (config.tracker.name, config.schedule.kind) == ("none", "linear")
+    assert config.schedule.warmup_steps == rerun_config(source, []).schedule.warmup_steps
+    for word in ("schedule=ramp", "model=mini", "tracker=other"):
+        with pytest.raises(UserError, match="single keys"):
+            rerun_config(source, [word])
