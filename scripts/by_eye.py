@@ -29,7 +29,7 @@ from stabrun.verdict.judge import CONVERGED, DIVERGED, RECOVERED, STANDARD, UNDE
 
 RUNS, SEED = 60, 2026
 NEAR = 0.5  # octaves from lr50
-COLUMNS, ROWS = 3, 4  # curves of a sheet
+COLUMNS, ROWS = 2, 3  # curves of a sheet
 VERDICTS = CONVERGED, RECOVERED, DIVERGED, UNDECIDED
 FIELDS = "number", "record", "run_id", "near", "by_eye", "remark"
 
@@ -52,8 +52,8 @@ def distance(study: StudyData, row: Result) -> float | None:
     return middle and abs(log2(row["lr"] / middle))
 
 
-def drawn(studies: dict[str, StudyData]) -> list[tuple[str, Result, bool]]:
-    """(record, run, whether it is near the edge) of RUNS runs in random order, half of them near."""
+def drawn(studies: dict[str, StudyData], count: int = RUNS) -> list[tuple[str, Result, bool]]:
+    """(record, run, whether it is near the edge) of runs in random order, half of them near."""
     pools: dict[bool, list[tuple[str, Result, bool]]] = {True: [], False: []}
     for record, study in studies.items():
         for row in study.rows:
@@ -61,7 +61,7 @@ def drawn(studies: dict[str, StudyData]) -> list[tuple[str, Result, bool]]:
             near = octaves is not None and octaves <= NEAR
             pools[near].append((record, row, near))
     chance = random.Random(SEED)
-    found = [one for pool in pools.values() for one in chance.sample(pool, RUNS // 2)]
+    found = [one for pool in pools.values() for one in chance.sample(pool, count // 2)]
     chance.shuffle(found)
     return found
 
@@ -73,7 +73,7 @@ def draw(studies: dict[str, StudyData], file: Path, sheets: Path) -> None:
     found = drawn(studies)
     sheets.mkdir(parents=True)
     for start in range(0, len(found), COLUMNS * ROWS):
-        figure = Figure(figsize=(12, 12), layout="constrained")
+        figure = Figure(figsize=(14, 12), layout="constrained")
         for place, axes in enumerate(figure.subplots(ROWS, COLUMNS).flat):
             if start + place < len(found):
                 record, row, _ = found[start + place]
