@@ -8,7 +8,7 @@ import pytest
 from stabrun.report import tables
 from stabrun.report.strictness import strictness
 from stabrun.report.study_data import read
-from stabrun.study.frontier import Frontier
+from stabrun.study.frontier import Frontier, ratio
 from stabrun.study.search import parameter_grid
 
 
@@ -28,17 +28,26 @@ def test_lr50_by_strictness_is_that_of_study_json(made_study):
     assert [row["rank_standard"] for row in rows] == ["2", "1"]
 
 
-@pytest.mark.parametrize(("word", "diverged"), [("diverged", True), ("stable", False)])
-def test_undecided_runs_counted_as_diverged_or_stable(made_study, word, diverged):
-    """As the posterior of the same runs with this outcome for those that are undecided."""
+@pytest.mark.parametrize(
+    ("name", "verdict", "diverged"),
+    [("undecided_diverged", "undecided", True), ("undecided_stable", "undecided", False),
+     ("recovered_diverged", "recovered", True)],
+)  # fmt: skip
+def test_runs_counted_otherwise(made_study, name, verdict, diverged):
+    """As the posterior of the same runs with this outcome for those of the verdict."""
     study = read(made_study)
     own = [row for row in study.rows if row["arm"] == "baseline"]
     for row in own[2:4]:
-        row["verdict"] = "undecided"
+        row["verdict"] = verdict
         summary = study.summaries[row["run_id"]]
-        summary |= {"verdict": "undecided", "by_strictness": dict.fromkeys(summary["by_strictness"], "undecided")}
-    runs = [(row["lr"], diverged if row["verdict"] == "undecided" else row["verdict"] == "diverged") for row in own]
+        summary |= {"verdict": verdict, "by_strictness": dict.fromkeys(summary["by_strictness"], verdict)}
+    runs = [(row["lr"], diverged if row["verdict"] == verdict else row["verdict"] == "diverged") for row in own]
     expected = Frontier.of(parameter_grid(study.plan), runs).rate_at(0.5)
     found = parsed(strictness(study))[0]
-    assert found[f"lr50_undecided_{word}"] == str(expected["median"] or "")
-    assert found[f"lr50_undecided_{word}_low"] == str(expected["low"] or "")
+    assert found[f"lr50_{name}"] == str(expected["median"] or "")
+    assert found[f"lr50_{name}_low"] == str(expected["low"] or "")
+    other = [(row["lr"], row["verdict"] == "diverged") for row in study.rows if row["arm"] == "qk_norm"]
+    grid = parameter_grid(study.plan)
+    over = ratio(Frontier.of(grid, other), Frontier.of(grid, runs))
+    assert parsed(strictness(study))[1][f"over_qk_norm_{name}"] == ""
+    assert float(found[f"over_qk_norm_{name}"] or 1 / over["median"]) == pytest.approx(1 / over["median"], rel=0.1)

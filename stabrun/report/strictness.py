@@ -1,4 +1,4 @@
-"""How much lr50 depends on the rule: on its strictness, and on how undecided runs count."""
+"""How much lr50 depends on the rule: on its strictness, and on how undecided and recovered runs count."""
 
 from typing import Any
 
@@ -6,16 +6,22 @@ from stabrun.record.schema import Interval
 from stabrun.report.study_data import StudyData
 from stabrun.report.tables import Column, Table, interval, interval_column, plain
 from stabrun.study.facts import frontier_of
+from stabrun.study.frontier import Frontier, ratio
 from stabrun.study.plan import FRONTIER
 from stabrun.study.search import frontier, parameter_grid
-from stabrun.study.summary import LR50, QK_NORM
-from stabrun.verdict.judge import DIVERGED, STANDARD, STRICTNESS
+from stabrun.study.summary import LR50, QK_NORM, counterpart
+from stabrun.verdict.judge import DIVERGED, RECOVERED, STANDARD, STRICTNESS, UNDECIDED
 
-UNDECIDED_AS = {"diverged": True, "stable": False}
+# Name, label, and verdict → whether its runs count as diverged: other ways to count than that of the verdicts.
+COUNTED = (
+    ("undecided_diverged", "undecided as diverged", {UNDECIDED: True}),
+    ("undecided_stable", "undecided as stable", {UNDECIDED: False}),
+    ("recovered_diverged", "recovered as diverged", {RECOVERED: True}),
+)
 
 
 def strictness(study: StudyData) -> Table | None:
-    """One row per arm: lr50, its ratio to qk_norm's and its rank at each strictness, and with undecided runs counted.
+    """One row per arm: lr50, its ratio to qk_norm's and its rank at each strictness, and as counted otherwise.
 
     None if the study has fewer than two arms with an lr50.
     """
@@ -27,24 +33,30 @@ def strictness(study: StudyData) -> Table | None:
     if len(set().union(*middles.values())) < 2:
         return None
     columns = [Column("variant", "variant"), *(Column(f"diverged_{name}", f"diverged, {name}") for name in STRICTNESS)]
+    columns += [Column(verdict, verdict) for verdict in (RECOVERED, UNDECIDED)]
     columns += [interval_column(f"lr50_{level}", f"lr50, {level}") for level in STRICTNESS]
-    columns += [interval_column(f"lr50_undecided_{word}", f"lr50, undecided as {word}") for word in UNDECIDED_AS]
+    columns += [interval_column(f"lr50_{name}", f"lr50, {label}") for name, label, _ in COUNTED]
     columns += [interval_column(f"over_qk_norm_{level}", f"lr50 / {QK_NORM}'s, {level}") for level in STRICTNESS]
+    columns += [interval_column(f"over_qk_norm_{name}", f"lr50 / {QK_NORM}'s, {label}") for name, label, _ in COUNTED]
     columns += [Column(f"rank_{level}", f"rank, {level}") for level in STRICTNESS]
+    counted = [frontiers_if(study, assumed) for _, _, assumed in COUNTED]
     rows = []
     for arm in study.arm_summaries:
         own: list[dict[str, Any]] = [{**row} for row in study.rows if row["arm"] == arm]
         rows.append([
             plain(arm),
             *(plain(sum(row[level] == DIVERGED for row in own)) for level in STRICTNESS),
+            *(plain(sum(row["verdict"] == verdict for row in own)) for verdict in (RECOVERED, UNDECIDED)),
             *(interval(found[level][arm].get("lr50")) for level in STRICTNESS),
-            *(interval(lr50_if(study, arm, diverged)) for diverged in UNDECIDED_AS.values()),
+            *(interval(arms[arm].rate_at(LR50) if arm in arms else None) for arms in counted),
             *(interval(found[level][arm].get("over", {}).get(QK_NORM)) for level in STRICTNESS),
+            *(interval(over(arms, arm, QK_NORM)) for arms in counted),
             *(plain(rank(middles[level], arm)) for level in STRICTNESS),
         ])  # fmt: skip
     note = (
         "The same runs, judged at three strictnesses of the rule; and by the standard one, but undecided runs, which "
-        "do not count otherwise, taken as diverged or as stable. Rank: that of the median of lr50, the highest first."
+        "do not count otherwise, taken as diverged or as stable, or recovered runs, otherwise stable, as diverged. "
+        "Rank: that of the median of lr50, the highest first."
     )
     return Table("strictness", "By strictness of the rule", columns, rows, note)
 
@@ -54,11 +66,18 @@ def rank(middles: dict[str, float], arm: str) -> int | None:
     return 1 + sum(middle > middles[arm] for middle in middles.values()) if arm in middles else None
 
 
-def lr50_if(study: StudyData, arm: str, diverged: bool) -> Interval | None:
-    """lr50 of an arm if each of its undecided runs had diverged, or had not; None without a finished run."""
-    grid, steps = parameter_grid(study.plan), study.plan.arms[arm].train.steps
-    own = [study.summaries[row["run_id"]] for row in study.rows if row["arm"] == arm]
-    if grid is None or not own:
-        return None
-    graded = steps if study.plan.strategy == FRONTIER else None
-    return frontier(grid, own, STANDARD, graded, undecided=diverged).rate_at(LR50)
+def frontiers_if(study: StudyData, assumed: dict[str, bool]) -> dict[str, Frontier]:
+    """The frontier of each arm with finished runs, if runs of these verdicts count as diverged, or as not."""
+    grid, searched = parameter_grid(study.plan), study.plan.strategy == FRONTIER
+    found = {}
+    for arm, config in study.plan.arms.items():
+        own = [study.summaries[row["run_id"]] for row in study.rows if row["arm"] == arm]
+        if own and grid is not None:
+            found[arm] = frontier(grid, own, STANDARD, config.train.steps if searched else None, assumed)
+    return found
+
+
+def over(frontiers: dict[str, Frontier], arm: str, variant: str) -> Interval | None:
+    """lr50 of an arm divided by that of another variant at the same further axes; None without the latter."""
+    other = counterpart(arm, variant)
+    return ratio(frontiers[arm], frontiers[other]) if arm != other and {arm, other} <= frontiers.keys() else None

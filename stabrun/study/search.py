@@ -1,7 +1,8 @@
 """Adaptive search for the frontier: the next run of a study, given those that ended and those in progress; no torch."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from operator import itemgetter
+from types import MappingProxyType
 
 from stabrun.record.jsonl import number
 from stabrun.record.schema import Summary
@@ -16,12 +17,16 @@ EARLY = 0.5  # of the steps: a run that diverged before is clearly diverged
 IDLE = 0.03  # how far above its initial loss, relative to it, a run that learned nothing may end
 
 
+def verdict_of(row: Summary, strictness: str) -> str:
+    return row["by_strictness"].get(strictness, row["verdict"])
+
+
 def outcome(row: Summary, strictness: str = STANDARD) -> bool | None:
     """Whether a run diverged. None if it is undecided, which carries no information.
 
     An undecided run that learned nothing and ended near its initial loss, as at a tiny learning rate, did not diverge.
     """
-    verdict = row["by_strictness"].get(strictness, row["verdict"])
+    verdict = verdict_of(row, strictness)
     if verdict == UNDECIDED:
         idle = row["reason"] == "no_learning" and number(row["final_loss"]) <= (1 + IDLE) * number(row["init_loss"])
         return False if idle else None
@@ -34,7 +39,7 @@ def clear(row: Summary, steps: int, strictness: str = STANDARD) -> bool | None:
     It is if a run of `steps` steps diverged before EARLY of them, or if its loss never rose and ended at its lowest
     level: above it by less than CALM times the least rise of the rule.
     """
-    verdict = row["by_strictness"].get(strictness, row["verdict"])
+    verdict = verdict_of(row, strictness)
     since, initial, best, final = (row.get(key) for key in ("first_bad_step", "init_loss", "best_loss", "final_loss"))
     if verdict == DIVERGED:
         return None if since is None else number(since) < EARLY * steps
@@ -55,14 +60,14 @@ def frontier(
     rows: Iterable[Summary],
     strictness: str = STANDARD,
     steps: int | None = None,
-    undecided: bool | None = None,
+    assumed: Mapping[str, bool] = MappingProxyType({}),
 ) -> Frontier:
     """The frontier of the runs of one arm. With `steps`, those of each run, outcomes are graded.
 
     Grades are those of a search: with a learning rate that decays, a loss comes back to its lowest level at the end.
-    `undecided`: whether undecided runs count as diverged, or as not; None if they do not count.
+    `assumed`: verdict → whether its runs count as diverged, instead of the outcome that the verdict has otherwise.
     """
-    outcomes = ((row, undecided if (diverged := outcome(row, strictness)) is None else diverged) for row in rows)
+    outcomes = ((row, assumed.get(verdict_of(row, strictness), outcome(row, strictness))) for row in rows)
     return Frontier.of(
         grid,
         (
