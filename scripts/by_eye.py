@@ -31,15 +31,16 @@ RUNS, SEED = 60, 2026
 NEAR = 0.5  # octaves from lr50
 COLUMNS, ROWS = 2, 3  # curves of a sheet
 VERDICTS = CONVERGED, RECOVERED, DIVERGED, UNDECIDED
-FIELDS = "number", "record", "run_id", "near", "by_eye", "remark"
+FIELDS = "number", "record", "run_id", "by_eye", "remark"
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A run judged by eye: its entry in the file, and its row in the results of its record."""
+    """A run judged by eye: its entry in the file, its row in the results of its record, whether it is near the edge."""
 
     entry: dict[str, str]
     row: Result
+    near: bool
 
     @property
     def agrees(self) -> bool:
@@ -52,14 +53,17 @@ def distance(study: StudyData, row: Result) -> float | None:
     return middle and abs(log2(row["lr"] / middle))
 
 
-def drawn(studies: dict[str, StudyData], count: int = RUNS) -> list[tuple[str, Result, bool]]:
-    """(record, run, whether it is near the edge) of runs in random order, half of them near."""
-    pools: dict[bool, list[tuple[str, Result, bool]]] = {True: [], False: []}
+def is_near(study: StudyData, row: Result) -> bool:
+    octaves = distance(study, row)
+    return octaves is not None and octaves <= NEAR
+
+
+def drawn(studies: dict[str, StudyData], count: int = RUNS) -> list[tuple[str, Result]]:
+    """(record, run) of runs in random order, half of them near the edge."""
+    pools: dict[bool, list[tuple[str, Result]]] = {True: [], False: []}
     for record, study in studies.items():
         for row in study.rows:
-            octaves = distance(study, row)
-            near = octaves is not None and octaves <= NEAR
-            pools[near].append((record, row, near))
+            pools[is_near(study, row)].append((record, row))
     chance = random.Random(SEED)
     found = [one for pool in pools.values() for one in chance.sample(pool, count // 2)]
     chance.shuffle(found)
@@ -76,15 +80,15 @@ def draw(studies: dict[str, StudyData], file: Path, sheets: Path) -> None:
         figure = Figure(figsize=(14, 12), layout="constrained")
         for place, axes in enumerate(figure.subplots(ROWS, COLUMNS).flat):
             if start + place < len(found):
-                record, row, _ = found[start + place]
+                record, row = found[start + place]
                 axes.plot(*zip(*losses(studies[record], row), strict=True), linewidth=0.8)
                 axes.set_title(str(start + place + 1))
         figure.savefig(sheets / f"{start // (COLUMNS * ROWS) + 1}.png", dpi=80)
-    with open(file, "w", newline="") as target:
+    with open(file, "x", newline="") as target:  # verdicts that are filled in are not overwritten
         writer = csv.writer(target, lineterminator="\n")
         writer.writerow(FIELDS)
-        for place, (record, row, near) in enumerate(found, 1):
-            writer.writerow([place, record, row["run_id"], int(near), "", ""])
+        for place, (record, row) in enumerate(found, 1):
+            writer.writerow([place, record, row["run_id"], "", ""])
 
 
 def losses(study: StudyData, row: Result) -> list[tuple[int, float]]:
@@ -93,9 +97,14 @@ def losses(study: StudyData, row: Result) -> list[tuple[int, float]]:
 
 
 def judged(studies: dict[str, StudyData], file: Path) -> list[Judged]:
+    """The runs of a file that is filled in. Raises ValueError at what is no verdict."""
     rows = {(record, row["run_id"]): row for record, study in studies.items() for row in study.rows}
     with open(file, newline="") as source:
-        return [Judged(entry, rows[entry["record"], entry["run_id"]]) for entry in csv.DictReader(source)]
+        entries = list(csv.DictReader(source))
+    if wrong := [entry["number"] for entry in entries if entry["by_eye"] not in VERDICTS]:
+        raise ValueError(f"{file}: by_eye of {', '.join(wrong)} must be one of {', '.join(VERDICTS)}")
+    found = ((entry, rows[entry["record"], entry["run_id"]]) for entry in entries)
+    return [Judged(entry, row, is_near(studies[entry["record"]], row)) for entry, row in found]
 
 
 def by_eye_tables(found: list[Judged]) -> Iterator[Table]:
@@ -107,9 +116,9 @@ def by_eye_tables(found: list[Judged]) -> Iterator[Table]:
 
     columns = [Column("runs", "runs"), Column("count", "number"), Column("same", "same verdict")]
     columns.append(Column("same_side", "both diverged, or neither"))
-    groups = {"all": found} | {
-        name: [one for one in found if one.entry["near"] == flag]
-        for name, flag in (("within half an octave of lr50", "1"), ("others", "0"))
+    groups = {
+        name: [one for one in found if one.near == near]
+        for name, near in (("within half an octave of lr50", True), ("others", False))
     }
     rows = []
     for name, own in groups.items():

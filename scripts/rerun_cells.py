@@ -31,7 +31,7 @@ def main() -> int:
     rows = [(record, row) for record in RECORDS for row in part(record).study.rows]
     with tempfile.TemporaryDirectory() as folder:
         for record, row in random.Random(given.seed).sample(rows, given.cells):
-            run, again = part(record).study.run(row["run_id"]), RunDir(Path(folder) / row["run_id"])
+            run, again = part(record).study.run(row["run_id"]), RunDir(Path(folder) / record / row["run_id"])
             words = "rerun", str(run.path), f"run_dir={again.path}", "tracker=none"
             subprocess.run([sys.executable, "-m", "stabrun", *words], check=True, stdout=subprocess.DEVNULL)
             before, equal = losses(run), losses(run) == losses(again)

@@ -78,7 +78,7 @@ def chosen(whole: tables.Table, columns: str | None, sort: str | None) -> tables
     rows = whole.rows
     if sort:
         place = keys.index(sort)
-        rows = sorted(rows, key=lambda row: -(row[place].values[0] or 0))
+        rows = sorted(rows, key=lambda row: -next((value for value in row[place].values if value), 0.0))
     places = [keys.index(key.strip()) for key in columns.split(",")] if columns else range(len(keys))
     return replace(
         whole, columns=[whole.columns[k] for k in places], rows=[[row[k] for k in places] for row in rows], note=""
@@ -96,12 +96,16 @@ def rebuilt(text: str) -> str:
     return TABLE.sub(again, text)
 
 
+def figure(record: str, name: str) -> bytes:
+    """The SVG of a chart; the same record gives the same bytes with the same version of matplotlib."""
+    return dict(figures.files([chart(record, name)]))[f"{name}.svg"]
+
+
 def write_figures(text: str) -> None:
     for record, name in sorted(set(FIGURE.findall(text))):
-        content = dict(figures.files([chart(record, name)]))[f"{name}.svg"]
         file = RESULTS / "figures" / record / f"{name}.svg"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
+        file.write_bytes(figure(record, name))
 
 
 def main() -> int:

@@ -387,7 +387,7 @@ def as_key(word: str) -> str:
     if group in groups() and choice in choices(group):
         text = (conf_dir() / group / f"{choice}.yaml").read_text()
         values = yaml.safe_load(text)
-        if len(values) == 1 and "@package" not in text:
+        if isinstance(values, dict) and len(values) == 1 and "@package" not in text:
             ((key, value),) = values.items()
             return f"{group}.{key}={value}"
     return word

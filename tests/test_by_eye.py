@@ -2,7 +2,6 @@
 
 import csv
 import math
-from collections import Counter
 
 import by_eye
 import pytest
@@ -17,27 +16,30 @@ def studies(made_study):
 
 
 def test_half_of_the_runs_are_near_the_edge(studies, monkeypatch):
-    """`near` as it is defined, from study.json; the draw is the same each time, and no run is drawn twice."""
+    """Near as it is defined, from study.json; the draw is the same each time, and no run is drawn twice."""
     monkeypatch.setattr(by_eye, "NEAR", 1.0)
     study, found = studies["made"], by_eye.drawn(studies, 4)
     assert found == by_eye.drawn(studies, 4)
-    assert len({row["run_id"] for _, row, _ in found}) == 4
-    assert Counter(near for _, _, near in found) == {True: 2, False: 2}
-    for _, row, near in found:
-        middle = study.arm_summaries[row["arm"]]["frontier"]["standard"]["lr50"]["median"]
-        assert near == (abs(math.log2(row["lr"]) - math.log2(middle)) <= 1.0)
+    assert len({row["run_id"] for _, row in found}) == 4
+    middles = {arm: one["frontier"]["standard"]["lr50"]["median"] for arm, one in study.arm_summaries.items()}
+    assert sum(abs(math.log2(row["lr"]) - math.log2(middles[row["arm"]])) <= 1.0 for _, row in found) == 2
 
 
-def test_pictures_tell_nothing_but_the_loss(studies, tmp_path, monkeypatch):
-    monkeypatch.setattr(by_eye, "NEAR", 1.0)
+def test_the_draw_and_the_verdicts_that_are_filled_in(studies, tmp_path, monkeypatch):
+    found = [("made", row) for row in studies["made"].rows[:10]]
     monkeypatch.setattr(by_eye, "drawn", lambda studies: found)
-    found = [("made", row, True) for row in studies["made"].rows[:10]]
-    by_eye.draw(studies, tmp_path / "by_eye.csv", tmp_path / "sheets")
+    file = tmp_path / "by_eye.csv"
+    by_eye.draw(studies, file, tmp_path / "sheets")
     assert {path.name for path in (tmp_path / "sheets").iterdir()} == {"1.png", "2.png"}
-    with open(tmp_path / "by_eye.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["run_id"] for row in rows] == [row["run_id"] for _, row, _ in found]
-    assert {row["by_eye"] for row in rows} == {""}
+    with open(file, newline="") as source:
+        rows = list(csv.DictReader(source))
+    assert [row["run_id"] for row in rows] == [row["run_id"] for _, row in found]
+    with pytest.raises(ValueError, match="by_eye of 1, 2, 3"):
+        by_eye.judged(studies, file)
+    file.write_text(file.read_text().replace(",,", ",diverged,"))
+    assert [one.row for one in by_eye.judged(studies, file)] == [row for _, row in found]
+    with pytest.raises(FileExistsError):
+        by_eye.draw(studies, file, tmp_path / "others")
 
 
 def test_tables_of_agreement(studies):
@@ -45,7 +47,7 @@ def test_tables_of_agreement(studies):
     said = ["diverged" if row["verdict"] == "converged" else row["verdict"] for row in rows[:1]]
     said += [row["verdict"] for row in rows[1:]]
     found = [
-        by_eye.Judged({"number": str(k), "record": "made", "by_eye": word, "near": str(k % 2), "remark": "x"}, row)
+        by_eye.Judged({"number": str(k), "record": "made", "by_eye": word, "remark": "x"}, row, k < 6 - 2)
         for k, (row, word) in enumerate(zip(rows, said, strict=True))
     ]
     confusion, agreement, different = by_eye.by_eye_tables(found)
@@ -56,8 +58,8 @@ def test_tables_of_agreement(studies):
     }
     assert sum(counts.values()) == 6
     assert counts["diverged", "converged"] == 1
-    assert [row[1].text for row in agreement.rows] == ["6", "3", "3"]
-    low, high = beta.ppf(0.025, 5, 2), beta.ppf(0.975, 6, 1)  # Clopper and Pearson
-    assert agreement.rows[0][2].text == f"5 of 6, 0.83 ({low:.2f}–{high:.2f})"
+    assert [row[1].text for row in agreement.rows] == ["4", "2"]
+    low, high = beta.ppf(0.025, 3, 2), beta.ppf(0.975, 4, 1)  # Clopper and Pearson
+    assert agreement.rows[0][2].text == f"3 of 4, 0.75 ({low:.2f}–{high:.2f})"
     assert [row[0].text for row in different.rows] == ["0"]
     assert len(by_eye.disagreements(studies, found).panels) == 1

@@ -86,6 +86,13 @@ def test_an_arm_with_settings_of_its_own():
         (("study.lrs=[1e-2]", "study.variants=['qk_norm train.threads=2']"), "does not change what is computed"),
         (("study.lrs=[1e-2]", "study.variants=['qk_norm model.n_layer=1']", "model.n_layer=2,3"), "is swept as well"),
         (("study.lrs=[1e-2]", "study.variants=['qk_norm model.n_layer=4',qk_norm]"), "are the same configuration"),
+        (("study.lrs=[1e-2]", "study.variants=['qk_norm ++model.n_layer=1']", "model.n_layer=2,3"), "is swept as well"),
+        (("study.lrs=[1e-2]", "study.variants=['qk_norm ++train.threads=2']"), "does not change what is computed"),
+        (("study.lrs=[1e-2]", "study.variants=['qk_norm tracker=none']"), "does not change what is computed"),
+        (
+            ("study.strategy=frontier", "study.lr_range=[0.1,1]", "study.variants=['qk_norm schedule=cosine']"),
+            "a search keeps",
+        ),
         (("study.lrs=[1e-2]", "study.variants=['']"), "study.variants: an entry is empty"),
         (("study.lrs=[1e-2]", "seed=0,0"), "seed: 0 is given twice"),
         (("study.lrs=[1e-2]", "study.seeds=0"), "study.seeds=0: must be at least 1"),

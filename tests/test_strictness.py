@@ -6,7 +6,7 @@ import json
 import pytest
 
 from stabrun.report import tables
-from stabrun.report.strictness import strictness
+from stabrun.report.strictness import known_end, rank, strictness
 from stabrun.report.study_data import read
 from stabrun.study.frontier import Frontier, ratio
 from stabrun.study.search import parameter_grid
@@ -50,4 +50,23 @@ def test_runs_counted_otherwise(made_study, name, verdict, diverged):
     grid = parameter_grid(study.plan)
     over = ratio(Frontier.of(grid, other), Frontier.of(grid, runs))
     assert parsed(strictness(study))[1][f"over_qk_norm_{name}"] == ""
-    assert float(found[f"over_qk_norm_{name}"] or 1 / over["median"]) == pytest.approx(1 / over["median"], rel=0.1)
+    if over["median"]:
+        assert float(found[f"over_qk_norm_{name}"]) == pytest.approx(1 / over["median"], rel=0.1)
+    else:
+        assert found[f"over_qk_norm_{name}"] == ""
+
+
+def test_an_undecided_run_that_learned_nothing_stays_stable(made_study):
+    study = read(made_study)
+    row = next(row for row in study.rows if row["arm"] == "baseline")
+    idle = {"verdict": "undecided", "reason": "no_learning", "by_strictness": {}, "init_loss": 5.5, "final_loss": 5.5}
+    study.summaries[row["run_id"]] |= idle
+    before = parsed(strictness(read(made_study)))[0]
+    after = parsed(strictness(study))[0]
+    assert after["lr50_undecided_diverged"] == before["lr50_undecided_diverged"] != ""
+
+
+def test_a_bound_has_the_rank_of_the_bound():
+    known = {"a": 0.1, "b": 0.13, "c": 0.12}
+    assert [rank(known, arm) for arm in ("b", "c", "a", "d")] == [1, 2, 3, None]
+    assert known_end({"median": None, "low": 0.13, "high": None}) == 0.13

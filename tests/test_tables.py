@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from statistics import median
 
 import pytest
 from made import a_study
@@ -44,6 +45,21 @@ def test_totals_are_sums_over_results_csv(made_study):
     assert (int(total["runs"]), int(total["variants"])) == (len(rows), 2)
     assert int(total["tokens"]) == sum(int(row["tokens"]) for row in rows) > 0
     assert float(total["hours"]) * 3600 == pytest.approx(sum(float(row["seconds"]) for row in rows))
+
+
+def test_outcomes_are_counts_and_medians_over_results_csv(made_study):
+    with open(made_study / "results.csv", newline="") as file:
+        results = list(csv.DictReader(file))
+    for row in parsed(tables.outcomes(read(made_study))):
+        own = [other for other in results if other["arm"] == row["variant"]]
+        for verdict in ("converged", "recovered", "diverged", "undecided"):
+            rises = [float(one["final_loss"]) - float(one["best_loss"]) for one in own if one["verdict"] == verdict]
+            assert int(row[verdict]) == len(rises)
+            assert row[f"rise_{verdict}"] == (str(median(rises)) if rises else "")
+        lost = [
+            one for one in own if one["verdict"] == "diverged" and float(one["final_loss"]) > float(one["init_loss"])
+        ]
+        assert int(row["above_first"]) == len(lost)
 
 
 def test_runs_are_those_of_results_csv(made_study):

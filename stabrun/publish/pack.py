@@ -5,8 +5,10 @@ finished run, configuration, environment, events, summary and rows. The same stu
 """
 
 import io
+import lzma
 import os
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from stabrun.record.disk import writing
 from stabrun.record.jsonl import dumps
 from stabrun.record.metrics import METRICS, STEP
 from stabrun.record.run_dir import RunDir
-from stabrun.record.schema import Row
 from stabrun.record.study_dir import StudyDir
+from stabrun.report.breaking import steps_compared
 from stabrun.report.selection import sides
 from stabrun.report.study_data import read
 
@@ -29,7 +31,7 @@ def pack(directory: Path, file: Path, every: int) -> None:
     """Write the record of the study in `directory` to `file`; a complete file replaces an older one.
 
     Each row keeps its exact losses and what else the step itself gives. Its statistics are kept every `every` steps and
-    at the first bad step, to DIGITS digits; the two runs that a report compares in detail keep all of theirs.
+    where a report compares norms, to DIGITS digits; the two runs that a report compares in detail keep all of theirs.
     Checkpoints, W&B files and runs that are not finished are left out.
 
     Raises UserError if there is no study, or if a record in it is damaged.
@@ -41,7 +43,11 @@ def pack(directory: Path, file: Path, every: int) -> None:
     with writing(file):
         try:
             with tarfile.open(part, "w:xz", format=tarfile.PAX_FORMAT, preset=9) as archive:
+                size = 0
                 for name, content in members(study, every):
+                    size += len(content)
+                    if size > LARGEST:
+                        raise UserError(f"{directory}: more than {LARGEST >> 30} GiB, which cannot be packed.")
                     entry = tarfile.TarInfo(f"{directory.resolve().name}/{name}")
                     entry.size = len(content)
                     archive.addfile(entry, io.BytesIO(content))
@@ -57,25 +63,25 @@ def members(study: StudyDir, every: int) -> Iterator[tuple[str, bytes]]:
         whole += [run.config_file, run.environment_file, run.tokenizer_file, run.events_file, run.summary_file]
     for path in filter(Path.is_file, whole):
         yield path.relative_to(study.path).as_posix(), path.read_bytes()
-    results = read(study.path).rows
-    detailed = {row["run_id"] for row in sides(results)}
-    bad_steps = {row["run_id"]: row["first_bad_step"] for row in results}
+    data = read(study.path)
+    detailed, compared = {row["run_id"] for row in sides(data.rows)}, steps_compared(data)
     for run in study.recorded_runs():
         name = run.path.name
-        content = rows(run, 1 if name in detailed else every, bad_steps.get(name))
+        content = rows(run, 1 if name in detailed else every, compared.get(name, set()))
         yield run.metrics.relative_to(study.path).as_posix(), content
 
 
-def rows(run: RunDir, every: int, bad_step: int | None) -> bytes:
-    """The `metrics.jsonl` of a run, with the statistics of every `every` steps and of `bad_step`."""
-    kept = (thinned(row, whole=row["step"] % every == 0 or row["step"] == bad_step) for row in run.rows())
-    return "".join(f"{dumps(row)}\n" for row in kept).encode()
-
-
-def thinned(row: Row, whole: bool) -> Row:
-    """What a packed study keeps of a row; `whole`: with its statistics."""
-    statistics = row if whole else {}
-    return {key: rounded(value) for key, value in statistics.items()} | {key: row[key] for key in row if key in OF_STEP}
+def rows(run: RunDir, every: int, steps: set[int]) -> bytes:
+    """The `metrics.jsonl` of a run, with the statistics of one row in `every` steps, and of those at `steps`."""
+    text, due, waiting = list[str](), 0, sorted(steps)
+    for row in run.rows():
+        step, whole = row["step"], row.keys() > OF_STEP & row.keys()
+        if whole and (step >= due or (waiting and step >= waiting[0])):
+            due, waiting = (step // every + 1) * every, [other for other in waiting if other > step]
+        else:
+            row = {key: value for key, value in row.items() if key in OF_STEP}
+        text.append(dumps({key: value if key in OF_STEP else rounded(value) for key, value in row.items()}) + "\n")
+    return "".join(text).encode()
 
 
 OF_STEP = {metric.key for metric in METRICS.values() if metric.source == STEP}
@@ -96,16 +102,19 @@ def unpack(file: Path, parent: Path) -> Path:
     try:
         with tarfile.open(file, "r:xz") as archive:
             entries = archive.getmembers()
-            names = {Path(entry.name).parts[0] for entry in entries if entry.name}
-            if len(names) != 1 or ".." in names or sum(entry.size for entry in entries) > LARGEST:
+            names = {Path(entry.name).parts[:1] for entry in entries}
+            plans = {f"{name[0]}/{StudyDir(parent).plan_file.name}" for name in names if name}
+            if len(names) != 1 or names & {(), ("..",)} or sum(entry.size for entry in entries) > LARGEST:
                 raise UserError(f"{file}: not a packed study.")
-            target = parent / names.pop()
-            if target.exists():
-                raise UserError(f"{target}: exists already; give another directory to unpack into.")
-            plan = StudyDir(target).plan_file
-            if plan.relative_to(parent).as_posix() not in archive.getnames():
-                raise UserError(f"{file}: not a packed study: {plan.name} is missing.")
-            archive.extractall(parent, entries, filter="data")
-    except (tarfile.TarError, OSError, EOFError) as error:
+            if not plans <= set(archive.getnames()):
+                raise UserError(f"{file}: not a packed study: {StudyDir(parent).plan_file.name} is missing.")
+            ((name,),) = names
+            if (parent / name).exists():
+                raise UserError(f"{parent / name}: exists already; give another directory to unpack into.")
+            parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent) as scratch:
+                archive.extractall(scratch, entries, filter="data")
+                os.rename(Path(scratch) / name, parent / name)
+    except (tarfile.TarError, lzma.LZMAError, OSError, EOFError) as error:
         raise UserError(f"{file}: cannot be unpacked: {error}.") from error
-    return target
+    return parent / name

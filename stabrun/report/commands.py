@@ -3,12 +3,14 @@
 import json
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
+from contextlib import suppress
+from functools import cache
 from statistics import mode
 from typing import Any
 
 from stabrun.composition import compose
-from stabrun.config import RESULT, Config, keys, value_of
+from stabrun.config import RESULT, Config, UserError, keys, value_of
 from stabrun.report.study_data import RUN, StudyData
 from stabrun.study.plan import FRONTIER
 
@@ -22,31 +24,23 @@ def commands(study: StudyData) -> Iterator[str]:
         if not study.watched:
             yield f"stabrun rerun {directory}"
     else:
-        yield shlex.join(["stabrun", "sweep", *overrides(study)])
+        with suppress(UserError):  # a variant of --config-dir, which the record does not hold
+            yield shlex.join(["stabrun", "sweep", *overrides(study)])
     yield f"stabrun report {directory}"
 
 
 def overrides(study: StudyData) -> list[str]:
     """Overrides that plan the same study: what its arms have in common, and what it varies."""
-    plan, default = study.plan, compose()
-    arms = list(plan.arms.values())
-    words, axes = [], dict[str, list[str]]()
-    for key in keys():
-        if key.path in SET_BY_STUDY or key.path.startswith("study."):
-            continue
-        values = [value_of(config, key.path) for config in arms]
-        if all(value == values[0] for value in values):
-            if key.mark == RESULT and values[0] != value_of(default, key.path):
-                words.append(f"{key.path}={hydra_text(values[0])}")
-        elif varies_within_variant(study, key.path):
-            axes[key.path] = list(dict.fromkeys(map(hydra_text, values)))
+    plan, arms = study.plan, list(study.plan.arms.values())
+    common = {path: values[0] for path in settable() if len(set(values := texts(arms, path))) == 1}
+    varied = [path for path in settable() if path not in common and any(sets(config, path, common) for config in arms)]
+    common |= {path: mode(texts(arms, path)) for path in varied}
     entries = list(dict.fromkeys(config.variant for config in arms))
+    axes = {path: list(dict.fromkeys(texts(arms, path))) for path in varied}
     if len(entries) * math.prod(map(len, axes.values())) == len(arms):
-        words += [f"{path}={','.join(values)}" for path, values in axes.items()]
+        words = [*changes(common, varied), *(f"{path}={','.join(values)}" for path, values in axes.items())]
     else:
-        usual = {path: mode(hydra_text(value_of(config, path)) for config in arms) for path in axes}
-        words += [f"{path}={value}" for path, value in usual.items() if value != hydra_text(value_of(default, path))]
-        entries = [entry(config, words, list(axes)) for config in arms]
+        words, entries = changes(common), [entry(config, varied, common) for config in arms]
     words += [f"study.name={hydra_text(plan.name)}", f"study.variants=[{','.join(map(quoted, entries))}]"]
     if plan.strategy == FRONTIER:
         words += [f"study.strategy={FRONTIER}", f"study.lr_range={json.dumps(plan.lr_range, separators=(',', ':'))}"]
@@ -57,21 +51,44 @@ def overrides(study: StudyData) -> list[str]:
     return [*words, f"study.lrs=[{','.join(map(str, rates))}]", f"seed={','.join(map(str, seeds))}"]
 
 
-def entry(config: Config, common: list[str], paths: list[str]) -> str:
+@cache
+def settable() -> list[str]:
+    """The keys that make arms differ."""
+    return [key.path for key in keys() if key.mark == RESULT and key.path not in SET_BY_STUDY]
+
+
+def texts(arms: Iterable[Config], path: str) -> list[str]:
+    return [hydra_text(value_of(config, path)) for config in arms]
+
+
+def changes(common: dict[str, str], without: Container[str] = ()) -> list[str]:
+    """The words of what differs from the defaults."""
+    default = compose()
+    changed = {path: text for path, text in common.items() if [text] != texts([default], path) and path not in without}
+    return [f"{path}={text}" for path, text in changed.items()]
+
+
+def sets(config: Config, path: str, common: dict[str, str]) -> bool:
+    """Whether a key of an arm differs from what its variant gives it, beside what all arms have in common."""
+    return texts([config], path) != texts([alone(config.variant, tuple(changes(common)))], path)
+
+
+def entry(config: Config, paths: list[str], common: dict[str, str]) -> str:
     """The entry of `study.variants` of an arm: its variant, and the settings that the variant does not give it."""
-    alone = compose([*common, f"+variant=[{config.variant.replace('+', ',')}]"])
-    own = ((path, value_of(config, path)) for path in paths if value_of(config, path) != value_of(alone, path))
-    return " ".join([config.variant, *(f"{path}={hydra_text(value)}" for path, value in own)])
+    own = [f"{path}={hydra_text(value_of(config, path))}" for path in paths if sets(config, path, common)]
+    return " ".join([config.variant, *own])
 
 
-def varies_within_variant(study: StudyData, path: str) -> bool:
-    """Whether arms of one variant differ in this key: it is a further axis then, and not part of the variant."""
-    settings = {(config.variant, hydra_text(value_of(config, path))) for config in study.plan.arms.values()}
-    return len(settings) > len({variant for variant, _ in settings})
+@cache
+def alone(variant: str, words: tuple[str, ...]) -> Config:
+    """The configuration of a variant with these overrides."""
+    return compose([*words, f"+variant=[{variant.replace('+', ',')}]"])
 
 
 def hydra_text(value: Any) -> str:
-    """A value in Hydra's syntax."""
+    """A value in Hydra's syntax; 25.0 as 25, as people type it."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
+        value = int(value)
     return quoted(value) if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 

@@ -1,8 +1,10 @@
 """The results of arXiv 2410.16682 next to those of a study with variants of the same names, and how the two differ."""
 
+import math
 from collections.abc import Iterator
 
 from stabrun.model.counts import parameters
+from stabrun.record.schema import Interval
 from stabrun.report.study_data import StudyData
 from stabrun.report.tables import (
     Column,
@@ -18,7 +20,7 @@ from stabrun.report.tables import (
     rate,
 )
 from stabrun.study.cost import tokens_per_run
-from stabrun.study.facts import FACTS
+from stabrun.study.facts import FACTS, lr50_over
 from stabrun.study.summary import BASELINE, QK_NORM, counterpart
 
 D_MODEL = 1024
@@ -54,17 +56,33 @@ def over_qk_norm(variant: str) -> TableCell:
     return interval(dict(zip(("median", "low", "high"), ends, strict=True)))
 
 
+def last_stable(variant: str) -> TableCell:
+    """The paper's last stable learning rate, and whether it is inferred."""
+    last, inferred, _, _ = PAPER[variant]
+    return TableCell(rate(last).text + " (inferred)" * inferred, (last,))
+
+
+def agreement(variant: str, ours: Interval | None) -> str:
+    """How the paper's ratio to qk_norm's edge compares to the interval of that found; empty if either is unknown."""
+    paper, low, high = over_qk_norm(variant).values
+    if paper is None or ours is None or ours["low"] is None or ours["high"] is None:
+        return ""
+    if ours["low"] <= paper <= ours["high"]:
+        return "paper's ratio in the interval"
+    return "ranges overlap" if low <= ours["high"] and ours["low"] <= (high or math.inf) else "apart"
+
+
 def paper_comparison(study: StudyData) -> Table | None:
     """None if the study has none of the paper's variants."""
     rows = []
     plain_arms = [arm for arm in study.arm_summaries if arm in PAPER]  # without further settings
     for arm, summary in study.arm_summaries.items():
         if (variant := arm.split(" ")[0]) in PAPER and (arm in plain_arms or not plain_arms):
-            last, inferred, first, perplexity = PAPER[variant]
-            stable = rate(last)
+            _, _, first, perplexity = PAPER[variant]
             rows.append([
-                plain(arm), TableCell(stable.text + " (inferred)" * inferred, stable.values), rate(first),
-                over_qk_norm(variant), decimal(perplexity, 2), *(fact_cell(fact, summary) for fact in OURS),
+                plain(arm), last_stable(variant), rate(first),
+                over_qk_norm(variant), plain(agreement(variant, lr50_over(summary, QK_NORM))), decimal(perplexity, 2),
+                *(fact_cell(fact, summary) for fact in OURS),
                 decimal(lowest_perplexity(study.rows, arm), 2),
             ])  # fmt: skip
     columns = [
@@ -72,6 +90,7 @@ def paper_comparison(study: StudyData) -> Table | None:
         Column("paper_last_stable", "paper: last stable LR"),
         Column("paper_first_diverging", "paper: first diverging LR"),
         interval_column("paper_over_qk_norm", "paper: edge / qk_norm's"),
+        Column("agreement", "agreement of the ratios"),
         Column("paper_perplexity", "paper: perplexity at 3e-4 (± 0.1)"),
         *(fact_column(fact, label="here: ") for fact in OURS),
         Column("val_perplexity", "here: lowest validation perplexity"),
@@ -80,14 +99,15 @@ def paper_comparison(study: StudyData) -> Table | None:
         return None
     note = (
         "Edge: the ratio of the last stable rates, and in parentheses what the gaps between the paper's rates allow. "
-        f"The experiments differ: {'; '.join(differences(study))}."
+        "Inferred: not stated in the paper. Sources disagree whether qk_norm_cap diverges at 8e-2. "
+        f"The experiments differ: {'; '.join(differences(study, [row[0].text for row in rows]))}."
     )
     return Table("paper", "Compared to arXiv 2410.16682", columns, rows, note)
 
 
-def differences(study: StudyData) -> Iterator[str]:
-    """How the experiments differ."""
-    arm = next(arm for arm in study.plan.arms if arm.split(" ")[0] in PAPER)
+def differences(study: StudyData, arms: list[str]) -> Iterator[str]:
+    """How the experiments differ; `arms` are those compared."""
+    arm = arms[0]
     config = study.plan.arms.get(counterpart(arm, BASELINE), study.plan.arms[arm])
     size = parameters(config.model, config.data.seq_len)["total"]
     yield f"830M parameters in the paper, {size:,} here"
@@ -98,5 +118,6 @@ def differences(study: StudyData) -> Iterator[str]:
         f"{config.data.path or config.data.name} with {config.model.vocab_size:,} here"
     )
     yield f"a cosine schedule, {config.schedule.kind} here"
-    yield f"one seed judged by eye, {len({row['seed'] for row in study.rows})} judged by a rule here"
+    runs = sum(row["arm"] in arms for row in study.rows)
+    yield f"one run at each learning rate, judged by eye; here {runs} in all, judged by a rule"
     yield "perplexities after 0.2T tokens at 3e-4, of the best stable run here"

@@ -74,7 +74,8 @@ def part_of(study: StudyData) -> Part:
     is_study = study.plan.strategy != RUN
     found = list[tables.Table | None]()
     if is_study:
-        found = [tables.totals(study), tables.variants(study), strictness(study), paper_comparison(study)]
+        found = [tables.totals(study), tables.variants(study), tables.outcomes(study), strictness(study)]
+        found += [paper_comparison(study)]
         found += scaling(study)
         found += [breaking.first_sites(study), breaking.growth(study)]
     found += [tables.leads(study), tables.norm_ratios(pair, curves), tables.runs(study)]

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t
 
-from stabrun.report.paper import D_MODEL, PAPER, TOKENS
+from stabrun.report.paper import D_MODEL, PAPER, TOKENS, last_stable
 from stabrun.report.study_data import StudyData
 from stabrun.report.tables import Column, Table, TableCell, interval, interval_column, plain, rate
 from stabrun.study.cost import tokens_per_run
@@ -17,6 +17,7 @@ from stabrun.verdict.judge import STANDARD
 
 Floats = NDArray[np.float64]
 AXES = "width (d_model)", "tokens per run"
+WIDTH_AXIS, TOKENS_AXIS = range(2)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def scaling(study: StudyData) -> list[Table]:
     scale = scale_of(study)
     if scale is None:
         return []
-    return [slopes(scale), *([extrapolation(scale)] if PAPER.keys() & set(scale.variants) else [])]
+    reaches = WIDTH_AXIS in scale.varied and PAPER.keys() & set(scale.variants)
+    return [slopes(scale), *([extrapolation(scale)] if reaches else [])]
 
 
 def slopes(scale: Scale) -> Table:
@@ -99,27 +101,26 @@ def slopes(scale: Scale) -> Table:
     columns.append(interval_column("factor", "lr50 per doubling"))
     note = (
         "A line through log₂ lr50 over log₂ of these, with a constant for each variant: least squares over "
-        f"{len(scale.sizes)} arms, 95 % intervals by Student's t."
+        f"{len(scale.sizes)} arms whose lr50 is known, 95 % intervals by Student's t. What else differs between the "
+        "arms, such as depth or vocabulary, counts as width."
     )
     return Table("scaling", "lr50 by scale", columns, rows, note)
 
 
 def extrapolation(scale: Scale) -> Table:
+    """The line at the width of the paper, and at its tokens if the study varies those."""
     least, rows = min(tokens for _, tokens in scale.sizes), []
+    ends = [("width_only", least)] + [("both", TOKENS)] * (TOKENS_AXIS in scale.varied)
     for variant in (variant for variant in scale.variants if variant in PAPER):
-        last, _, first, _ = PAPER[variant]
-        ends = [factor(scale.line.at(scale.row(variant, (D_MODEL, n)), noise=True)) for n in (least, TOKENS)]
-        rows.append([plain(variant), *ends, rate(last), rate(first)])
-    columns = [
-        Column("variant", "variant"),
-        interval_column("width_only", f"line at width {D_MODEL:,}, {least:,} tokens"),
-        interval_column("both", f"line at width {D_MODEL:,}, {TOKENS:,} tokens"),
-        Column("paper_last_stable", "paper: last stable LR"),
-        Column("paper_first_diverging", "paper: first diverging LR"),
-    ]
+        found = [factor(scale.line.at(scale.row(variant, (D_MODEL, tokens)), noise=True)) for _, tokens in ends]
+        rows.append([plain(variant), *found, last_stable(variant), rate(PAPER[variant][2])])
+    columns = [Column("variant", "variant")]
+    columns += [interval_column(key, f"line at width {D_MODEL:,}, {tokens:,} tokens") for key, tokens in ends]
+    columns += [Column("paper_last_stable", "paper: last stable LR")]
+    columns += [Column("paper_first_diverging", "paper: first diverging LR")]
     note = (
         "An extrapolation far beyond what was trained. The intervals are those of a further observation if the line "
-        "holds there; nothing here shows that it does."
+        "holds there; nothing here shows that it does. The slopes are common to all variants."
     )
     return Table("extrapolation", "The line at 830M parameters", columns, rows, note)
 
@@ -130,4 +131,4 @@ def size_cell(size: int) -> TableCell:
 
 def factor(octaves: tuple[float, float, float]) -> TableCell:
     """2 to the power of a value and of the ends of its interval."""
-    return interval(dict(zip(("median", "low", "high"), (2.0**value for value in octaves), strict=True)))
+    return interval(dict(zip(("median", "low", "high"), map(float, np.exp2(octaves)), strict=True)))

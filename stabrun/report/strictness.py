@@ -1,14 +1,12 @@
 """How much lr50 depends on the rule: on its strictness, and on how undecided and recovered runs count."""
 
-from typing import Any
-
-from stabrun.record.schema import Interval
+from stabrun.record.schema import Interval, Summary
 from stabrun.report.study_data import StudyData
 from stabrun.report.tables import Column, Table, interval, interval_column, plain
 from stabrun.study.facts import frontier_of
 from stabrun.study.frontier import Frontier, ratio
 from stabrun.study.plan import FRONTIER
-from stabrun.study.search import frontier, parameter_grid
+from stabrun.study.search import frontier, parameter_grid, verdict_of
 from stabrun.study.summary import LR50, QK_NORM, counterpart
 from stabrun.verdict.judge import DIVERGED, RECOVERED, STANDARD, STRICTNESS, UNDECIDED
 
@@ -26,14 +24,13 @@ def strictness(study: StudyData) -> Table | None:
     None if the study has fewer than two arms with an lr50.
     """
     found = {level: {arm: frontier_of(one, level) for arm, one in study.arm_summaries.items()} for level in STRICTNESS}
-    middles = {
-        level: {arm: one["lr50"]["median"] for arm, one in arms.items() if one and one["lr50"]["median"]}
+    known = {
+        level: {arm: end for arm, one in arms.items() if one and (end := known_end(one["lr50"]))}
         for level, arms in found.items()
     }
-    if len(set().union(*middles.values())) < 2:
+    if len(set().union(*known.values())) < 2:
         return None
     columns = [Column("variant", "variant"), *(Column(f"diverged_{name}", f"diverged, {name}") for name in STRICTNESS)]
-    columns += [Column(verdict, verdict) for verdict in (RECOVERED, UNDECIDED)]
     columns += [interval_column(f"lr50_{level}", f"lr50, {level}") for level in STRICTNESS]
     columns += [interval_column(f"lr50_{name}", f"lr50, {label}") for name, label, _ in COUNTED]
     columns += [interval_column(f"over_qk_norm_{level}", f"lr50 / {QK_NORM}'s, {level}") for level in STRICTNESS]
@@ -42,28 +39,38 @@ def strictness(study: StudyData) -> Table | None:
     counted = [frontiers_if(study, assumed) for _, _, assumed in COUNTED]
     rows = []
     for arm in study.arm_summaries:
-        own: list[dict[str, Any]] = [{**row} for row in study.rows if row["arm"] == arm]
+        own = summaries(study, arm)
         rows.append([
             plain(arm),
-            *(plain(sum(row[level] == DIVERGED for row in own)) for level in STRICTNESS),
-            *(plain(sum(row["verdict"] == verdict for row in own)) for verdict in (RECOVERED, UNDECIDED)),
+            *(plain(sum(verdict_of(row, level) == DIVERGED for row in own)) for level in STRICTNESS),
             *(interval(found[level][arm].get("lr50")) for level in STRICTNESS),
             *(interval(arms[arm].rate_at(LR50) if arm in arms else None) for arms in counted),
             *(interval(found[level][arm].get("over", {}).get(QK_NORM)) for level in STRICTNESS),
             *(interval(over(arms, arm, QK_NORM)) for arms in counted),
-            *(plain(rank(middles[level], arm)) for level in STRICTNESS),
+            *(plain(rank(known[level], arm)) for level in STRICTNESS),
         ])  # fmt: skip
     note = (
         "The same runs, judged at three strictnesses of the rule; and by the standard one, but undecided runs, which "
         "do not count otherwise, taken as diverged or as stable, or recovered runs, otherwise stable, as diverged. "
-        "Rank: that of the median of lr50, the highest first."
+        "Rank: that of lr50, the highest first, or of its bound. An undecided run that learned nothing is stable."
     )
     return Table("strictness", "By strictness of the rule", columns, rows, note)
 
 
-def rank(middles: dict[str, float], arm: str) -> int | None:
-    """Place of an arm among those with an lr50, from 1 for the highest; None if it has none."""
-    return 1 + sum(middle > middles[arm] for middle in middles.values()) if arm in middles else None
+def known_end(ends: Interval) -> float | None:
+    """The median of an interval, or the bound that is known."""
+    return ends["median"] or ends["low"] or ends["high"]
+
+
+def rank(known: dict[str, float], arm: str) -> int | None:
+    """Place of an arm among those with an lr50 or a bound of it, from 1 for the highest; None if it has neither."""
+    return 1 + sum(other > known[arm] for other in known.values()) if arm in known else None
+
+
+def summaries(study: StudyData, arm: str) -> list[Summary]:
+    """The summaries of the finished runs of an arm, with the learning rates of their cells."""
+    own = (row for row in study.rows if row["arm"] == arm and row["run_id"] in study.summaries)
+    return [{**study.summaries[row["run_id"]], "lr": row["lr"]} for row in own]
 
 
 def frontiers_if(study: StudyData, assumed: dict[str, bool]) -> dict[str, Frontier]:
@@ -71,7 +78,7 @@ def frontiers_if(study: StudyData, assumed: dict[str, bool]) -> dict[str, Fronti
     grid, searched = parameter_grid(study.plan), study.plan.strategy == FRONTIER
     found = {}
     for arm, config in study.plan.arms.items():
-        own = [study.summaries[row["run_id"]] for row in study.rows if row["arm"] == arm]
+        own = summaries(study, arm)
         if own and grid is not None:
             found[arm] = frontier(grid, own, STANDARD, config.train.steps if searched else None, assumed)
     return found

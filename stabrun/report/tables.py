@@ -15,10 +15,11 @@ from stabrun.report.study_data import RUN, StudyData
 from stabrun.study.facts import FACTS, GRID_FACTS, Fact, estimate_text, interval_text
 from stabrun.study.results import COLUMNS
 from stabrun.text import csv_text, rate_text, run_name
-from stabrun.verdict.judge import CONVERGED, DIVERGED
+from stabrun.verdict.judge import CONVERGED, DIVERGED, RECOVERED, UNDECIDED
 
 MISSING = "-"
 RATIO_STEPS = 5
+VERDICTS = CONVERGED, RECOVERED, DIVERGED, UNDECIDED
 DIGITS = {"scar": 3, "val_perplexity": 2, "tokens_per_second": 0, "seconds": 0}
 STUDY_COMPARISON = (
     "runs", "diverged", "lr50", "lr10", "max_stable_lr", "min_diverged_lr", "best_final_loss", "lr_sensitivity"
@@ -131,6 +132,27 @@ def totals(study: StudyData) -> Table:
     }
     columns = [Column(key, label) for key, label in labels.items()]
     return Table("totals", "The study", columns, [cells], "Hours from the start to the end of each run, added up.")
+
+
+def outcomes(study: StudyData) -> Table:
+    """One row per arm: what became of its runs, and how far above their lowest level the losses ended."""
+    rows = []
+    for arm in study.arm_summaries:
+        own = [row for row in study.rows if row["arm"] == arm]
+        of = {verdict: [row for row in own if row["verdict"] == verdict] for verdict in VERDICTS}
+        lost = [row for row in of[DIVERGED] if number(row["final_loss"]) > number(row["init_loss"])]
+        rises = [decimal(median(map(rise, found)) if found else None) for found in of.values()]
+        rows.append([plain(arm), *(plain(len(found)) for found in of.values()), *rises, plain(len(lost))])
+    columns = [Column("variant", "variant"), *(Column(verdict, verdict) for verdict in VERDICTS)]
+    columns += [Column(f"rise_{verdict}", f"rise, {verdict}") for verdict in VERDICTS]
+    columns.append(Column("above_first", "diverged runs that ended above their first loss"))
+    note = "Rise: median over runs of the final loss minus the lowest, means over a window, in nats."
+    return Table("outcomes", "What became of the runs", columns, rows, note)
+
+
+def rise(row: Result) -> float:
+    """Final loss minus lowest loss."""
+    return number(row["final_loss"]) - number(row["best_loss"])
 
 
 def interval(ends: Mapping[str, Any] | None) -> TableCell:

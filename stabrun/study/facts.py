@@ -94,7 +94,7 @@ FACTS = (
     *(of_rule(name, strictness) for name in ("lr50", "lr10") for strictness in LEVELS),
     Fact("over_baseline", "lr50 / baseline's", lambda arm: lr50_over(arm, BASELINE), interval_text, "median"),
     Fact("over_qk_norm", "lr50 / qk_norm's", lambda arm: lr50_over(arm, QK_NORM), interval_text, "median"),
-    Fact("max_stable_lr", "highest stable LR", lambda arm: arm["max_stable_lr"], optional_rate_text),
+    Fact("max_stable_lr", "no divergence up to LR", lambda arm: arm["max_stable_lr"], optional_rate_text),
     Fact("min_diverged_lr", "lowest diverged LR", lambda arm: arm["min_diverged_lr"], optional_rate_text),
 )
 GRID_FACTS = (

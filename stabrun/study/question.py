@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stabrun.composition import MOST_RUNS, SHIPPED, Sources, compose_each, parsed, user_errors
+from stabrun.composition import MOST_RUNS, SHIPPED, Sources, as_key, compose_each, parsed, user_errors
 from stabrun.config import RESULT, Config, StudyConfig, UserError, check, hashed, keys, value_of
 from stabrun.study.plan import CELL_KEYS, FRONTIER, GRID, Plan, at, refuse_same
 
@@ -45,7 +45,7 @@ def planned(overrides: list[str], sources: Sources = SHIPPED) -> tuple[Plan, Pat
     if sources.config_dir or any("${" in word for word in overrides):  # stabrun's own files have no interpolations
         _refuse_interpolations(arms, arm_overrides, sources)
     if study.strategy == FRONTIER:
-        _refuse_schedules(fixed, axes)
+        _refuse_schedules([*fixed, *(word for entry in variants for word in entry.split()[1:])], axes)
         common, arms = for_search(common), {name: for_search(arm) for name, arm in arms.items()}
     refuse_same(arms)
     directory = Path(common.study_dir or f"studies/{study.name}-{identity(common, axes)}")
@@ -74,25 +74,26 @@ def _refuse_axis(key: str, word: str) -> None:
     """Raise UserError if a key cannot make arms."""
     if key.startswith("hydra"):
         raise UserError(f"{word}: all workers use one launcher; give one value.")
-    if any(path == key and mark != RESULT for path, mark in ((item.path, item.mark) for item in keys())):
+    if any(item.path == key and item.mark != RESULT for item in keys()):
         raise UserError(f"{word}: does not change what is computed; all its runs would be the same.")
 
 
 def _refuse_settings(entries: Iterable[str], axes: dict[str, list[str]]) -> None:
     """Raise UserError if the settings of an entry of `study.variants` are not those of a single arm."""
+    swept = {key.lstrip("+~") for key in axes}
     for entry in entries:
         for word in entry.split()[1:]:
             key, equals, _ = word.partition("=")
             if not equals:
                 raise UserError(f"study.variants={entry}: {word} is not KEY=VALUE.")
-            name = key.lstrip("+~")
+            name = as_key(word.lstrip("+~")).partition("=")[0]
             if name in CELL_KEYS or name.split(".")[0] in ("variant", "study", "experiment", "hydra"):
                 raise UserError(f"study.variants={entry}: {key} cannot be set for a single arm.")
-            if key in axes:
+            if swept & {name, key.lstrip("+~")}:
                 raise UserError(f"study.variants={entry}: {key} is swept as well; give one of them.")
             if split_axes([word])[1]:
                 raise UserError(f"study.variants={entry}: {key} takes one value; each entry makes one arm.")
-            _refuse_axis(key, f"study.variants={entry}: {word}")
+            _refuse_axis(name, f"study.variants={entry}: {word}")
 
 
 def _refuse_interpolations(arms: dict[str, Config], overrides: dict[str, list[str]], sources: Sources) -> None:
@@ -134,7 +135,7 @@ def _refuse_schedules(fixed: list[str], axes: dict[str, list[str]]) -> None:
     """Raise UserError if a search is given another schedule than a constant learning rate."""
     given = [word.partition("=")[::2] for word in fixed] + [(key, ",".join(values)) for key, values in axes.items()]
     for key, value in given:
-        if key in ("schedule", "schedule.kind") and value != "constant":
+        if key.lstrip("+") in ("schedule", "schedule.kind") and value != "constant":
             raise UserError(
                 f"{key}={value}: a search keeps the learning rate constant after warmup, because a decaying "
                 "schedule hides divergence in the middle of a run. Omit it, or run a grid."

@@ -65,9 +65,15 @@ def frontier(
     """The frontier of the runs of one arm. With `steps`, those of each run, outcomes are graded.
 
     Grades are those of a search: with a learning rate that decays, a loss comes back to its lowest level at the end.
-    `assumed`: verdict → whether its runs count as diverged, instead of the outcome that the verdict has otherwise.
+    `assumed`: verdict → whether its runs count as diverged, instead of the outcome that the verdict has otherwise. An
+    undecided run that has an outcome keeps it.
     """
-    outcomes = ((row, assumed.get(verdict_of(row, strictness), outcome(row, strictness))) for row in rows)
+
+    def counted(row: Summary) -> bool | None:
+        verdict, diverged = verdict_of(row, strictness), outcome(row, strictness)
+        return diverged if verdict == UNDECIDED and diverged is not None else assumed.get(verdict, diverged)
+
+    outcomes = ((row, counted(row)) for row in rows)
     return Frontier.of(
         grid,
         (
