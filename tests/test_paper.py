@@ -1,5 +1,8 @@
 """The table that compares a study to the paper."""
 
+import json
+import math
+
 from made import a_study
 
 from stabrun.report.paper import over_qk_norm, paper_comparison
@@ -11,6 +14,11 @@ def test_results_of_the_paper_and_the_differences(made_study):
     row = dict(zip((column.key for column in table.columns), table.rows[1], strict=True))
     assert row["paper_last_stable"].values == (0.04,)
     assert row["paper_perplexity"].text == "10.84"
+    assert row["paper_gain"].text == f"{math.log(11.19) - math.log(10.84):.3f}"
+    assert (
+        row["gain"].values[0]
+        == json.loads((made_study / "study.json").read_text())["variants"]["qk_norm"]["gain"]["value"]
+    )
     assert "830M parameters" in table.note
     assert "2,097,152 tokens per step, 64 here" in table.note
 

@@ -20,7 +20,7 @@ from stabrun.report.tables import (
     rate,
 )
 from stabrun.study.cost import tokens_per_run
-from stabrun.study.facts import FACTS, lr50_over
+from stabrun.study.facts import FACTS, GRID_FACTS, lr50_over
 from stabrun.study.summary import BASELINE, QK_NORM, counterpart
 
 D_MODEL = 1024
@@ -72,18 +72,25 @@ def agreement(variant: str, ours: Interval | None) -> str:
     return "ranges overlap" if low <= ours["high"] and ours["low"] <= (high or math.inf) else "apart"
 
 
+def gain_of(perplexity: float | None) -> float | None:
+    """Loss of the baseline minus that of a perplexity, in nats."""
+    baseline = PAPER[BASELINE][3]
+    return math.log(baseline / perplexity) if baseline and perplexity else None
+
+
 def paper_comparison(study: StudyData) -> Table | None:
     """None if the study has none of the paper's variants."""
-    rows = []
+    rows, in_grid = [], any("gain" in summary for summary in study.arm_summaries.values())
+    ours = [*OURS, *(fact for fact in GRID_FACTS if fact.key == "gain" and in_grid)]
     plain_arms = [arm for arm in study.arm_summaries if arm in PAPER]  # without further settings
     for arm, summary in study.arm_summaries.items():
         if (variant := arm.split(" ")[0]) in PAPER and (arm in plain_arms or not plain_arms):
             _, _, first, perplexity = PAPER[variant]
             rows.append([
                 plain(arm), last_stable(variant), rate(first),
-                over_qk_norm(variant), plain(agreement(variant, lr50_over(summary, QK_NORM))), decimal(perplexity, 2),
-                *(fact_cell(fact, summary) for fact in OURS),
-                decimal(lowest_perplexity(study.rows, arm), 2),
+                over_qk_norm(variant), plain(agreement(variant, lr50_over(summary, QK_NORM))),
+                decimal(perplexity, 2), decimal(gain_of(perplexity)),
+                *(fact_cell(fact, summary) for fact in ours), decimal(lowest_perplexity(study.rows, arm), 2),
             ])  # fmt: skip
     columns = [
         Column("variant", "variant"),
@@ -92,7 +99,8 @@ def paper_comparison(study: StudyData) -> Table | None:
         interval_column("paper_over_qk_norm", "paper: edge / qk_norm's"),
         Column("agreement", "agreement of the ratios"),
         Column("paper_perplexity", "paper: perplexity at 3e-4 (± 0.1)"),
-        *(fact_column(fact, label="here: ") for fact in OURS),
+        Column("paper_gain", "paper: gain over baseline (nats)"),
+        *(fact_column(fact, label="here: ") for fact in ours),
         Column("val_perplexity", "here: lowest validation perplexity"),
     ]
     if not rows:
