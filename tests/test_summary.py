@@ -84,6 +84,7 @@ def test_the_table_of_a_grid_has_its_numbers(tmp_path):
     ("interval", "text"),
     [
         ((0.15, 0.1, 0.2), "0.15 (0.1–0.2)"),
+        ((0.01, -0.02, 0.05), "0.01 (-0.02 to 0.05)"),
         ((2.8, 2.1, None), "2.8 (> 2.1)"),
         ((None, 3.0, None), "> 3"),
         ((None, None, 0.003), "< 0.003"),

@@ -19,11 +19,12 @@ def end_texts(
 
 
 def interval_text(interval: Mapping[str, Any] | None, middle: str = "median", digits: str = ".2g") -> str:
-    """`0.15 (0.13–0.18)`, or a bound: `> 3`."""
+    """`0.15 (0.13–0.18)`, `0.01 (-0.02 to 0.05)`, or a bound: `> 3`."""
     if not interval:
         return "-"
     median, low, high = end_texts(interval, lambda end: format(end, digits), middle)
-    ends = f"{low}–{high}" if low and high else f"> {low}" if low else f"< {high}" if high else ""
+    dash = " to " if low and low.startswith("-") else "–"
+    ends = f"{low}{dash}{high}" if low and high else f"> {low}" if low else f"< {high}" if high else ""
     return f"{median} ({ends})" if median and ends else median or ends or "?"
 
 
