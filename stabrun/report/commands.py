@@ -3,13 +3,12 @@
 import json
 import math
 import shlex
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import cache
 from statistics import mode
 from typing import Any
 
-from stabrun.composition import compose
+from stabrun.composition import compose, compose_each
 from stabrun.config import RESULT, Config, UserError, keys, value_of
 from stabrun.report.study_data import RUN, StudyData
 from stabrun.study.plan import FRONTIER
@@ -32,15 +31,20 @@ def commands(study: StudyData) -> Iterator[str]:
 def overrides(study: StudyData) -> list[str]:
     """Overrides that plan the same study: what its arms have in common, and what it varies."""
     plan, arms = study.plan, list(study.plan.arms.values())
-    common = {path: values[0] for path in settable() if len(set(values := texts(arms, path))) == 1}
-    varied = [path for path in settable() if path not in common and any(sets(config, path, common) for config in arms)]
-    common |= {path: mode(texts(arms, path)) for path in varied}
+    paths = [key.path for key in keys() if key.mark == RESULT and key.path not in SET_BY_STUDY]
+    common = {path: values[0] for path in paths if len(set(values := texts(arms, path))) == 1}
     entries = list(dict.fromkeys(config.variant for config in arms))
+    default = compose()
+    given = composed(entries, changes(common, default))
+    varied = [path for path in paths if path not in common and differs(arms, given, path)]
     axes = {path: list(dict.fromkeys(texts(arms, path))) for path in varied}
     if len(entries) * math.prod(map(len, axes.values())) == len(arms):
-        words = [*changes(common, varied), *(f"{path}={','.join(values)}" for path, values in axes.items())]
+        words = [*changes(common, default), *(f"{path}={','.join(values)}" for path, values in axes.items())]
     else:
-        words, entries = changes(common), [entry(config, varied, common) for config in arms]
+        common |= {path: mode(texts(arms, path)) for path in varied}
+        words = changes(common, default)
+        given = composed(entries, words)
+        entries = [entry(config, varied, given[config.variant]) for config in arms]
     words += [f"study.name={hydra_text(plan.name)}", f"study.variants=[{','.join(map(quoted, entries))}]"]
     if plan.strategy == FRONTIER:
         words += [f"study.strategy={FRONTIER}", f"study.lr_range={json.dumps(plan.lr_range, separators=(',', ':'))}"]
@@ -51,38 +55,30 @@ def overrides(study: StudyData) -> list[str]:
     return [*words, f"study.lrs=[{','.join(map(str, rates))}]", f"seed={','.join(map(str, seeds))}"]
 
 
-@cache
-def settable() -> list[str]:
-    """The keys that make arms differ."""
-    return [key.path for key in keys() if key.mark == RESULT and key.path not in SET_BY_STUDY]
-
-
 def texts(arms: Iterable[Config], path: str) -> list[str]:
     return [hydra_text(value_of(config, path)) for config in arms]
 
 
-def changes(common: dict[str, str], without: Container[str] = ()) -> list[str]:
+def composed(variants: list[str], words: list[str]) -> dict[str, Config]:
+    """Variant → its configuration with these overrides."""
+    runs = [[*words, f"+variant=[{variant.replace('+', ',')}]"] for variant in variants]
+    return dict(zip(variants, compose_each(runs), strict=True))
+
+
+def changes(common: dict[str, str], default: Config) -> list[str]:
     """The words of what differs from the defaults."""
-    default = compose()
-    changed = {path: text for path, text in common.items() if [text] != texts([default], path) and path not in without}
-    return [f"{path}={text}" for path, text in changed.items()]
+    return [f"{path}={text}" for path, text in common.items() if [text] != texts([default], path)]
 
 
-def sets(config: Config, path: str, common: dict[str, str]) -> bool:
+def differs(arms: list[Config], given: dict[str, Config], path: str) -> bool:
     """Whether a key of an arm differs from what its variant gives it, beside what all arms have in common."""
-    return texts([config], path) != texts([alone(config.variant, tuple(changes(common)))], path)
+    return any(value_of(config, path) != value_of(given[config.variant], path) for config in arms)
 
 
-def entry(config: Config, paths: list[str], common: dict[str, str]) -> str:
+def entry(config: Config, paths: list[str], given: Config) -> str:
     """The entry of `study.variants` of an arm: its variant, and the settings that the variant does not give it."""
-    own = [f"{path}={hydra_text(value_of(config, path))}" for path in paths if sets(config, path, common)]
+    own = [f"{path}={text}" for path in paths if [text := texts([config], path)[0]] != texts([given], path)]
     return " ".join([config.variant, *own])
-
-
-@cache
-def alone(variant: str, words: tuple[str, ...]) -> Config:
-    """The configuration of a variant with these overrides."""
-    return compose([*words, f"+variant=[{variant.replace('+', ',')}]"])
 
 
 def hydra_text(value: Any) -> str:
