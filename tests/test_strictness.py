@@ -6,8 +6,9 @@ import json
 import pytest
 
 from stabrun.report import tables
-from stabrun.report.strictness import known_end, rank, strictness
+from stabrun.report.strictness import rank, strictness
 from stabrun.report.study_data import read
+from stabrun.study.facts import known_end
 from stabrun.study.frontier import Frontier, ratio
 from stabrun.study.search import parameter_grid
 

@@ -18,7 +18,7 @@ from stabrun.report.run_curves import Curves, RunCurves, Series, spread
 from stabrun.report.selection import is_stable
 from stabrun.report.study_data import StudyData
 from stabrun.report.tables import lead
-from stabrun.study.facts import end_texts, estimate_text, frontier_of
+from stabrun.study.facts import end_texts, estimate_text, frontier_of, known_end
 from stabrun.study.summary import BASELINE
 from stabrun.text import rate_text, run_name
 from stabrun.verdict.judge import CONVERGED, DIVERGED, STANDARD
@@ -223,11 +223,7 @@ def frontiers(study: StudyData) -> Chart | None:
     An arm of which a bound is known only has its place by that.
     """
     found = {arm: frontier_of(summary, STANDARD) for arm, summary in study.arm_summaries.items()}
-    known = {
-        arm: end
-        for arm, one in found.items()
-        if one and (end := one["lr50"]["median"] or one["lr50"]["low"] or one["lr50"]["high"])
-    }
+    known = {arm: end for arm, one in found.items() if one and (end := known_end(one["lr50"]))}
     if len(known) < 2:
         return None
     order = sorted(known, key=lambda arm: -known[arm])

@@ -3,7 +3,7 @@
 from stabrun.record.schema import Interval, Summary
 from stabrun.report.study_data import StudyData
 from stabrun.report.tables import Column, Table, interval, interval_column, plain
-from stabrun.study.facts import frontier_of
+from stabrun.study.facts import frontier_of, known_end
 from stabrun.study.frontier import Frontier, ratio
 from stabrun.study.plan import FRONTIER
 from stabrun.study.search import frontier, parameter_grid, verdict_of
@@ -55,11 +55,6 @@ def strictness(study: StudyData) -> Table | None:
         "Rank: that of lr50, the highest first, or of its bound. An undecided run that learned nothing is stable."
     )
     return Table("strictness", "By strictness of the rule", columns, rows, note)
-
-
-def known_end(ends: Interval) -> float | None:
-    """The median of an interval, or the bound that is known."""
-    return ends["median"] or ends["low"] or ends["high"]
 
 
 def rank(known: dict[str, float], arm: str) -> int | None:

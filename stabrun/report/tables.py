@@ -118,9 +118,9 @@ def variants(study: StudyData) -> Table:
 
 def totals(study: StudyData) -> Table:
     """What the finished runs of a study took: one row. Hours are those of all workers together."""
-    counts = [len(study.arm_summaries), len(study.rows), sum(row["tokens"] for row in study.rows)]
+    counts = [len(study.arm_summaries), len(study.rows), sum(row["tokens"] or 0 for row in study.rows)]
     hours = sum(row["seconds"] or 0.0 for row in study.rows) / 3600
-    rules = sorted({row["rule"] for row in study.rows})
+    rules = sorted({row["rule"] for row in study.rows if row["rule"] is not None})
     cells = [*(TableCell(f"{count:,}", (count,)) for count in counts), decimal(hours, 1)]
     cells.append(plain(", ".join(map(str, rules))))
     labels = {

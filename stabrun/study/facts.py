@@ -18,6 +18,12 @@ def end_texts(
     return tuple(None if interval[end] is None else form(interval[end]) for end in (middle, "low", "high"))
 
 
+def known_end(ends: Mapping[str, Any]) -> float | None:
+    """The median of an interval, or the bound that is known."""
+    end: float | None = ends["median"] or ends["low"] or ends["high"]
+    return end
+
+
 def interval_text(interval: Mapping[str, Any] | None, middle: str = "median", digits: str = ".2g") -> str:
     """`0.15 (0.13–0.18)`, `0.01 (-0.02 to 0.05)`, or a bound: `> 3`."""
     if not interval:
