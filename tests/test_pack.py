@@ -95,7 +95,7 @@ def archive(name, *members):
     ("words", "sentence"),
     [
         (["pack", "nothing", "x.tar.xz"], "nothing: not a study: study.yaml is missing."),
-        (["unpack", "missing.tar.xz"], "missing.tar.xz: cannot be unpacked: "),
+        (["unpack", "missing.tar.xz"], "missing.tar.xz: cannot be unpacked: No such file or directory."),
         (["unpack", "study.tar.xz"], "study: exists already; give another directory to unpack into."),
         (["unpack", "text"], "text: cannot be unpacked: "),
         (["unpack", "other.tar.xz"], "other.tar.xz: not a packed study: study.yaml is missing."),

@@ -116,5 +116,5 @@ def unpack(file: Path, parent: Path) -> Path:
                 archive.extractall(scratch, entries, filter="data")
                 os.rename(Path(scratch) / name, parent / name)
     except (tarfile.TarError, lzma.LZMAError, OSError, EOFError) as error:
-        raise UserError(f"{file}: cannot be unpacked: {error}.") from error
+        raise UserError(f"{file}: cannot be unpacked: {getattr(error, 'strerror', None) or error}.") from error
     return parent / name
